@@ -1,0 +1,57 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+
+#include "../config.hpp"
+
+namespace perdita::inline PERDITA_ABI::core {
+
+template <class N>
+std::string to_text(N value) {
+  if constexpr (std::is_integral_v<N>) {
+    return std::to_string(value);
+  } else {
+    char text[32];
+    std::snprintf(text, sizeof text, "%.9g", static_cast<double>(value));
+    return text;
+  }
+}
+
+/// The one place where a call or a constructor gives up: std::invalid_argument, or, without
+/// exceptions, PERDITA_ERROR_HANDLER(const char*) and then abort().
+[[noreturn]] inline void fail(const std::string& message) {
+#if PERDITA_HAS_EXCEPTIONS
+  throw std::invalid_argument(message);
+#else
+#ifdef PERDITA_ERROR_HANDLER
+  PERDITA_ERROR_HANDLER(message.c_str());
+#else
+  std::fprintf(stderr, "%s\n", message.c_str());
+#endif
+  std::abort();
+#endif
+}
+
+/// "perdita::cross_entropy: label_smoothing is 1.5, expected a number in [0, 1]"
+template <class N>
+void require(bool holds, const char* loss, const char* argument, N got, const char* expected) {
+  if (!holds) [[unlikely]]
+    fail(std::string("perdita::") + loss + ": " + argument + " is " + to_text(got) +
+         ", expected " + expected);
+}
+
+/// "perdita::cross_entropy: labels[7] is 12, expected …"
+template <class N>
+[[noreturn]] void fail_at(const char* loss, const char* argument, std::int64_t index, N got,
+                          const std::string& expected) {
+  fail(std::string("perdita::") + loss + ": " + argument + "[" + std::to_string(index) + "] is " +
+       to_text(got) + ", expected " + expected);
+}
+
+}  // namespace perdita::inline PERDITA_ABI::core

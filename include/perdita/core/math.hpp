@@ -1,0 +1,271 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+/// Vector mathematics on packs: exp, log and what losses build from them. No branch, no table in
+/// memory, no call, and only operations that round the same everywhere: the same bits on every
+/// instruction set with FMA and on plain scalars.
+///
+/// NaN gives NaN. "ulp" is the largest error found by tests/math.cpp, in units in the last place of
+/// the exact result, with FMA. Results below the normal range are flushed to zero.
+
+#include <array>
+#include <bit>
+#include <cstddef>
+#include <cstdint>
+#include <limits>
+
+#include "simd.hpp"
+
+namespace perdita::inline PERDITA_ABI::core {
+
+namespace detail {
+
+/// Constants, each a correctly rounded value or a minimax fit (Remez, 40 digits) to the quotient
+/// named beside it.
+template <class T>
+struct constants;
+
+template <>
+struct constants<float> {
+  static constexpr int mantissa = 23;
+  static constexpr float magic = 0x1.8p23F;  // + integer: the integer is in the low bits
+  static constexpr float log2_e = 0x1.715476p0F;
+  static constexpr float ln2_high = 0x1.62e4p-1F;  // 14 bits: n * ln2_high is exact
+  static constexpr float ln2_low = 0x1.7f7d1cp-20F;
+  static constexpr float least_exp = -0x1.5d589ep6F;     // least x with e^x >= 2^-126
+  static constexpr float greatest_exp = 0x1.62e42ep6F;   // greatest x with finite e^x
+  static constexpr float least_shifted = -69;            // e^-69 = 2^-99.5
+  static constexpr float expm1_is_minus_1 = -20;
+  static constexpr float tiny = 0x1p-30F;  // x^2 vanishes beside x
+  /// (e^r - 1 - r) / r^2 on |r| <= ln2 / 2
+  static constexpr std::array<float, 5> exp{0x1.fffffep-2F, 0x1.5554bp-3F, 0x1.555674p-5F,
+                                            0x1.1227f6p-7F, 0x1.6bebf6p-10F};
+  /// (log(1 + f) - f + f^2/2) / f^3 on [-1/4, 1/2]
+  static constexpr std::array<float, 8> log{
+      0x1.5555a4p-2F, -0x1.00004p-2F, 0x1.9969bp-3F,  -0x1.54efdcp-3F,
+      0x1.28847ap-3F, -0x1.0d8a9p-3F, 0x1.ac90ecp-4F, -0x1.714118p-5F};
+  /// (tanh(x) - x) / x^3, in x^2, on |x| <= 0.55
+  static constexpr std::array<float, 5> tanh{-0x1.55554ap-2F, 0x1.110d14p-3F, -0x1.b92538p-5F,
+                                             0x1.592052p-6F, -0x1.9a83fcp-8F};
+};
+
+template <>
+struct constants<double> {
+  static constexpr int mantissa = 52;
+  static constexpr double magic = 0x1.8p52;
+  static constexpr double log2_e = 0x1.71547652b82fep0;
+  static constexpr double ln2_high = 0x1.62e42feep-1;  // 32 bits: n * ln2_high is exact
+  static constexpr double ln2_low = 0x1.a39ef35793c76p-33;
+  static constexpr double least_exp = -0x1.6232bdd7abcd2p9;
+  static constexpr double greatest_exp = 0x1.62e42fefa39efp9;
+  static constexpr double least_shifted = -690;
+  static constexpr double expm1_is_minus_1 = -40;
+  static constexpr double tiny = 0x1p-60;
+  /// (e^r - 1 - r) / r^2 on |r| <= ln2 / 2
+  static constexpr std::array<double, 10> exp{
+      0x1.0000000000005p-1,  0x1.5555555555539p-3,  0x1.555555555225ap-5,  0x1.1111111119085p-7,
+      0x1.6c16c17ef5889p-10, 0x1.a01a0174decd9p-13, 0x1.a019a71c6efdap-16, 0x1.71de8841c8465p-19,
+      0x1.28a236b792b98p-22, 0x1.ae6bbf497ea13p-26};
+  /// (log((1 + s) / (1 - s)) / s - 2) / s^2, in s^2, on s^2 <= 1/25
+  static constexpr std::array<double, 8> log{
+      0x1.555555555554fp-1, 0x1.999999999c1adp-2, 0x1.24924921e1875p-2, 0x1.c71c749200bcap-3,
+      0x1.745c4a5d6068ep-3, 0x1.3b35d00aff329p-3, 0x1.0dcaa091a52bfp-3, 0x1.1b87d35be4d21p-3};
+  /// (tanh(x) - x) / x^3, in x^2, on |x| <= 0.55
+  static constexpr std::array<double, 10> tanh{
+      -0x1.5555555555495p-2, 0x1.1111111101f91p-3,   -0x1.ba1ba1acf7daep-5,  0x1.664f45ac14019p-6,
+      -0x1.226ddae14775ap-7, 0x1.d6c5cfbad5aabp-9,   -0x1.7cf0b4a62d34cp-10, 0x1.2f905fbf9867dp-11,
+      -0x1.b891fc616ae07p-13, 0x1.aab2def6741fdp-15};
+};
+
+template <class V>
+using constants_of = constants<typename V::value_type>;
+
+/// Σ c[First + i Stride] x^i
+template <std::size_t First, std::size_t Stride, class V, class Coefficients>
+PERDITA_INLINE V horner(const V& x, const Coefficients& c) {
+  if constexpr (First + Stride < std::tuple_size_v<Coefficients>) {
+    return fma(horner<First + Stride, Stride>(x, c), x, V(c[First]));
+  } else {
+    return V(c[First]);
+  }
+}
+
+/// Σ c[i] x^i, even and odd powers apart (half as long a chain); x2 = x^2.
+template <class V, class Coefficients>
+PERDITA_INLINE V polynomial(const V& x, const V& x2, const Coefficients& c) {
+  return fma(horner<1, 2>(x2, c), x, horner<0, 2>(x2, c));
+}
+
+/// x = n ln 2 + r, |r| <= ln2 / 2; the low bits of `shifted` are n, and `rest` is e^r - 1.
+template <class V>
+struct reduced_exp {
+  V shifted, rest;
+};
+
+template <class V>
+PERDITA_INLINE reduced_exp<V> reduce_exp(const V& x) {
+  using C = constants_of<V>;
+  const V shifted = fma(x, V(C::log2_e), V(C::magic));
+  const V n = shifted - C::magic;
+  const V r = fnma(n, V(C::ln2_low), fnma(n, V(C::ln2_high), x));
+  const V r2 = r * r;
+  return {shifted, fma(r2, polynomial(r, r2, C::exp), r)};
+}
+
+/// e^x for least <= x <= 20; exactly 0 for x < least.
+template <class V>
+PERDITA_INLINE V exp_from(const V& x, const V& least) {
+  const auto [shifted, rest] = reduce_exp(x);
+  const auto n = shift_left<constants_of<V>::mantissa>(as_bits(shifted));
+  const V power = add_bits_unless_less(x, least, n, as_bits(V(1)));
+  return fma_unless_less(x, least, power, rest, power);
+}
+
+/// k = the integer for which x / 2^k is in [3/4, 3/2), plus the magic number that shows it.
+template <class V>
+PERDITA_INLINE V exponent_shifted(const V& x) {
+  using C = constants_of<V>;
+  using T = typename V::value_type;
+  const auto bits = as_bits(x) + -std::bit_cast<bits_of<T>>(T(0.75));
+  return from_bits(shift_right<C::mantissa>(bits) + std::bit_cast<bits_of<T>>(C::magic));
+}
+
+/// k ln 2 + log(1 + f) + low, for f in [-1/4, 1/2] and |low| of the order of an ulp.
+template <class V>
+PERDITA_INLINE V log_from(const V& k, const V& f, const V& low) {
+  using C = constants_of<V>;
+  const V tail = fma(k, V(C::ln2_low), low);
+  const V f2 = f * f;
+  const V half = f * 0.5;
+  V rest;  // log(1 + f) - f + f^2/2 + tail
+  if constexpr (std::is_same_v<typename V::value_type, float>) {
+    rest = fma(f2 * f, polynomial(f, f2, C::log), tail);
+  } else {  // = s (f^2/2 + s^2 P(s^2)) + tail, s = f / (2 + f): half as long a polynomial
+    const V s = f / (f + 2);
+    const V s2 = s * s;
+    rest = fma(s, fma(s2, polynomial(s2, s2 * s2, C::log), half * f), tail);
+  }
+  const V high = k * C::ln2_high;  // exact
+  const V sum = high + f;
+  return sum + ((f - (sum - high)) + fnma(half, f, rest));
+}
+
+/// A logarithm with its zero at the end of its range: y inside, the special values outside.
+template <class V>
+PERDITA_INLINE V log_ends(const V& x, typename V::value_type end, const V& y) {
+  using limits = std::numeric_limits<typename V::value_type>;
+  const V infinity(limits::infinity());
+  const V outside = select(x == end, -infinity, V(limits::quiet_NaN()));
+  return select((x > end) & (x < infinity), y, select(x > end, x, outside));
+}
+
+/// 2^(i/16) with i << 19 taken off the bits, so that (16 e + i) << 19 added gives 2^(e + i/16).
+alignas(64) inline constexpr auto sixteenths = [] {
+  constexpr std::array<std::uint32_t, 16> powers{
+      0x3f800000, 0x3f85aac3, 0x3f8b95c2, 0x3f91c3d3, 0x3f9837f0, 0x3f9ef532,
+      0x3fa5fed7, 0x3fad583f, 0x3fb504f3, 0x3fbd08a4, 0x3fc5672a, 0x3fce248c,
+      0x3fd744fd, 0x3fe0ccdf, 0x3feac0c7, 0x3ff5257d};
+  std::array<float, 16> table{};
+  for (std::uint32_t i = 0; i < 16; ++i) table[i] = std::bit_cast<float>(powers[i] - (i << 19));
+  return table;
+}();
+
+}  // namespace detail
+
+/// e^x of a score less its maximum: x <= 20. Exactly 0 below -69 (double: -690), so that nothing
+/// built from it is subnormal.
+PERDITA_INLINE pack<float> exp_shifted(const pack<float>& x) {
+  using V = pack<float>;
+  const V least(detail::constants<float>::least_shifted);
+  // x = (n/16) ln 2 + r; one constant suffices: it is off by 2.8e-9 x, x itself by up to 6e-8 x.
+  const V shifted = fma(x, V(0x1.715476p4F), V(detail::constants<float>::magic));
+  const V n = shifted - detail::constants<float>::magic;
+  const V r = fnma(n, V(0x1.62e43p-5F), x);
+  const V power = add_bits_unless_less(x, least, as_bits(lookup(detail::sixteenths.data(), as_bits(shifted))),
+                                       shift_left<19>(as_bits(shifted)));
+  const V q = fma(fma(r, V(0x1.55559cp-3F), V(0x1.00022ap-1F)), r, V(1));  // (e^r - 1) / r
+  return fma_unless_less(x, least, power * r, q, power);
+}
+PERDITA_INLINE pack<double> exp_shifted(const pack<double>& x) {
+  return detail::exp_from(x, pack<double>(detail::constants<double>::least_shifted));
+}
+
+/// e^x.
+template <class V>
+PERDITA_INLINE V exp(const V& x) {
+  using C = detail::constants_of<V>;
+  const auto [shifted, rest] = detail::reduce_exp(x);
+  const V y = add_bits_unless_less(x, V(C::least_exp), as_bits(rest + 1),
+                                   shift_left<C::mantissa>(as_bits(shifted)));
+  return select(x <= C::greatest_exp, y, x + std::numeric_limits<typename V::value_type>::infinity());
+}
+
+/// e^x - 1.
+template <class V>
+PERDITA_INLINE V expm1(const V& x) {
+  using C = detail::constants_of<V>;
+  using T = typename V::value_type;
+  const V inside = min(V(C::greatest_exp + T(0.25)), max(V(C::expm1_is_minus_1), x));
+  const auto [shifted, rest] = detail::reduce_exp(inside);
+  const V half = from_bits(shift_left<C::mantissa>(as_bits(shifted)) + as_bits(V(0.5)));
+  const V y = fma(half, rest, half - 0.5);  // half, because 2^n can overflow where e^x does not
+  return select(abs(x) < C::tiny, x, y + y);
+}
+
+/// The natural logarithm.
+template <class V>
+PERDITA_INLINE V log(const V& x) {
+  using C = detail::constants_of<V>;
+  using T = typename V::value_type;
+  const auto subnormal = x < std::numeric_limits<T>::min();
+  const V y = select(subnormal, x * T(0x1p60), x);
+  const V k = detail::exponent_shifted(y) - C::magic;
+  const V m = from_bits(as_bits(y) + shift_left<C::mantissa>(as_bits(C::magic - k)));
+  return detail::log_ends(x, 0, detail::log_from(k - select(subnormal, V(60), V(0)), m - 1, V(0)));
+}
+
+/// log(1 + x).
+template <class V>
+PERDITA_INLINE V log1p(const V& x) {
+  using C = detail::constants_of<V>;
+  const V k = detail::exponent_shifted(x + 1) - C::magic;
+  // 4/2^k, as 1/2^k can be subnormal
+  const V scale = from_bits(shift_left<C::mantissa>(as_bits(C::magic - k)) + as_bits(V(4)));
+  const V quarter = x * 0.25;
+  const V offset = fma(scale, V(0.25), V(-1));
+  const V f = fma(quarter, scale, offset);        // (1 + x) / 2^k - 1, rounded
+  const V low = fma(quarter, scale, offset - f);  // what the rounding lost
+  const V y = detail::log_from(k, f, fnma(low, f, low));
+  return detail::log_ends(x, -1, select(abs(x) < C::tiny, x, y));
+}
+
+/// log(1 + e^x).
+template <class V>
+PERDITA_INLINE V softplus(const V& x) {
+  const V e = detail::exp_from(-abs(x), V(detail::constants_of<V>::least_exp));
+  const auto large = e >= 0.5;
+  const V f = select(large, fma(e, V(0.5), V(-0.5)), e);  // exact
+  return max(V(0), x) + detail::log_from(select(large, V(1), V(0)), f, V(0));
+}
+
+/// 1 / (1 + e^-x).
+template <class V>
+PERDITA_INLINE V sigmoid(const V& x) {
+  const V e = detail::exp_from(-abs(x), V(detail::constants_of<V>::least_exp));
+  return select(x < 0, e, V(1)) / (e + 1);
+}
+
+/// The hyperbolic tangent.
+template <class V>
+PERDITA_INLINE V tanh(const V& x) {
+  using C = detail::constants_of<V>;
+  using T = typename V::value_type;
+  const V a = abs(x);
+  const V x2 = x * x;
+  const V near = fma(x * x2, detail::polynomial(x2, x2 * x2, C::tanh), x);
+  const V e = detail::exp_from(a * -2, V(C::least_exp));
+  const V far = 1 - (e + e) / (e + 1);
+  return select(a < C::tiny, x, select(a < T(0.55), near, select(x < 0, -far, far)));
+}
+
+}  // namespace perdita::inline PERDITA_ABI::core

@@ -1,0 +1,156 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+/// What one call asks of the kernels, in terms that do not depend on the caller's types.
+
+#include <cstdint>
+
+#include "statistics.hpp"
+#include "storage.hpp"
+
+namespace perdita::inline PERDITA_ABI::core {
+
+/// Columns are taken in chunks of this many: a chunk of a row stays in the first-level cache, its
+/// sums in T lanes are short, and the sums of chunks are added in double.
+inline constexpr index chunk_columns = 512;
+/// Rows whose summaries are finished together, one per lane of a pack of doubles.
+inline constexpr index finish_rows = lanes<double>;
+
+/// What a formula's finish() gets: a row in each lane. For statistics over the rivals the target
+/// is not in the sums.
+template <class Statistic, class W = pack<double>>
+struct row_summary : summary<Statistic, W> {
+    W target;         ///< score of the target
+  W target_side;    ///< side number of the target
+  W label_weight;   ///< class weight of the target
+  W classes;
+};
+
+/// What it returns, all before weights and reductions.
+template <class W = pack<double>>
+struct row_outcome {
+  W value;
+  W image_scale;      ///< share of score z: image_scale * e^{z - shift}
+  W coefficient[2];   ///< whatever else slope() needs
+  W target_gradient;  ///< ∂value/∂score of the target, all of it
+};
+
+/// By-products of a row, in the same units as the value.
+template <class W = pack<double>>
+struct row_report {
+  W log_sum_exp, target_log_probability, entropy, penalty;
+};
+
+/// Where a row's by-products go; null for those not wanted.
+template <class T>
+struct report_views {
+  vector_view<T> values, log_sum_exp, target_log_probability, entropy, penalty;
+  vector_view<unsigned char> hits;
+  bool any() const {
+    return log_sum_exp.data || target_log_probability.data || entropy.data || penalty.data ||
+           hits.data;
+  }
+};
+
+template <class T>
+struct row_job {
+  const char* name = "";
+  matrix_data<T> scores;
+  matrix_data<T, true> gradient;  ///< no data: value only
+  matrix_data<T> soft;            ///< soft targets, or no data
+  const void* labels = nullptr;
+  std::int64_t (*label_at)(const void*, index, index) = nullptr;
+  index label_stride = 1;
+  std::int64_t ignore_index = 0;
+  bool accumulate = false;
+  bool streaming = false;  ///< the gradient goes past the caches
+  double scale = 1;        ///< of every gradient: loss scale, and 1/denominator for the mean
+  vector_view<const T> row_weights, upstream;
+  report_views<T> report;
+
+  bool has_gradient() const { return static_cast<bool>(gradient); }
+  bool in_place() const {
+    return has_gradient() && static_cast<const void*>(gradient.data) == scores.data;
+  }
+  std::int64_t label(index r) const { return label_at(labels, label_stride, r); }
+  /// A row that counts for nothing: a weight of zero is removal.
+  bool ignored(index r) const {
+    return (labels && label(r) == ignore_index) || (row_weights.data && row_weights[r] == T(0));
+  }
+  double row_weight(index r) const {
+    return row_weights.data ? static_cast<double>(row_weights[r]) : 1.0;
+  }
+  double row_scale(index r) const {
+    const double s = scale * row_weight(r);
+    return upstream.data ? s * static_cast<double>(upstream[r]) : s;
+  }
+};
+
+/// Adds numbers with the rounding errors kept (Neumaier 1974).
+struct exact_sum {
+  double sum = 0, error = 0;
+  void add(double x) {
+    const double t = sum + x;
+    error += std::fabs(sum) >= std::fabs(x) ? (sum - t) + x : (x - t) + sum;
+    sum = t;
+  }
+  double value() const {
+    const double total = sum + error;
+    return total == total ? total : sum;  // inf - inf in the error is not the sum's doing
+  }
+};
+
+/// One number per lane of a pack<T>, in double or, for T = double, in a double and its error.
+template <class T>
+struct wide_lanes {
+  static constexpr int parts = sizeof(T) == 4 ? 2 : 1;
+  pack<double> part[parts];
+  pack<double> error[parts];
+
+  void clear() {
+    for (int p = 0; p < parts; ++p) part[p] = error[p] = pack<double>(0.0);
+  }
+  void add(const pack<T>& x) {
+    if constexpr (parts == 2) {
+      alignas(64) float narrow[16];
+      alignas(64) double wide[16];
+      x.store(narrow);
+      for (int i = 0; i < 16; ++i) wide[i] = static_cast<double>(narrow[i]);
+      part[0] += pack<double>::load(wide);
+      part[1] += pack<double>::load(wide + 8);
+    } else {
+      const pack<double> t = part[0] + x;
+      const pack<double> back = t - part[0];
+      error[0] += (part[0] - (t - back)) + (x - back);
+      part[0] = t;
+    }
+  }
+  pack<double> folded(int p) const {
+    if constexpr (parts == 2) return part[p];
+    // An infinite sum has a NaN for its error.
+    const pack<double> total = part[p] + error[p];
+    return select(is_nan(total), part[p], total);
+  }
+  void set(int p, const pack<double>& x) {
+    part[p] = x;
+    error[p] = pack<double>(0.0);
+  }
+  /// Σ of the lanes: halves onto halves, in the order of sum_lanes().
+  double total() const {
+    if constexpr (parts == 2) return sum_lanes(part[0] + part[1]);
+    return sum_lanes(folded(0));
+  }
+};
+
+/// Moves the sums of a whole pack of lanes to another shift.
+template <class Statistic, class T>
+void rebase_lanes(wide_lanes<T>* sums, const pack<double>* delta) {
+  for (int p = 0; p < wide_lanes<T>::parts; ++p) {
+    pack<double> t[Statistic::terms];
+    for (int k = 0; k < Statistic::terms; ++k) t[k] = sums[k].folded(p);
+    Statistic::rebase(t, delta[p]);
+    for (int k = 0; k < Statistic::terms; ++k) sums[k].set(p, t[k]);
+  }
+}
+
+}  // namespace perdita::inline PERDITA_ABI::core

@@ -1,0 +1,636 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+/// The traversal for rows whose classes lie side by side: lanes are classes.
+///
+/// A row is read from memory once. While the exponentials of one row are taken, the gradient of
+/// the row before leaves in the same loop, so that arithmetic, reading and writing overlap; the
+/// line 16 KiB ahead is asked for in time (without that, alternating between rows starves the
+/// hardware's prefetcher: a factor of two on Zen 4). The next chunk's maximum is taken in the same
+/// loop too. Images e^{z-s} stay in the row itself where the gradient overwrites the scores, and
+/// in scratch otherwise; formulas whose slope needs the score compute them again.
+
+#include <algorithm>
+#include <cstring>
+
+#include "row_job.hpp"
+#include "workspace.hpp"
+
+namespace perdita::inline PERDITA_ABI::core {
+
+/// Side numbers of the classes from some column on: bias + weight * soft target.
+template <class T>
+struct side_cursor {
+  const T* soft = nullptr;
+  const T* weight = nullptr;
+  const T* bias = nullptr;
+  T uniform_weight = 0, uniform_bias = 0;
+
+  PERDITA_INLINE pack<T> at(index i) const {
+    const pack<T> b = bias ? pack<T>::load(bias + i) : pack<T>(uniform_bias);
+    if (!soft) return b;
+    const pack<T> w = weight ? pack<T>::load(weight + i) : pack<T>(uniform_weight);
+    return fma(pack<T>::load(soft + i), w, b);
+  }
+  void move(index columns) {
+    for (const T** p : {&soft, &weight, &bias})
+      if (*p) *p += columns;
+  }
+};
+
+/// The side number of one class.
+template <class Formula, class T>
+double target_side(const Formula& formula, index label, T soft, bool has_soft) {
+  if constexpr (Formula::has_side) {
+    const side_cursor<T> s = formula.side(label);
+    const auto weight = static_cast<double>(s.weight ? *s.weight : s.uniform_weight);
+    const auto bias = static_cast<double>(s.bias ? *s.bias : s.uniform_bias);
+    return has_soft ? static_cast<double>(static_cast<T>(std::fma(
+                          static_cast<double>(soft), weight, bias)))
+                    : bias;
+  }
+  return 0;
+}
+
+/// Adds a row's value to the total of its block.
+template <class T>
+void store_value(const row_job<T>& job, index r, double value, exact_sum& total) {
+  const double weighted = value * job.row_weight(r);
+  total.add(weighted);
+  if (job.report.values.data) job.report.values[r] = static_cast<T>(weighted);
+}
+
+/// Runs a finished batch of rows through the formula's report and stores what was asked for.
+template <class Formula, class T, class Summary>
+void store_report(const Formula& formula, const row_job<T>& job, const Summary& s,
+                  const index* rows, const double* raw_target, const double* raw_rivals,
+                  index count) {
+  alignas(64) double v[4][finish_rows];
+  const auto r = formula.report(s);
+  r.log_sum_exp.store(v[0]);
+  r.target_log_probability.store(v[1]);
+  r.entropy.store(v[2]);
+  r.penalty.store(v[3]);
+  const vector_view<T> to[] = {job.report.log_sum_exp, job.report.target_log_probability,
+                               job.report.entropy, job.report.penalty};
+  for (index i = 0; i < count; ++i) {
+    for (int k = 0; k < 4; ++k)
+      if (to[k].data) to[k][rows[i]] = static_cast<T>(v[k][i]);
+    if (job.report.hits.data)
+      job.report.hits[rows[i]] = static_cast<unsigned char>(raw_target[i] > raw_rivals[i]);
+  }
+}
+
+/// Gradient and by-products of a row that does not count.
+template <class T>
+void store_ignored(const row_job<T>& job, index r, T* zeros) {
+  if (job.has_gradient() && !job.accumulate) {
+    std::fill_n(zeros, std::min(chunk_columns, job.scores.cols), T(0));
+    for (index c = 0; c < job.scores.cols; c += chunk_columns)
+      job.gradient.write(r, c, std::min(chunk_columns, job.scores.cols - c), zeros);
+  }
+  for (const auto& v : {job.report.values, job.report.log_sum_exp,
+                        job.report.target_log_probability, job.report.entropy, job.report.penalty})
+    if (v.data) v[r] = T(0);
+  if (job.report.hits.data) job.report.hits[r] = 0;
+}
+
+/// One chunk of columns at a time of one row's sums and of another row's gradient.
+template <class Formula, class T, bool Gradient>
+class row_kernel {
+  using V = pack<T>;
+  using statistic = typename Formula::statistic;
+  static constexpr index width = static_cast<index>(lanes<T>);
+  /// The gradient is a multiple of the images, so these are all that a row leaves behind.
+  static constexpr bool carries = Gradient && Formula::proportional && statistic::has_image;
+  static constexpr index prefetch_distance = 16384 / static_cast<index>(sizeof(T));
+
+ public:
+  static index group_size(index cols) { return cols <= 2048 ? finish_rows : 1; }
+
+  row_kernel(const Formula& formula, const row_job<T>& job, std::byte* scratch)
+      : formula_(formula),
+        job_(job),
+        cols_(job.scores.cols),
+        chunks_((cols_ + chunk_columns - 1) / chunk_columns),
+        scores_in_place_(job.scores.direct() && job.scores.col_stride == 1),
+        soft_in_place_(job.soft.direct() && job.soft.col_stride == 1),
+        gradient_in_place_(job.gradient.direct() && job.gradient.col_stride == 1 &&
+                           !job.accumulate),
+        images_in_row_(job.in_place() && scores_in_place_ && gradient_in_place_) {
+    carver memory(scratch);
+    lay_out(memory, scratch != nullptr);
+    scratch_bytes_ = memory.used();
+  }
+
+  static std::size_t scratch_bytes(const Formula& formula, const row_job<T>& job) {
+    return row_kernel(formula, job, nullptr).scratch_bytes_;
+  }
+
+  /// Rows [first, last): adds their weighted values to total.
+  void run(index first, index last, exact_sum& total) {
+    const index capacity = group_size(cols_);
+    live_row* current = rows_;
+    live_row* previous = rows_ + capacity;
+    index previous_count = 0;
+    for (index r = first; r < last || previous_count > 0;) {
+      index count = 0;
+      for (; r < last && count < capacity; ++r) {
+        if (job_.ignored(r))
+          store_ignored(job_, r, stage_gradient_);
+        else
+          begin(current[count++], r);
+      }
+      for (index k = 0; k < std::max(count, previous_count); ++k)
+        advance(k < count ? &current[k] : nullptr, k < previous_count ? &previous[k] : nullptr);
+      if (count > 0) finish(current, count, total);
+      previous_count = Gradient ? count : 0;
+      std::swap(current, previous);
+    }
+    if (job_.streaming) stream_fence();
+  }
+
+ private:
+  /// A row between its first column and its gradient.
+  struct live_row {
+    index row, label;
+    double target, raw_target, target_side, label_weight, scale;
+    T shift;
+    T rivals;      // the largest raw score but the target's
+    bool shifted;  // not all chunks have the same shift
+    wide_lanes<T> sums[statistic::terms];
+    T* shifts;   // of every chunk
+    T* factors;  // of every chunk: from image to share
+    T* image;    // scratch; null where the images stay in the row
+    T coefficient[2];
+    T target_gradient;
+    alignas(64) T tail[lanes<T>];  // images of the last, partial pack of a row that has no room
+  };
+
+  struct absorb_cursor {
+    const T* x;
+    T* image;
+    const T* next;  // what to look at meanwhile
+    side_cursor<T> side;
+    index hole;  // the pack with the target in it, or -1
+    T hole_lane;
+    V shift, seen;
+    V sum[statistic::terms];
+  };
+
+  struct emit_cursor {
+    const T* from;  // images, or scores where the formula needs them
+    T* to;
+    side_cursor<T> side;
+    V factor, cut, shift, scale;
+    V coefficient[2];
+    index head;  // columns before the first aligned pack of a streamed row
+    bool streaming;
+  };
+
+  void lay_out(carver& memory, bool real) {
+    const index n = 2 * group_size(cols_);
+    rows_ = memory.take<live_row>(static_cast<std::size_t>(n));
+    for (index k = 0; k < n; ++k) {
+      T* shifts = memory.take<T>(static_cast<std::size_t>(chunks_ + width));
+      T* factors = memory.take<T>(static_cast<std::size_t>(chunks_ + width));
+      T* image = carries && !images_in_row_
+                     ? memory.take<T>(static_cast<std::size_t>(cols_ + 2 * width))
+                     : nullptr;
+      if (!real) continue;
+      live_row* row = new (&rows_[k]) live_row;
+      row->shifts = shifts;
+      row->factors = factors;
+      row->image = image;
+    }
+    for (T** stage : {&stage_x_[0], &stage_x_[1], &stage_emit_, &stage_gradient_, &stage_sum_,
+                      &stage_soft_, &stage_soft_emit_})
+      *stage = memory.take<T>(static_cast<std::size_t>(chunk_columns + 2 * width));
+  }
+
+  index chunk_size(index c) const {
+    return std::min(chunk_columns, cols_ - c * chunk_columns);
+  }
+  static T first_lane(const V& v) {
+    alignas(64) T lane[lanes<T>];
+    v.store(lane);
+    return lane[0];
+  }
+
+  // ---- sources
+
+  const T* scores(index r, index first, index n, T* stage) const {
+    if (scores_in_place_) return job_.scores.pointer(r, first);
+    job_.scores.read(r, first, n, stage);
+    return stage;
+  }
+  side_cursor<T> side(index r, index first, index n, T* stage) const {
+    side_cursor<T> result;
+    if constexpr (Formula::has_side) {
+      result = formula_.side(first);
+      if (job_.soft) {
+        if (!soft_in_place_) job_.soft.read(r, first, n, stage);
+        result.soft = soft_in_place_ ? job_.soft.pointer(r, first) : stage;
+      }
+    }
+    return result;
+  }
+
+  /// A copy of the last n < width numbers, filled up.
+  static void pad(const T* x, index n, T filler, T* padded) {
+    std::copy(x, x + n, padded);
+    std::fill(padded + n, padded + width, filler);
+  }
+  /// The side numbers of a partial pack; those of absent classes are 0.
+  struct padded_side {
+    alignas(64) T soft[lanes<T>], weight[lanes<T>], bias[lanes<T>];
+    side_cursor<T> cursor;
+    padded_side(const side_cursor<T>& from, index at, index n) {
+      if constexpr (Formula::has_side) {
+        for (index i = 0; i < width; ++i) {
+          const bool here = i < n;
+          bias[i] = !here ? T(0) : from.bias ? from.bias[at + i] : from.uniform_bias;
+          weight[i] = !here ? T(0) : from.weight ? from.weight[at + i] : from.uniform_weight;
+          soft[i] = here && from.soft ? from.soft[at + i] : T(0);
+        }
+        cursor = {from.soft ? soft : nullptr, weight, bias, 0, 0};
+      }
+    }
+  };
+
+  // ---- the sums
+
+  void begin(live_row& row, index r) {
+    row.row = r;
+    row.label = job_.labels ? static_cast<index>(job_.label(r)) : favourite(r);
+    row.scale = job_.row_scale(r);
+    row.label_weight = job_.labels ? formula_.label_weight(row.label) : 0.0;
+    T x, q = 0;
+    job_.scores.read(r, row.label, 1, &x);
+    row.raw_target = static_cast<double>(x);
+    row.target = static_cast<double>(first_lane(formula_.score(V(x))));
+    if (job_.soft) job_.soft.read(r, row.label, 1, &q);
+    row.target_side = target_side(formula_, row.label, q, static_cast<bool>(job_.soft));
+    for (auto& s : row.sums) s.clear();
+    row.shift = first_lane(statistic::template first_shift<V>());
+    row.rivals = -std::numeric_limits<T>::infinity();
+    row.shifted = false;
+  }
+
+  /// Where there is no label, the class that the soft target favours takes its place.
+  index favourite(index r) {
+    index best = 0;
+    T most = -std::numeric_limits<T>::infinity();
+    for (index first = 0; first < cols_; first += chunk_columns) {
+      const index n = std::min(chunk_columns, cols_ - first);
+      const T* q = job_.soft.pointer(r, first);
+      if (!soft_in_place_) {
+        job_.soft.read(r, first, n, stage_soft_);
+        q = stage_soft_;
+      }
+      V seen(most);
+      index j = 0;
+      for (; j + width <= n; j += width) seen = max(V::load(q + j), seen);
+      T chunk_most = max_lanes(seen);
+      for (; j < n; ++j) chunk_most = q[j] > chunk_most ? q[j] : chunk_most;
+      if (chunk_most > most) {
+        most = chunk_most;
+        best = first + static_cast<index>(std::find(q, q + n, most) - q);
+      }
+    }
+    return best;
+  }
+
+  index hole_in(const live_row& row, index first, index n) const {
+    if constexpr (!Formula::excludes_target) return -1;
+    return row.label >= first && row.label < first + n ? row.label - first : -1;
+  }
+
+  /// What the shift of the chunk that starts at column `first` is picked from.
+  V look_at(const live_row& row, const T* x, index first, index n) const {
+    const V nothing = statistic::template look_at_nothing<V>();
+    V seen = nothing;
+    const index hole = hole_in(row, first, n);
+    alignas(64) T padded[lanes<T>];
+    for (index j = 0; j < n; j += width) {
+      V z;
+      if (j + width <= n && (hole < j || hole >= j + width)) {
+        z = V::load(x + j);
+      } else {
+        pad(x + j, std::min(width, n - j), first_lane(nothing), padded);
+        if (hole >= j && hole < j + width) padded[hole - j] = first_lane(nothing);
+        z = V::load(padded);
+      }
+      seen = statistic::look(seen, z);
+    }
+    return seen;
+  }
+
+  void choose_shift(live_row& row, const V& seen, index c) {
+    T look;
+    if constexpr (statistic::look_is_maximum) {
+      look = max_lanes(seen);
+      row.rivals = std::max(row.rivals, look);
+    } else {
+      look = sum_lanes(seen);
+    }
+    const T shift = first_lane(
+        statistic::choose(formula_.score(V(look)), V(row.shift), chunk_size(c)));
+    if (!(shift == row.shift)) {
+      pack<double> delta[2];
+      delta[0] = delta[1] = static_cast<double>(row.shift) - static_cast<double>(shift);
+      if (c > 0) rebase_lanes<statistic>(row.sums, delta);
+      row.shifted = c > 0;
+      row.shift = shift;
+    }
+    row.shifts[c] = row.shift;
+  }
+
+  T* image_of(live_row& row, index column) const {
+    if constexpr (!carries) return nullptr;
+    return row.image ? row.image + column : job_.gradient.pointer(row.row, column);
+  }
+
+  void absorb_tail(live_row& row, absorb_cursor& a, index first, index n) {
+    const index whole = n / width * width;
+    const T absent = first_lane(statistic::absent(a.shift));
+    alignas(64) T padded[lanes<T>];
+    pad(a.x + whole, n - whole, absent, padded);
+    padded_side side(a.side, whole, n - whole);
+    if (a.hole == n / width) {
+      const auto lane = static_cast<index>(a.hole_lane);
+      padded[lane] = absent;
+      if constexpr (Formula::has_side) side.bias[lane] = side.weight[lane] = 0;
+    }
+    a.x = a.next = padded;
+    a.side = side.cursor;
+    a.image = row.image ? row.image + first + whole : row.tail;
+    a.hole = -1;
+    emit_cursor none;
+    step<true, false>(0, 1, a, none);
+  }
+
+  // ---- the gradient
+
+  /// Prepares the row's first chunk. A streamed row starts at its first aligned address.
+  void open(const live_row& row, emit_cursor& e) const {
+    e.streaming = job_.streaming && gradient_in_place_ && !row.shifted &&
+                  (carries || scores_in_place_) && (!job_.soft || soft_in_place_);
+    e.head = 0;
+    if (e.streaming) {
+      const auto address = reinterpret_cast<std::uintptr_t>(job_.gradient.pointer(row.row, 0));
+      e.head = std::min(cols_, static_cast<index>((64 - address % 64) % 64 / sizeof(T)));
+    }
+    e.scale = V(carries ? T(1) : static_cast<T>(row.scale));
+    for (int k = 0; k < 2; ++k) e.coefficient[k] = V(row.coefficient[k]);
+  }
+
+  void set_chunk(const live_row& row, emit_cursor& e, index c) const {
+    const T factor = row.factors[c];
+    e.factor = V(factor);
+    e.cut = V(std::numeric_limits<T>::min() / std::fabs(factor));
+    e.shift = V(row.shifts[c]);
+  }
+
+  /// Points at chunk c; returns the number of whole packs in it.
+  index aim(live_row& row, emit_cursor& e, index c) {
+    const index first = c * chunk_columns + e.head;
+    const index n = std::min(chunk_columns, cols_ - first);
+    set_chunk(row, e, c);
+    if (n <= 0) return 0;
+    e.from = carries ? image_of(row, first) : scores(row.row, first, n, stage_emit_);
+    e.to = gradient_in_place_ ? job_.gradient.pointer(row.row, first) : stage_gradient_;
+    e.side = side(row.row, first, n, stage_soft_emit_);
+    return n / width;
+  }
+
+  /// n < width elements of the gradient from offset `at` of what e is aimed at.
+  void emit_partial(const live_row& row, emit_cursor e, index at, index n) const {
+    alignas(64) T padded[lanes<T>];
+    alignas(64) T result[lanes<T>];
+    const padded_side side(e.side, at, n);
+    if (carries && images_in_row_) {
+      e.from = row.tail;
+    } else {
+      pad(e.from + at, n, T(0), padded);
+      e.from = padded;
+    }
+    T* to = e.to + at;
+    e.to = result;
+    e.side = side.cursor;
+    e.streaming = false;
+    absorb_cursor none;
+    step<false, true>(0, 1, none, e);
+    std::copy(result, result + n, to);
+  }
+
+  /// What is left of chunk c once its whole packs are written.
+  void flush(live_row& row, const emit_cursor& e, index c) {
+    const index first = c * chunk_columns + e.head;
+    const index n = std::min(chunk_columns, cols_ - first);
+    if (c == 0 && e.head > 0) {
+      emit_cursor head = e;
+      head.from -= e.head;
+      head.to -= e.head;
+      if constexpr (Formula::has_side) head.side.move(-e.head);
+      emit_partial(row, head, 0, e.head);
+    }
+    if (n <= 0) return;
+    if (n % width) emit_partial(row, e, n / width * width, n % width);
+    if (gradient_in_place_) return;
+    if (job_.accumulate) {
+      job_.gradient.reader(job_.gradient.at(row.row, first), job_.gradient.col_stride, n,
+                           stage_sum_);
+      for (index j = 0; j < n; ++j) stage_gradient_[j] += stage_sum_[j];
+    }
+    job_.gradient.write(row.row, first, n, stage_gradient_);
+  }
+
+  // ---- the traversal
+
+  /// All chunks of row a's sums, and with each one the same chunk of row e's gradient.
+  void advance(live_row* a, live_row* e) {
+    absorb_cursor absorbing;
+    emit_cursor emitting;
+    const T* x = nullptr;
+    V seen;
+    if (a) {
+      x = scores(a->row, 0, chunk_size(0), stage_x_[0]);
+      seen = look_at(*a, x, 0, chunk_size(0));
+    }
+    T target = 0;
+    if (e) {
+      open(*e, emitting);
+      target = e->target_gradient;
+      if (job_.accumulate) {
+        T before;
+        job_.gradient.reader(job_.gradient.at(e->row, e->label), 1, 1, &before);
+        target += before;
+      }
+    }
+    for (index c = 0; c < chunks_; ++c) {
+      const index first = c * chunk_columns, n = chunk_size(c);
+      index absorb_packs = 0, emit_packs = 0;
+      const T* next = nullptr;
+      bool looks_ahead = false;
+      if (a) {
+        choose_shift(*a, seen, c);
+        if (c + 1 < chunks_) {
+          next = scores(a->row, first + chunk_columns, chunk_size(c + 1), stage_x_[(c + 1) % 2]);
+          looks_ahead = chunk_size(c + 1) == chunk_columns &&
+                        hole_in(*a, first + chunk_columns, chunk_columns) < 0;
+        }
+        const index hole = hole_in(*a, first, n);
+        absorbing.x = x;
+        absorbing.next = looks_ahead ? next : x;
+        absorbing.image = image_of(*a, first);
+        absorbing.side = side(a->row, first, n, stage_soft_);
+        absorbing.hole = hole < 0 ? -1 : hole / width;
+        absorbing.hole_lane = static_cast<T>(hole % width);
+        absorbing.shift = V(a->shift);
+        absorbing.seen = statistic::template look_at_nothing<V>();
+        for (V& sum : absorbing.sum) sum = V(0);
+        absorb_packs = n / width;
+      }
+      if (e) emit_packs = aim(*e, emitting, c);
+      const index both = std::min(absorb_packs, emit_packs);
+      if (both > 0) step<true, true>(0, both, absorbing, emitting);
+      if (absorb_packs > both) step<true, false>(both, absorb_packs, absorbing, emitting);
+      if (emit_packs > both) step<false, true>(both, emit_packs, absorbing, emitting);
+      if (a) {
+        const V ahead = absorbing.seen;
+        if (n % width) absorb_tail(*a, absorbing, first, n);
+        for (int k = 0; k < statistic::terms; ++k) a->sums[k].add(absorbing.sum[k]);
+        if (next)
+          seen = looks_ahead ? ahead : look_at(*a, next, first + chunk_columns, chunk_size(c + 1));
+        x = next;
+      }
+      if (e) flush(*e, emitting, c);
+    }
+    if (e) job_.gradient.writer(job_.gradient.at(e->row, e->label), 1, 1, &target);
+  }
+
+  /// Packs [begin, end) of what the cursors point at.
+  template <bool Absorb, bool Emit>
+  PERDITA_NOINLINE void step(index begin, index end, absorb_cursor& a, emit_cursor& e) const {
+    V sum[statistic::terms], seen, shift;
+    if constexpr (Absorb) {
+      for (int k = 0; k < statistic::terms; ++k) sum[k] = a.sum[k];
+      seen = a.seen;
+      shift = a.shift;
+    }
+    for (index i = begin; i < end; ++i) {
+      const index j = i * width;
+      if constexpr (Absorb) {
+        if constexpr (Gradient || statistic::has_image) prefetch(a.x + j + prefetch_distance);
+        V z = formula_.score(V::load(a.x + j));
+        V side(0);
+        if constexpr (Formula::has_side) side = a.side.at(j);
+        if (i == a.hole) [[unlikely]] {
+          const auto here = iota<T>() == V(a.hole_lane);
+          z = select(here, statistic::absent(shift), z);
+          side = select(here, V(0), side);
+        }
+        const V image = statistic::absorb(sum, z, shift, side);
+        if constexpr (carries) image.store(a.image + j);
+        seen = statistic::look(seen, V::load(a.next + j));
+      }
+      if constexpr (Emit) {
+        const V from = V::load(e.from + j);
+        V out;
+        if constexpr (carries) {
+          out = multiply_unless_less(from, e.cut, e.factor);
+        } else {
+          const V z = formula_.score(from);
+          V share(0), side(0);
+          if constexpr (statistic::has_image)
+            share = multiply_unless_less(exp_shifted(z - e.shift), e.cut, e.factor);
+          if constexpr (Formula::has_side) side = e.side.at(j);
+          out = formula_.slope(z, share, side, e.coefficient) * e.scale;
+        }
+        if (e.streaming)
+          out.stream(e.to + j);
+        else
+          out.store(e.to + j);
+      }
+    }
+    if constexpr (Absorb) {
+      for (int k = 0; k < statistic::terms; ++k) a.sum[k] = sum[k];
+      a.seen = seen;
+    }
+  }
+
+  // ---- from sums to values
+
+  void finish(live_row* rows, index count, exact_sum& total) {
+    using W = pack<double>;
+    alignas(64) double in[6 + statistic::terms][finish_rows] = {};
+    alignas(64) double out[5][finish_rows];
+    index numbers[finish_rows];
+    const index padding = (width - cols_ % width) % width;
+    for (index i = 0; i < count; ++i) {
+      const live_row& row = rows[i];
+      numbers[i] = row.row;
+      in[0][i] = static_cast<double>(row.shift);
+      in[1][i] = row.target;
+      in[2][i] = row.target_side;
+      in[3][i] = row.label_weight;
+      in[4][i] = static_cast<double>(row.rivals);
+      in[5][i] = row.raw_target;
+      for (int k = 0; k < statistic::terms; ++k) in[6 + k][i] = row.sums[k].total();
+      if constexpr (statistic::counts) in[6][i] -= static_cast<double>(padding);
+    }
+    row_summary<statistic> s;
+    s.shift = W::load(in[0]);
+    s.target = W::load(in[1]);
+    s.target_side = W::load(in[2]);
+    s.label_weight = W::load(in[3]);
+    s.classes = W(static_cast<double>(cols_));
+    for (int k = 0; k < statistic::terms; ++k) s.term[k] = W::load(in[6 + k]);
+    const row_outcome<W> result = formula_.finish(s);
+    result.value.store(out[0]);
+    result.image_scale.store(out[1]);
+    result.coefficient[0].store(out[2]);
+    result.coefficient[1].store(out[3]);
+    result.target_gradient.store(out[4]);
+    if (job_.report.any())
+      store_report(formula_, job_, s, numbers, in[5], in[4], count);
+    for (index i = 0; i < count; ++i) {
+      live_row& row = rows[i];
+      store_value(job_, row.row, out[0][i], total);
+      if constexpr (Gradient) {
+        fill_factors(row, carries ? out[1][i] * row.scale : out[1][i]);
+        row.coefficient[0] = static_cast<T>(out[2][i]);
+        row.coefficient[1] = static_cast<T>(out[3][i]);
+        row.target_gradient = static_cast<T>(out[4][i] * row.scale);
+      }
+    }
+  }
+
+  void fill_factors(live_row& row, double scale) const {
+    if (!row.shifted) {
+      std::fill_n(row.factors, chunks_, static_cast<T>(scale));
+      return;
+    }
+    alignas(64) double d[finish_rows];
+    for (index c = 0; c < chunks_; c += finish_rows) {
+      const index n = std::min(finish_rows, chunks_ - c);
+      for (index i = 0; i < n; ++i)
+        d[i] = static_cast<double>(row.shifts[c + i]) - static_cast<double>(row.shift);
+      (exp(pack<double>::load(d)) * scale).store(d);
+      for (index i = 0; i < n; ++i) row.factors[c + i] = static_cast<T>(d[i]);
+    }
+  }
+
+  const Formula& formula_;
+  const row_job<T>& job_;
+  index cols_, chunks_;
+  bool scores_in_place_, soft_in_place_, gradient_in_place_, images_in_row_;
+  std::size_t scratch_bytes_ = 0;
+  live_row* rows_ = nullptr;
+  T* stage_x_[2] = {nullptr, nullptr};
+  T *stage_emit_ = nullptr, *stage_gradient_ = nullptr, *stage_sum_ = nullptr;
+  T *stage_soft_ = nullptr, *stage_soft_emit_ = nullptr;
+};
+
+}  // namespace perdita::inline PERDITA_ABI::core

@@ -1,0 +1,300 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+/// The call operators of every row loss: checks, reduction, distribution over threads.
+
+#include <atomic>
+#include <cmath>
+#include <concepts>
+#include <cstdint>
+#include <string>
+
+#include "column_kernel.hpp"
+#include "errors.hpp"
+#include "executor.hpp"
+#include "row_kernel.hpp"
+#include "views.hpp"
+#include "workspace.hpp"
+
+namespace perdita::inline PERDITA_ABI {
+
+/// What becomes of the values of the rows, with PyTorch's meaning: `mean` divides their weighted
+/// sum by the sum of the weights of the rows that count (0, not NaN, where none does); `none`
+/// leaves them to call_options::values, with the gradient of each row by itself.
+enum class reduction { none, mean, sum };
+
+/// Everything that changes a call but not the mathematics. The same names for every loss.
+template <class T>
+struct call_options {
+  /// One factor per row, of value and gradient; counts in the mean's denominator. 0 removes a row.
+  vector_view<const T> row_weights{};
+  /// ∂(what is minimised)/∂(value of the row): multiplies the gradient of each row only.
+  vector_view<const T> upstream{};
+  /// Multiplies the gradient only: a loss scale, or an upstream gradient common to all rows.
+  T scale = 1;
+  /// What the mean divides by, instead of its own denominator, where this is not 0.
+  double normaliser = 0;
+  /// Adds to the gradient buffer instead of overwriting it.
+  bool accumulate = false;
+
+  /// By-products, one number per row (0 for ignored rows). No view, no cost.
+  vector_view<T> values{};                  ///< value times row weight
+  vector_view<T> log_sum_exp{};             ///< of the transformed scores
+  vector_view<T> target_log_probability{};  ///< log p of the label
+  vector_view<T> entropy{};                 ///< -Σ p log p, in nats
+  vector_view<T> penalty{};                 ///< the penalty's part of the value
+  vector_view<unsigned char> hits{};        ///< 1 where the label's score is above all others
+
+  executor run_on{};
+  workspace* memory = nullptr;  ///< scratch to reuse; without it a call allocates once
+};
+
+namespace core {
+
+template <class I>
+concept label_type = std::integral<I> && !std::same_as<std::remove_const_t<I>, bool>;
+
+template <class V>
+concept labels_like = vector_like<V> && label_type<typename element_of<V>::type>;
+
+template <class M, class T>
+concept scores_like =
+    matrix_like<M> && storable_as<std::remove_const_t<typename element_of<M>::type>, T>;
+
+template <class M, class T>
+concept gradient_like = scores_like<M, T> && !std::is_const_v<typename element_of<M>::type>;
+
+struct extent {
+  std::uintptr_t begin, end;
+};
+/// The bytes between the first and the last element of a matrix.
+template <class T, bool M>
+extent bytes_of(const matrix_data<T, M>& m) {
+  index low = 0, high = 0;
+  const index planes = m.plane_rows > 0 ? m.rows / m.plane_rows : 1;
+  for (const index reach : {(m.plane_rows - 1) * m.row_stride, (m.cols - 1) * m.col_stride,
+                            (planes - 1) * m.plane_stride})
+    (reach < 0 ? low : high) += reach;
+  const auto base = reinterpret_cast<std::uintptr_t>(m.data);
+  return {base + static_cast<std::uintptr_t>(low * m.width),
+          base + static_cast<std::uintptr_t>((high + 1) * m.width)};
+}
+
+template <class T>
+std::int64_t read_label(const void* labels, index stride, index r) {
+  return static_cast<std::int64_t>(static_cast<const T*>(labels)[r * stride]);
+}
+
+/// Rows per task: enough to be worth a task, few enough to share out, and a function of the shape
+/// alone, because the values of a block are summed before the blocks are.
+inline index block_rows(index rows, index cols) {
+  const auto up = [](index a, index b) { return (a + b - 1) / b; };
+  const index worth = up(65536, cols), shared = std::clamp<index>(rows / 16, 1, 8);
+  index n = std::max({worth, shared, up(rows, 4096)});
+  if (n > finish_rows) n = up(n, finish_rows) * finish_rows;
+  return cols < 128 ? up(n, 64) * 64 : n;
+}
+
+}  // namespace core
+
+/// Base of every loss of one row of scores and a target. Derived declares
+///
+///   name                        for messages
+///   options()                   with reduction and ignore_index
+///   check(cols)                 fails if the loss cannot take that many classes
+///   visit(job, f)               calls f(formula) with the formula that serves the job
+///
+/// and a formula declares the algebra: statistic, score, finish, slope (see row_kernel.hpp).
+template <class Derived, class T>
+class row_loss {
+ public:
+  using value_type = T;
+
+  /// The reduced value. `scores` is rows × classes, of T (or 16-bit storage where T is float);
+  /// `target` is one label per row, of any integral type, or rows × classes soft targets.
+  template <class X, class Y>
+    requires core::scores_like<X, T>
+  T operator()(X&& scores, Y&& target, const call_options<T>& call = {}) const {
+    return run(core::as_matrix(scores), target, matrix_view<T>(), call);
+  }
+
+  /// The reduced value, and its gradient with respect to the scores, written (or added) to
+  /// `gradient`: a buffer of its own, or the scores themselves.
+  template <class X, class Y, class G>
+    requires core::scores_like<X, T> && core::gradient_like<G, T>
+  T operator()(X&& scores, Y&& target, G&& gradient, const call_options<T>& call = {}) const {
+    const auto g = core::as_matrix(gradient);
+    core::require(g.data != nullptr || g.rows * g.cols == 0, self().name, "gradient", 0,
+                  "a pointer to memory");
+    return run(core::as_matrix(scores), target, g, call);
+  }
+
+ private:
+  const Derived& self() const { return static_cast<const Derived&>(*this); }
+
+  template <class S, class Y, class G>
+  T run(matrix_view<S> scores, Y& target, matrix_view<G> gradient,
+        const call_options<T>& call) const {
+    core::row_job<T> job;
+    job.name = self().name;
+    job.scores = core::matrix_data<T>(scores);
+    job.gradient = core::matrix_data<T, true>(gradient);
+    if constexpr (core::labels_like<Y>) {
+      const auto labels = core::as_vector(target);
+      using L = std::remove_const_t<typename decltype(labels)::element_type>;
+      check_size("labels", labels.size, scores.rows);
+      job.labels = labels.data ? static_cast<const void*>(labels.data) : this;
+      job.label_at = &core::read_label<L>;
+      job.label_stride = labels.stride;
+    } else {
+      static_assert(core::scores_like<Y, T> && Derived::takes_soft_targets,
+                    "the target must be a vector of integral labels, or (for losses that take "
+                    "them) a matrix of probabilities of the compute or a 16-bit type");
+      const auto soft = core::as_matrix(target);
+      check_size("target rows", soft.rows, scores.rows);
+      check_size("target columns", soft.cols, scores.cols);
+      job.soft = core::matrix_data<T>(soft);
+    }
+    return evaluate(job, call, gradient.data != nullptr || gradient.rows > 0);
+  }
+
+  void check_size(const char* what, index got, index expected) const {
+    if (got != expected) [[unlikely]]
+      core::fail(std::string("perdita::") + self().name + ": " + what + " is " +
+                 core::to_text(got) + ", expected " + core::to_text(expected) +
+                 " (as many as the scores have)");
+  }
+
+  T evaluate(core::row_job<T>& job, const call_options<T>& call, bool has_gradient) const;
+  double check_and_weigh(const core::row_job<T>& job, const call_options<T>& call,
+                         bool has_gradient) const;
+};
+
+template <class Derived, class T>
+double row_loss<Derived, T>::check_and_weigh(const core::row_job<T>& job,
+                                             const call_options<T>& call,
+                                             bool has_gradient) const {
+  const index rows = job.scores.rows, cols = job.scores.cols;
+  const char* name = self().name;
+  if (has_gradient) {
+    check_size("gradient rows", job.gradient.rows, rows);
+    check_size("gradient columns", job.gradient.cols, cols);
+    const bool same = static_cast<const void*>(job.gradient.data) == job.scores.data &&
+                      job.gradient.width == job.scores.width &&
+                      job.gradient.row_stride == job.scores.row_stride &&
+                      job.gradient.col_stride == job.scores.col_stride &&
+                      job.gradient.plane_stride == job.scores.plane_stride;
+    if (rows * cols > 0) {
+      const core::extent g = core::bytes_of(job.gradient);
+      const auto apart = [&](const core::extent& e) { return g.end <= e.begin || e.end <= g.begin; };
+      if (!same && !apart(core::bytes_of(job.scores)))
+        core::fail(std::string("perdita::") + name +
+                   ": gradient overlaps the scores, expected either the scores themselves or "
+                   "memory apart from them");
+      if (job.soft && !apart(core::bytes_of(job.soft)))
+        core::fail(std::string("perdita::") + name +
+                   ": gradient overlaps the target, expected memory apart from it");
+    }
+    if (same && call.accumulate && rows * cols > 0)
+      core::fail(std::string("perdita::") + name +
+                 ": accumulate is true, expected false where the gradient overwrites the scores");
+  }
+  const auto per_row = [&](const char* what, const auto& v) {
+    if (v.data || v.size > 0) check_size(what, v.size, rows);
+  };
+  per_row("row_weights", call.row_weights);
+  per_row("upstream", call.upstream);
+  per_row("values", call.values);
+  per_row("log_sum_exp", call.log_sum_exp);
+  per_row("target_log_probability", call.target_log_probability);
+  per_row("entropy", call.entropy);
+  per_row("penalty", call.penalty);
+  per_row("hits", call.hits);
+  core::require(call.normaliser >= 0 && std::isfinite(call.normaliser), name, "normaliser",
+                call.normaliser, "a finite number above 0, or 0 for the reduction's own");
+  if (rows > 0) core::require(cols > 0, name, "columns", cols, "at least 1 class");
+  if (cols > 0) self().check(cols);
+
+  core::exact_sum weights;
+  for (index r = 0; r < rows; ++r) {
+    double weight = 1;
+    if (job.labels) {
+      const std::int64_t label = job.label(r);
+      if (label == job.ignore_index) continue;
+      if (label < 0 || label >= cols) [[unlikely]]
+        core::fail_at(name, "labels", r, label,
+                      "0 to " + core::to_text(cols - 1) + ", or ignore_index " +
+                          core::to_text(job.ignore_index));
+      weight = self().label_weight(static_cast<index>(label));
+    }
+    weights.add(weight * job.row_weight(r));
+  }
+  return weights.value();
+}
+
+template <class Derived, class T>
+T row_loss<Derived, T>::evaluate(core::row_job<T>& job, const call_options<T>& call,
+                                 bool has_gradient) const {
+  const auto& options = self().options();
+  job.ignore_index = options.ignore_index;
+  job.accumulate = call.accumulate;
+  job.row_weights = call.row_weights;
+  job.upstream = call.upstream;
+  job.report = {call.values,  call.log_sum_exp, call.target_log_probability,
+                call.entropy, call.penalty,     call.hits};
+  const double weights = check_and_weigh(job, call, has_gradient);
+  const index rows = job.scores.rows, cols = job.scores.cols;
+  if (rows == 0) return 0;
+
+  double share = 1;
+  if (options.reduction == reduction::mean) {
+    const double denominator = call.normaliser != 0 ? call.normaliser : weights;
+    share = denominator != 0 ? 1 / denominator : 0;
+  }
+  job.scale = static_cast<double>(call.scale) * share;
+  job.streaming = has_gradient && !job.in_place() && !job.accumulate &&
+                  rows * cols * static_cast<index>(sizeof(T)) > (index{4} << 20);
+
+  double total = 0;
+  self().visit(job, [&](const auto& formula) {
+    using formula_type = std::remove_cvref_t<decltype(formula)>;
+    const auto distribute = [&]<class Kernel>(std::type_identity<Kernel>) {
+      const index block = core::block_rows(rows, cols);
+      const index blocks = (rows + block - 1) / block;
+      const index workers = std::min(blocks, static_cast<index>(call.run_on.concurrency()));
+      const std::size_t scratch = (Kernel::scratch_bytes(formula, job) + 63) / 64 * 64;
+      const std::size_t totals = (static_cast<std::size_t>(blocks) * sizeof(double) + 63) / 64 * 64;
+      workspace own;
+      std::byte* memory = (call.memory ? *call.memory : own)
+                              .request(totals + static_cast<std::size_t>(workers) * scratch);
+      double* sums = reinterpret_cast<double*>(memory);
+      std::atomic<index> next{0};
+      const auto work = [&](std::size_t worker) {
+        std::byte* mine = memory + totals + worker * scratch;
+        Kernel kernel(formula, job, mine);
+        for (index b; (b = next.fetch_add(1, std::memory_order_relaxed)) < blocks;) {
+          core::exact_sum sum;
+          kernel.run(b * block, std::min(rows, (b + 1) * block), sum);
+          sums[b] = sum.value();
+        }
+      };
+      call.run_on(static_cast<std::size_t>(workers), work);
+      core::exact_sum sum;
+      for (index b = 0; b < blocks; ++b) sum.add(sums[b]);
+      total = sum.value();
+    };
+    const auto choose = [&]<bool Gradient>(std::bool_constant<Gradient>) {
+      if (core::prefers_columns(job))
+        distribute(std::type_identity<core::column_kernel<formula_type, T, Gradient>>{});
+      else
+        distribute(std::type_identity<core::row_kernel<formula_type, T, Gradient>>{});
+    };
+    if (has_gradient)
+      choose(std::true_type{});
+    else
+      choose(std::false_type{});
+  });
+  return static_cast<T>(share == 0 ? 0 : total * share);
+}
+
+}  // namespace perdita::inline PERDITA_ABI

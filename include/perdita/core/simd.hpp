@@ -1,0 +1,536 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+/// Lanes: `pack<T>` is 64 bytes of T on every machine (16 floats, 8 doubles), in as many registers
+/// as that takes. A fixed number of lanes fixes the order of every sum, and every multiply-add is
+/// an explicit fma(), so results do not depend on the instruction set (on sets with FMA and on
+/// plain scalars; without FMA a product is rounded before the addition).
+///
+/// This is the only file that knows xsimd (8.1 to 14) or an intrinsic. Operations whose meaning
+/// changed between versions of xsimd, or that it lacks, are spelt out here.
+
+#include <array>
+#include <bit>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+#include <utility>
+
+#include "../config.hpp"
+
+#if !PERDITA_NO_SIMD
+#include <xsimd/xsimd.hpp>
+#endif
+#if defined(__x86_64__) || defined(__i386__) || defined(_M_X64)
+#include <immintrin.h>
+#endif
+
+// GCC 12 reports its own AVX-512 headers (bug 105593) in every function they are inlined into.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+
+namespace perdita::inline PERDITA_ABI::core {
+
+template <class T>
+inline constexpr std::size_t lanes = 64 / sizeof(T);
+
+template <class T>
+using bits_of = std::conditional_t<sizeof(T) == 4, std::int32_t, std::int64_t>;
+
+/// One hardware register, or one scalar where there is no SIMD: the primitives that packs are
+/// made of. `a` and `b` are of type Register, `m` of type mask.
+namespace reg {
+
+/// Rounds a product before anything is added to it: without this a compiler may contract
+/// a * b + c on one machine and not on another.
+template <class R>
+PERDITA_INLINE R rounded(R r) {
+#if defined(__GNUC__) && (defined(__x86_64__) || defined(__i386__))
+#if defined(__AVX512F__)
+  asm("" : "+v"(r));
+#else
+  asm("" : "+x"(r));
+#endif
+#elif defined(__GNUC__) && defined(__aarch64__)
+  asm("" : "+w"(r));
+#endif
+  return r;
+}
+
+#if PERDITA_NO_SIMD
+
+template <class T>
+struct types {
+  using value = T;
+  using integer = bits_of<T>;
+  using mask = bool;
+  static constexpr std::size_t size = 1;
+};
+
+template <class T> PERDITA_INLINE T set(T a) { return a; }
+template <class T> PERDITA_INLINE T load(const T* p) { return *p; }
+template <class T> PERDITA_INLINE void store(T* p, T a) { *p = a; }
+template <class T> PERDITA_INLINE void stream(T* p, T a) { *p = a; }
+template <class T> PERDITA_INLINE T multiply(T a, T b) { return rounded(a * b); }
+template <class T> PERDITA_INLINE T fma(T a, T b, T c) { return std::fma(a, b, c); }
+template <class T> PERDITA_INLINE T fnma(T a, T b, T c) { return std::fma(-a, b, c); }
+template <class T> PERDITA_INLINE T maximum(T a, T b) { return a > b ? a : b; }
+template <class T> PERDITA_INLINE T minimum(T a, T b) { return a < b ? a : b; }
+template <class T> PERDITA_INLINE T select(bool m, T a, T b) { return m ? a : b; }
+template <class T> PERDITA_INLINE T square_root(T a) { return std::sqrt(a); }
+template <class T> PERDITA_INLINE T absolute(T a) { return std::fabs(a); }
+template <class T> PERDITA_INLINE T negative(T a) { return -a; }
+PERDITA_INLINE bool any(bool m) { return m; }
+template <class T> PERDITA_INLINE auto as_bits(T a) { return std::bit_cast<bits_of<T>>(a); }
+PERDITA_INLINE float from_bits(std::int32_t a) { return std::bit_cast<float>(a); }
+PERDITA_INLINE double from_bits(std::int64_t a) { return std::bit_cast<double>(a); }
+template <int N, class I> PERDITA_INLINE I shift_left(I a) {
+  return static_cast<I>(static_cast<std::make_unsigned_t<I>>(a) << N);
+}
+template <int N, class I> PERDITA_INLINE I shift_right(I a) { return static_cast<I>(a >> N); }
+template <class I> PERDITA_INLINE I add_bits(I a, I b) {
+  using U = std::make_unsigned_t<I>;
+  return static_cast<I>(static_cast<U>(a) + static_cast<U>(b));
+}
+PERDITA_INLINE float lookup(const float* table, std::int32_t index) { return table[index & 15]; }
+
+#else
+
+template <class T>
+using batch = xsimd::batch<T>;
+
+template <class T>
+struct types {
+  using value = batch<T>;
+  using integer = batch<bits_of<T>>;
+  using mask = typename batch<T>::batch_bool_type;
+  static constexpr std::size_t size = batch<T>::size;
+};
+
+template <class T> PERDITA_INLINE batch<T> set(T a) { return batch<T>(a); }
+template <class T> PERDITA_INLINE batch<T> load(const T* p) { return batch<T>::load_unaligned(p); }
+template <class T> PERDITA_INLINE void store(T* p, const batch<T>& a) { a.store_unaligned(p); }
+
+template <class T>
+PERDITA_INLINE batch<T> multiply(const batch<T>& a, const batch<T>& b) {
+  batch<T> product = a * b;
+  product.data = rounded(product.data);
+  return product;
+}
+
+// xsimd before 11 does not fuse on AVX-512, and its max() and min() treat NaN by a rule that
+// changed in 14; on x86 the instructions themselves say what is meant.
+#if defined(__AVX512F__)
+PERDITA_INLINE batch<float> fma(const batch<float>& a, const batch<float>& b, const batch<float>& c) {
+  return _mm512_fmadd_ps(a.data, b.data, c.data);
+}
+PERDITA_INLINE batch<double> fma(const batch<double>& a, const batch<double>& b, const batch<double>& c) {
+  return _mm512_fmadd_pd(a.data, b.data, c.data);
+}
+PERDITA_INLINE batch<float> fnma(const batch<float>& a, const batch<float>& b, const batch<float>& c) {
+  return _mm512_fnmadd_ps(a.data, b.data, c.data);
+}
+PERDITA_INLINE batch<double> fnma(const batch<double>& a, const batch<double>& b, const batch<double>& c) {
+  return _mm512_fnmadd_pd(a.data, b.data, c.data);
+}
+#elif defined(__FMA__) && defined(__AVX__)
+PERDITA_INLINE batch<float> fma(const batch<float>& a, const batch<float>& b, const batch<float>& c) {
+  return _mm256_fmadd_ps(a.data, b.data, c.data);
+}
+PERDITA_INLINE batch<double> fma(const batch<double>& a, const batch<double>& b, const batch<double>& c) {
+  return _mm256_fmadd_pd(a.data, b.data, c.data);
+}
+PERDITA_INLINE batch<float> fnma(const batch<float>& a, const batch<float>& b, const batch<float>& c) {
+  return _mm256_fnmadd_ps(a.data, b.data, c.data);
+}
+PERDITA_INLINE batch<double> fnma(const batch<double>& a, const batch<double>& b, const batch<double>& c) {
+  return _mm256_fnmadd_pd(a.data, b.data, c.data);
+}
+#elif defined(__aarch64__)
+template <class T>
+PERDITA_INLINE batch<T> fma(const batch<T>& a, const batch<T>& b, const batch<T>& c) {
+  return xsimd::fma(a, b, c);
+}
+template <class T>
+PERDITA_INLINE batch<T> fnma(const batch<T>& a, const batch<T>& b, const batch<T>& c) {
+  return xsimd::fma(-a, b, c);
+}
+#else
+template <class T>
+PERDITA_INLINE batch<T> fma(const batch<T>& a, const batch<T>& b, const batch<T>& c) {
+  return multiply(a, b) + c;
+}
+template <class T>
+PERDITA_INLINE batch<T> fnma(const batch<T>& a, const batch<T>& b, const batch<T>& c) {
+  return c - multiply(a, b);
+}
+#endif
+
+#if defined(__AVX512F__)
+PERDITA_INLINE batch<float> maximum(const batch<float>& a, const batch<float>& b) { return _mm512_max_ps(a.data, b.data); }
+PERDITA_INLINE batch<double> maximum(const batch<double>& a, const batch<double>& b) { return _mm512_max_pd(a.data, b.data); }
+PERDITA_INLINE batch<float> minimum(const batch<float>& a, const batch<float>& b) { return _mm512_min_ps(a.data, b.data); }
+PERDITA_INLINE batch<double> minimum(const batch<double>& a, const batch<double>& b) { return _mm512_min_pd(a.data, b.data); }
+PERDITA_INLINE void stream(float* p, const batch<float>& a) { _mm512_stream_ps(p, a.data); }
+PERDITA_INLINE void stream(double* p, const batch<double>& a) { _mm512_stream_pd(p, a.data); }
+#elif defined(__AVX__)
+PERDITA_INLINE batch<float> maximum(const batch<float>& a, const batch<float>& b) { return _mm256_max_ps(a.data, b.data); }
+PERDITA_INLINE batch<double> maximum(const batch<double>& a, const batch<double>& b) { return _mm256_max_pd(a.data, b.data); }
+PERDITA_INLINE batch<float> minimum(const batch<float>& a, const batch<float>& b) { return _mm256_min_ps(a.data, b.data); }
+PERDITA_INLINE batch<double> minimum(const batch<double>& a, const batch<double>& b) { return _mm256_min_pd(a.data, b.data); }
+PERDITA_INLINE void stream(float* p, const batch<float>& a) { _mm256_stream_ps(p, a.data); }
+PERDITA_INLINE void stream(double* p, const batch<double>& a) { _mm256_stream_pd(p, a.data); }
+#elif defined(__SSE2__)
+PERDITA_INLINE batch<float> maximum(const batch<float>& a, const batch<float>& b) { return _mm_max_ps(a.data, b.data); }
+PERDITA_INLINE batch<double> maximum(const batch<double>& a, const batch<double>& b) { return _mm_max_pd(a.data, b.data); }
+PERDITA_INLINE batch<float> minimum(const batch<float>& a, const batch<float>& b) { return _mm_min_ps(a.data, b.data); }
+PERDITA_INLINE batch<double> minimum(const batch<double>& a, const batch<double>& b) { return _mm_min_pd(a.data, b.data); }
+PERDITA_INLINE void stream(float* p, const batch<float>& a) { _mm_stream_ps(p, a.data); }
+PERDITA_INLINE void stream(double* p, const batch<double>& a) { _mm_stream_pd(p, a.data); }
+#else
+template <class T> PERDITA_INLINE batch<T> maximum(const batch<T>& a, const batch<T>& b) { return xsimd::select(a > b, a, b); }
+template <class T> PERDITA_INLINE batch<T> minimum(const batch<T>& a, const batch<T>& b) { return xsimd::select(a < b, a, b); }
+template <class T> PERDITA_INLINE void stream(T* p, const batch<T>& a) { store(p, a); }
+#endif
+
+template <class M, class T>
+PERDITA_INLINE batch<T> select(const M& m, const batch<T>& a, const batch<T>& b) { return xsimd::select(m, a, b); }
+template <class T> PERDITA_INLINE batch<T> square_root(const batch<T>& a) { return xsimd::sqrt(a); }
+template <class T> PERDITA_INLINE batch<T> absolute(const batch<T>& a) { return xsimd::abs(a); }
+// The unary minus of xsimd 8 is 0 - a, which loses the sign of zero.
+template <class T> PERDITA_INLINE batch<T> negative(const batch<T>& a) { return a ^ batch<T>(T(-0.0)); }
+template <class M> PERDITA_INLINE bool any(const M& m) { return xsimd::any(m); }
+
+template <class T>
+PERDITA_INLINE auto as_bits(const batch<T>& a) {
+  using integer = batch<bits_of<T>>;
+  return integer(std::bit_cast<typename integer::register_type>(a.data));
+}
+template <class I>
+PERDITA_INLINE auto from_bits(const batch<I>& a) {
+  using real = batch<std::conditional_t<sizeof(I) == 4, float, double>>;
+  return real(std::bit_cast<typename real::register_type>(a.data));
+}
+template <int N, class I> PERDITA_INLINE batch<I> shift_left(const batch<I>& a) { return a << N; }
+template <int N, class I> PERDITA_INLINE batch<I> shift_right(const batch<I>& a) { return a >> N; }
+template <class I> PERDITA_INLINE batch<I> add_bits(const batch<I>& a, const batch<I>& b) { return a + b; }
+
+/// table[index & 15], lane by lane; the table is 64-byte aligned.
+PERDITA_INLINE batch<float> lookup(const float* table, const batch<std::int32_t>& index) {
+#if defined(__AVX512F__)
+  return _mm512_permutexvar_ps(index.data, _mm512_load_ps(table));
+#elif defined(__AVX2__)
+  const __m256 low = _mm256_permutevar8x32_ps(_mm256_load_ps(table), index.data);
+  const __m256 high = _mm256_permutevar8x32_ps(_mm256_load_ps(table + 8), index.data);
+  return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index.data, 28)));
+#else
+  constexpr std::size_t n = batch<float>::size;
+  alignas(64) std::int32_t i[n];
+  alignas(64) float value[n];
+  index.store_aligned(i);
+  for (std::size_t k = 0; k < n; ++k) value[k] = table[i[k] & 15];
+  return batch<float>::load_aligned(value);
+#endif
+}
+
+#endif
+
+/// a + b as integers, read as a real; zero where x < cut (not where x is NaN).
+template <class Real, class Integer>
+PERDITA_INLINE Real add_bits_unless_less(const Real& x, const Real& cut, const Integer& a,
+                                         const Integer& b) {
+#if !PERDITA_NO_SIMD && defined(__AVX512F__)
+  if constexpr (std::is_same_v<Real, batch<float>>) {
+    const __mmask16 keep = _mm512_cmp_ps_mask(x.data, cut.data, _CMP_NLT_UQ);
+    return Real(_mm512_castsi512_ps(_mm512_maskz_add_epi32(keep, a.data, b.data)));
+  } else
+#endif
+  {
+    return reg::select(x < cut, Real(0), from_bits(add_bits(a, b)));
+  }
+}
+
+/// a * b; zero where a < cut, so that no subnormal product is ever formed (not where a is NaN).
+template <class Real>
+PERDITA_INLINE Real multiply_unless_less(const Real& a, const Real& cut, const Real& b) {
+#if !PERDITA_NO_SIMD && defined(__AVX512F__)
+  if constexpr (std::is_same_v<Real, batch<float>>) {
+    const __mmask16 keep = _mm512_cmp_ps_mask(a.data, cut.data, _CMP_NLT_UQ);
+    return Real(rounded(_mm512_maskz_mul_ps(keep, a.data, b.data)));
+  } else
+#endif
+  {
+    return reg::multiply(reg::select(a < cut, Real(0), a), b);
+  }
+}
+
+/// a * b + c; zero where x < cut, whatever a, b and c are there (not where x is NaN).
+template <class Real>
+PERDITA_INLINE Real fma_unless_less(const Real& x, const Real& cut, const Real& a, const Real& b,
+                                    const Real& c) {
+#if !PERDITA_NO_SIMD && defined(__AVX512F__)
+  if constexpr (std::is_same_v<Real, batch<float>>) {
+    const __mmask16 keep = _mm512_cmp_ps_mask(x.data, cut.data, _CMP_NLT_UQ);
+    return Real(_mm512_maskz_fmadd_ps(keep, a.data, b.data, c.data));
+  } else
+#endif
+  {
+    return reg::select(x < cut, Real(0), reg::fma(a, b, c));
+  }
+}
+
+}  // namespace reg
+
+template <class T>
+struct pack;
+
+/// One truth value per lane of a pack<T>.
+template <class T>
+struct pack_mask {
+  using registers = std::array<typename reg::types<T>::mask, lanes<T> / reg::types<T>::size>;
+  registers r;
+};
+
+/// Integers of the width of T, one per lane: only what the vector maths needs.
+template <class T>
+struct pack_bits {
+  using registers = std::array<typename reg::types<T>::integer, lanes<T> / reg::types<T>::size>;
+  registers r;
+};
+
+namespace detail {
+/// {f(0), f(1), …}: one call per register, always unrolled.
+template <class Result, class F>
+PERDITA_INLINE Result each(F f) {
+  return [&]<std::size_t... I>(std::index_sequence<I...>) __attribute__((always_inline)) {
+    return Result{{f(std::integral_constant<std::size_t, I>{})...}};
+  }(std::make_index_sequence<std::tuple_size_v<typename Result::registers>>{});
+}
+}  // namespace detail
+
+/// 64 bytes of T: a value of the formulas that losses are written in.
+template <class T>
+struct pack {
+  using value_type = T;
+  using registers = std::array<typename reg::types<T>::value, lanes<T> / reg::types<T>::size>;
+  registers r;
+
+  static constexpr std::size_t size = lanes<T>;
+  static constexpr std::size_t step = reg::types<T>::size;
+
+  pack() = default;
+  PERDITA_INLINE pack(const registers& values) : r(values) {}
+  PERDITA_INLINE pack(T a) {
+    const auto lane = reg::set(a);
+    for (auto& x : r) x = lane;
+  }
+
+  static PERDITA_INLINE pack load(const T* p) {
+    return detail::each<pack>([=](auto i) __attribute__((always_inline)) { return reg::load(p + i * step); });
+  }
+  PERDITA_INLINE void store(T* p) const {
+    for (std::size_t i = 0; i < r.size(); ++i) reg::store(p + i * step, r[i]);
+  }
+  /// Past the caches; p is aligned to 64 bytes.
+  PERDITA_INLINE void stream(T* p) const {
+    for (std::size_t i = 0; i < r.size(); ++i) reg::stream(p + i * step, r[i]);
+  }
+};
+
+#define PERDITA_PACK_2(result, name, expression)                               \
+  template <class T>                                                           \
+  PERDITA_INLINE result<T> name(const pack<T>& a, const pack<T>& b) {          \
+    return detail::each<result<T>>(                                            \
+        [&](auto i) __attribute__((always_inline)) { return expression; });    \
+  }                                                                            \
+  template <class T>                                                           \
+  PERDITA_INLINE result<T> name(const pack<T>& a, std::type_identity_t<T> b) { \
+    return name(a, pack<T>(b));                                                \
+  }                                                                            \
+  template <class T>                                                           \
+  PERDITA_INLINE result<T> name(std::type_identity_t<T> a, const pack<T>& b) { \
+    return name(pack<T>(a), b);                                                \
+  }
+PERDITA_PACK_2(pack, operator+, a.r[i] + b.r[i])
+PERDITA_PACK_2(pack, operator-, a.r[i] - b.r[i])
+PERDITA_PACK_2(pack, operator*, reg::multiply(a.r[i], b.r[i]))
+PERDITA_PACK_2(pack, operator/, a.r[i] / b.r[i])
+PERDITA_PACK_2(pack_mask, operator<, a.r[i] < b.r[i])
+PERDITA_PACK_2(pack_mask, operator>, a.r[i] > b.r[i])
+PERDITA_PACK_2(pack_mask, operator<=, a.r[i] <= b.r[i])
+PERDITA_PACK_2(pack_mask, operator>=, a.r[i] >= b.r[i])
+PERDITA_PACK_2(pack_mask, operator==, a.r[i] == b.r[i])
+/// The larger value; b where a is NaN.
+PERDITA_PACK_2(pack, max, reg::maximum(a.r[i], b.r[i]))
+/// The smaller value; b where a is NaN.
+PERDITA_PACK_2(pack, min, reg::minimum(a.r[i], b.r[i]))
+#undef PERDITA_PACK_2
+
+template <class T>
+PERDITA_INLINE pack<T> operator-(const pack<T>& a) {
+  return detail::each<pack<T>>([&](auto i) __attribute__((always_inline)) { return reg::negative(a.r[i]); });
+}
+template <class T>
+PERDITA_INLINE pack<T>& operator+=(pack<T>& a, const pack<T>& b) {
+  return a = a + b;
+}
+
+/// a * b + c, rounded once (where the machine can).
+template <class T>
+PERDITA_INLINE pack<T> fma(const pack<T>& a, const pack<T>& b, const pack<T>& c) {
+  return detail::each<pack<T>>(
+      [&](auto i) __attribute__((always_inline)) { return reg::fma(a.r[i], b.r[i], c.r[i]); });
+}
+/// c - a * b, rounded once (where the machine can).
+template <class T>
+PERDITA_INLINE pack<T> fnma(const pack<T>& a, const pack<T>& b, const pack<T>& c) {
+  return detail::each<pack<T>>(
+      [&](auto i) __attribute__((always_inline)) { return reg::fnma(a.r[i], b.r[i], c.r[i]); });
+}
+template <class T>
+PERDITA_INLINE pack<T> sqrt(const pack<T>& a) {
+  return detail::each<pack<T>>([&](auto i) __attribute__((always_inline)) { return reg::square_root(a.r[i]); });
+}
+template <class T>
+PERDITA_INLINE pack<T> abs(const pack<T>& a) {
+  return detail::each<pack<T>>([&](auto i) __attribute__((always_inline)) { return reg::absolute(a.r[i]); });
+}
+template <class T>
+PERDITA_INLINE pack<T> select(const pack_mask<T>& m, const pack<T>& a, const pack<T>& b) {
+  return detail::each<pack<T>>(
+      [&](auto i) __attribute__((always_inline)) { return reg::select(m.r[i], a.r[i], b.r[i]); });
+}
+template <class T>
+PERDITA_INLINE pack_mask<T> operator&(const pack_mask<T>& a, const pack_mask<T>& b) {
+  return detail::each<pack_mask<T>>(
+      [&](auto i) __attribute__((always_inline)) { return typename reg::types<T>::mask(a.r[i] & b.r[i]); });
+}
+template <class T>
+PERDITA_INLINE pack_mask<T> operator|(const pack_mask<T>& a, const pack_mask<T>& b) {
+  return detail::each<pack_mask<T>>(
+      [&](auto i) __attribute__((always_inline)) { return typename reg::types<T>::mask(a.r[i] | b.r[i]); });
+}
+template <class T>
+PERDITA_INLINE bool any(const pack_mask<T>& m) {
+  bool result = false;
+  for (const auto& x : m.r) result |= reg::any(x);
+  return result;
+}
+template <class T>
+PERDITA_INLINE pack_mask<T> is_nan(const pack<T>& a) {
+  return detail::each<pack_mask<T>>([&](auto i) __attribute__((always_inline)) { return a.r[i] != a.r[i]; });
+}
+
+template <class T>
+PERDITA_INLINE pack_bits<T> as_bits(const pack<T>& a) {
+  return detail::each<pack_bits<T>>([&](auto i) __attribute__((always_inline)) { return reg::as_bits(a.r[i]); });
+}
+template <class T>
+PERDITA_INLINE pack<T> from_bits(const pack_bits<T>& a) {
+  return detail::each<pack<T>>([&](auto i) __attribute__((always_inline)) { return reg::from_bits(a.r[i]); });
+}
+template <int N, class T>
+PERDITA_INLINE pack_bits<T> shift_left(const pack_bits<T>& a) {
+  return detail::each<pack_bits<T>>(
+      [&](auto i) __attribute__((always_inline)) { return reg::template shift_left<N>(a.r[i]); });
+}
+template <int N, class T>
+PERDITA_INLINE pack_bits<T> shift_right(const pack_bits<T>& a) {
+  return detail::each<pack_bits<T>>(
+      [&](auto i) __attribute__((always_inline)) { return reg::template shift_right<N>(a.r[i]); });
+}
+template <class T>
+PERDITA_INLINE pack_bits<T> operator+(const pack_bits<T>& a, const pack_bits<T>& b) {
+  return detail::each<pack_bits<T>>(
+      [&](auto i) __attribute__((always_inline)) { return reg::add_bits(a.r[i], b.r[i]); });
+}
+template <class T>
+PERDITA_INLINE pack_bits<T> operator+(const pack_bits<T>& a, bits_of<T> b) {
+  using integer = typename reg::types<T>::integer;
+  return detail::each<pack_bits<T>>(
+      [&](auto i) __attribute__((always_inline)) { return reg::add_bits(a.r[i], integer(b)); });
+}
+/// table[index & 15] per lane; the table is 64-byte aligned.
+PERDITA_INLINE pack<float> lookup(const float* table, const pack_bits<float>& index) {
+  return detail::each<pack<float>>(
+      [&](auto i) __attribute__((always_inline)) { return reg::lookup(table, index.r[i]); });
+}
+/// a + b as integers, read as a real; zero where x < cut (not where x is NaN).
+template <class T>
+PERDITA_INLINE pack<T> add_bits_unless_less(const pack<T>& x, const pack<T>& cut,
+                                            const pack_bits<T>& a, const pack_bits<T>& b) {
+  return detail::each<pack<T>>([&](auto i) __attribute__((always_inline)) {
+    return reg::add_bits_unless_less(x.r[i], cut.r[i], a.r[i], b.r[i]);
+  });
+}
+/// a * b; zero where a < cut (not where a is NaN).
+template <class T>
+PERDITA_INLINE pack<T> multiply_unless_less(const pack<T>& a, const pack<T>& cut, const pack<T>& b) {
+  return detail::each<pack<T>>([&](auto i) __attribute__((always_inline)) {
+    return reg::multiply_unless_less(a.r[i], cut.r[i], b.r[i]);
+  });
+}
+
+/// a * b + c; zero where x < cut, whatever a, b and c are there (not where x is NaN).
+template <class T>
+PERDITA_INLINE pack<T> fma_unless_less(const pack<T>& x, const pack<T>& cut, const pack<T>& a,
+                                       const pack<T>& b, const pack<T>& c) {
+  return detail::each<pack<T>>([&](auto i) __attribute__((always_inline)) {
+    return reg::fma_unless_less(x.r[i], cut.r[i], a.r[i], b.r[i], c.r[i]);
+  });
+}
+
+/// {0, 1, 2, …}
+template <class T>
+PERDITA_INLINE pack<T> iota() {
+  alignas(64) static constexpr auto values = [] {
+    std::array<T, lanes<T>> v{};
+    for (std::size_t i = 0; i < v.size(); ++i) v[i] = static_cast<T>(i);
+    return v;
+  }();
+  return pack<T>::load(values.data());
+}
+
+/// Σ of the lanes in the one fixed tree: halves onto halves.
+template <class T>
+PERDITA_INLINE T sum_lanes(const pack<T>& a) {
+  alignas(64) T v[lanes<T>];
+  a.store(v);
+  for (std::size_t width = lanes<T> / 2; width > 0; width /= 2)
+    for (std::size_t i = 0; i < width; ++i) v[i] += v[i + width];
+  return v[0];
+}
+/// The largest lane; NaN lanes are passed over, all NaN gives -inf.
+template <class T>
+PERDITA_INLINE T max_lanes(const pack<T>& a) {
+  alignas(64) T v[lanes<T>];
+  a.store(v);
+  T result = -std::numeric_limits<T>::infinity();
+  for (T x : v) result = x > result ? x : result;
+  return result;
+}
+
+/// Asks for the line at p to be brought into the second-level cache.
+PERDITA_INLINE void prefetch(const void* p) {
+#if defined(__GNUC__)
+  __builtin_prefetch(p, 0, 2);
+#endif
+}
+/// Makes streaming stores visible to other threads.
+PERDITA_INLINE void stream_fence() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
+}  // namespace perdita::inline PERDITA_ABI::core
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif

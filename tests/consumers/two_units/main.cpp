@@ -1,0 +1,11 @@
+// SPDX-License-Identifier: MIT
+#include "../two_by_three.hpp"
+
+float baseline();
+float avx2();
+
+int main() {
+  const bool first = is_right("baseline", baseline());
+  const bool second = is_right("avx2", avx2());
+  return first && second ? 0 : 1;
+}

@@ -1,0 +1,21 @@
+# SPDX-License-Identifier: MIT
+#
+# cmake -P same_output.cmake PROGRAM...      all must succeed and print the same, which is not nothing
+math(EXPR last "${CMAKE_ARGC} - 1")
+set(report)
+set(differ FALSE)
+foreach(i RANGE 3 ${last})
+  execute_process(COMMAND ${CMAKE_ARGV${i}} OUTPUT_VARIABLE output COMMAND_ERROR_IS_FATAL ANY)
+  if(i EQUAL 3)
+    set(reference "${output}")
+  elseif(NOT output STREQUAL reference)
+    set(differ TRUE)
+  endif()
+  string(APPEND report "${CMAKE_ARGV${i}}:\n${output}")
+endforeach()
+message("${report}")
+if(reference STREQUAL "")
+  message(FATAL_ERROR "Nothing printed")
+elseif(differ)
+  message(FATAL_ERROR "The outputs differ")
+endif()
