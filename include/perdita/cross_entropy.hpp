@@ -4,22 +4,34 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <string>
 #include <vector>
 
 #include "core/row_loss.hpp"
+#include "core/traits.hpp"
 
 namespace perdita::inline PERDITA_ABI {
 
-template <class T>
-class cross_entropy;
-
 namespace core {
 
-/// Scores as they are, one label: everything that needs no sum but Σ e^z over the rivals.
+/// The numbers of a cross-entropy that its formula needs, all sizes settled.
+template <class T>
+struct cross_entropy_parameters {
+  double smoothing = 0, focal_gamma = 0, log_z_penalty = 0, cap = 0, inverse_temperature = 1;
+  const std::vector<T>* class_weights = nullptr;
+  side_cursor<T> side;  // at class 0
+  bool soft = false;
+};
+
+/// Cross-entropy as an algebra.
 ///
-/// With u = log Σ_{j≠y} e^{z_j} − z_y, the log-odds against the label,
-///   −log p_y = softplus(u),   1 − p_y = σ(u),   ∂u/∂z_j = e^{z_j} / Σ_{k≠y} e^{z_k},   ∂u/∂z_y = −1,
-/// so that a confident row keeps its digits: nothing is subtracted from 1.
+/// With u = log Σ_{j≠y} e^{z_j} − z_y, the log-odds against the label y,
+///
+///   −log p_y = softplus(u),  1 − p_y = σ(u),  ∂u/∂z_j = e^{z_j} / Σ_{k≠y} e^{z_k},  ∂u/∂z_y = −1,
+///
+/// so that a confident row keeps its digits: nothing is subtracted from 1. Where there is a
+/// soft target instead of a label, y is the class that it favours. General adds
+/// Σ_c b_c (log Σ e^z − z_c): soft targets, and label smoothing with b_c = ε π_c w_c.
 template <class T, bool General>
 struct cross_entropy_formula {
   using statistic = std::conditional_t<General, log_sum_exp_and_moments, log_sum_exp>;
@@ -27,123 +39,123 @@ struct cross_entropy_formula {
   static constexpr bool proportional = !General;
   static constexpr bool has_side = General;
 
-  const cross_entropy<T>& loss;
-  bool soft = false;
+  cross_entropy_parameters<T> p;
 
-  double label_weight(index y) const { return loss.label_weight(y); }
+  double label_weight(index y) const {
+    return p.class_weights->empty() ? 1.0
+                                    : static_cast<double>((*p.class_weights)[std::size_t(y)]);
+  }
+  side_cursor<T> side(index first) const {
+    side_cursor<T> s = p.side;
+    s.move(first);
+    return s;
+  }
 
+  /// z = cap tanh(x / cap) / temperature; a masked score stays -inf.
   template <class V>
   PERDITA_INLINE V score(const V& x) const {
-    if constexpr (!General) {
-      return x;
-    } else {
-      const V z = cap > 0 ? select(x == V(-std::numeric_limits<T>::infinity()), x,
-                                   tanh(x * V(1 / cap)) * V(cap))
-                          : x;
-      return z * V(inverse_temperature);
-    }
+    if constexpr (!General) return x;
+    const V scale(static_cast<T>(p.inverse_temperature));
+    if (p.cap == 0) return x * scale;
+    const V masked(-std::numeric_limits<T>::infinity());
+    const V capped = tanh(x * V(static_cast<T>(1 / p.cap))) * V(static_cast<T>(p.cap));
+    return select(x == masked, masked, capped * scale);
+  }
+  /// ∂z/∂x at z
+  template <class V>
+  PERDITA_INLINE V steepness(const V& z) const {
+    using S = typename V::value_type;
+    const V scale(static_cast<S>(p.inverse_temperature));
+    if (p.cap == 0) return scale;
+    const V t = z * V(static_cast<S>(1 / (p.inverse_temperature * p.cap)));
+    const V masked(-std::numeric_limits<S>::infinity());
+    return select(z == masked, scale, fnma(t, t, V(1)) * scale);
   }
   template <class V>
   PERDITA_INLINE V slope(const V& z, const V& share, const V& b, const V*) const {
-    const V g = (share - b) * V(inverse_temperature);
-    if (!(cap > 0)) return g;
-    const V t = z * V(1 / (inverse_temperature * cap));
-    const V steepness = fnma(t, t, V(1));
-    return select(z == V(-std::numeric_limits<T>::infinity()), g, g * steepness);
+    return (share - b) * steepness(z);
   }
-  side_cursor<T> side(index first) const {
-    side_cursor<T> s;
-    s.uniform_bias = loss.uniform_side_;
-    s.uniform_weight = soft ? 1 - loss.options_.label_smoothing : T(0);
-    if (!loss.side_.empty()) s.bias = loss.side_.data() + first;
-    if (!loss.soft_weight_.empty()) s.weight = loss.soft_weight_.data() + first;
-    return s;
-  }
-  T cap = 0, inverse_temperature = 1;
 
   template <class W>
-  struct parts {
+  struct odds {
     W log_rivals;  // log Σ_{j≠y} e^{z_j − shift}
-    W odds;        // u
-    W surprise, miss, hit;  // −log p, 1 − p and p of the label
+    W surprise;    // −log p of the label
+    W miss, hit;   // 1 − p and p of the label
+    W above;       // log Σ e^z − shift, but only where some rival is above -inf
     W log_sum_exp;
   };
-  template <class S>
-  auto part(const S& s) const {
-    using W = decltype(s.target);
+  template <class Row>
+  static auto odds_of(const Row& row) {
+    using W = decltype(row.target);
     const W inf(std::numeric_limits<double>::infinity());
-    parts<W> p;
-    p.log_rivals = log(s.term[0]);
-    p.odds = select(s.target == -inf, inf, (s.shift - s.target) + p.log_rivals);
-    p.surprise = softplus(p.odds);
-    p.miss = sigmoid(p.odds);
-    p.hit = sigmoid(-p.odds);
-    p.log_sum_exp = select(s.target == -inf, s.shift + p.log_rivals, s.target + p.surprise);
-    return p;
+    odds<W> o;
+    o.log_rivals = log(row.term[0]);
+    const W u = select(row.target == -inf, inf, (row.shift - row.target) + o.log_rivals);
+    o.surprise = softplus(u);
+    o.miss = sigmoid(u);
+    o.hit = sigmoid(-u);
+    o.above = o.log_rivals + softplus(-u);
+    o.log_sum_exp = select(row.target == -inf, row.shift + o.log_rivals, row.target + o.surprise);
+    return o;
+  }
+  /// weight * x, where nothing infinite counts with weight 0.
+  template <class W>
+  static W weighted(const W& weight, const W& x) {
+    return select(weight == W(0), W(0), weight * x);
   }
 
-  template <class S>
-  auto finish(const S& s) const {
-    using W = decltype(s.target);
-    const W zero(0.0);
-    const parts<W> p = part(s);
-    const auto& o = loss.options_;
+  template <class Row>
+  auto finish(const Row& row) const {
+    using W = decltype(row.target);
+    const W zero(0), inf(std::numeric_limits<double>::infinity());
+    const auto o = odds_of(row);
 
-    // f(u) = (1 − p)^γ softplus(u), and its derivative
-    W value = p.surprise, steep = p.miss;
-    if (o.focal_gamma > 0) {
-      const W gamma(static_cast<double>(o.focal_gamma));
-      const W focus = exp(gamma * -softplus(-p.odds));
-      value = select(p.surprise == zero, zero, focus * p.surprise);
-      steep = select(p.surprise == zero, zero, focus * fma(gamma * p.hit, p.surprise, p.miss));
+    // f(u) = (1 − p)^γ softplus(u), and f'(u)
+    W f = o.surprise, df = o.miss;
+    if (p.focal_gamma > 0) {
+      const W gamma(p.focal_gamma), focus = exp(gamma * log(o.miss));
+      f = weighted(focus, f);
+      df = weighted(focus, o.miss + weighted(o.hit, gamma * o.surprise));
     }
-    const W hard = soft ? zero : s.label_weight * W(1 - static_cast<double>(o.label_smoothing));
-    value = hard * value;
-    W rivals = hard * steep;  // coefficient of the rivals' shares e^z / Σ e^z
+    const W hard = p.soft ? zero : row.label_weight * W(1 - p.smoothing);
+    W value = weighted(hard, f);
+    W rivals = hard * df;  // ∂value/∂u: what the rivals share in proportion to e^z
     W target = -rivals;
 
-    if constexpr (General) {  // + Σ_c b_c (lse − z_c)
-      const W b = s.target_side, b_rivals = s.term[2];
-      const W over = fma(b_rivals, p.log_rivals + softplus(-p.odds), -s.term[1]);
-      value = value + fma(b, p.surprise, select(b_rivals == zero, zero, over));
-      rivals = fma(b + b_rivals, p.miss, rivals);
-      target = target + fma(b_rivals, p.hit, -(b * p.miss));
+    if constexpr (General) {
+      const W b = row.target_side, b_rivals = row.term[2];
+      const W over = select(row.term[0] == zero, inf, b_rivals * o.above - row.term[1]);
+      value = value + weighted(b, o.surprise) + select(b_rivals == zero, zero, over);
+      rivals = rivals + (b + b_rivals) * o.miss;
+      target = target + (b_rivals * o.hit - b * o.miss);
     }
-    if (o.log_z_penalty > 0) {
-      const W c(static_cast<double>(o.log_z_penalty)), lse = p.log_sum_exp;
-      value = fma(c * lse, lse, value);
-      rivals = fma(W(2.0) * c * lse, p.miss, rivals);
-      target = fma(W(2.0) * c * lse, p.hit, target);
+    if (p.log_z_penalty > 0) {
+      const W lse = o.log_sum_exp, pull = W(2 * p.log_z_penalty) * lse;
+      value = value + W(p.log_z_penalty) * lse * lse;
+      rivals = rivals + weighted(o.miss, pull);
+      target = target + weighted(o.hit, pull);
     }
     row_outcome<W> out;
     out.value = value;
-    out.image_scale = select(s.term[0] == zero, zero, rivals / s.term[0]);
+    out.image_scale = select(row.term[0] == zero, zero, rivals / row.term[0]);
     out.coefficient[0] = out.coefficient[1] = zero;
     out.target_gradient = target;
-    if constexpr (General) {
-      W slope = W(static_cast<double>(inverse_temperature));
-      if (cap > 0) {
-        const W t = s.target * W(1 / (static_cast<double>(inverse_temperature) * static_cast<double>(cap)));
-        slope = slope * select(abs(s.target) == W(std::numeric_limits<double>::infinity()), W(1.0), fnma(t, t, W(1.0)));
-      }
-      out.target_gradient = target * slope;
-    }
+    if constexpr (General) out.target_gradient = target * steepness(row.target);
     return out;
   }
 
-  template <class S>
-  auto report(const S& s) const {
-    using W = decltype(s.target);
-    const parts<W> p = part(s);
+  template <class Row>
+  auto report(const Row& row) const {
+    using W = decltype(row.target);
+    const auto o = odds_of(row);
     row_report<W> r;
-    r.log_sum_exp = p.log_sum_exp;
-    r.target_log_probability = -p.surprise;
-    r.penalty = W(static_cast<double>(loss.options_.log_z_penalty)) * p.log_sum_exp * p.log_sum_exp;
-    r.entropy = W(0.0);
-    if constexpr (General) {  // Σ p_c (lse − z_c)
-      const W zero(0.0);
-      const W rivals = p.log_rivals + softplus(-p.odds) - s.term[3] / s.term[0];
-      r.entropy = select(p.hit == zero, zero, p.hit * p.surprise) + select(p.miss == zero, zero, p.miss * rivals);
+    r.log_sum_exp = o.log_sum_exp;
+    r.target_log_probability = -o.surprise;
+    r.penalty = W(p.log_z_penalty) * o.log_sum_exp * o.log_sum_exp;
+    r.entropy = W(0);
+    if constexpr (General) {  // Σ_c p_c (lse − z_c)
+      const W rivals = select(row.term[0] == W(0), W(0), o.above - row.term[3] / row.term[0]);
+      r.entropy = weighted(o.hit, o.surprise) + weighted(o.miss, rivals);
     }
     return r;
   }
@@ -151,44 +163,152 @@ struct cross_entropy_formula {
 
 }  // namespace core
 
+/// Cross-entropy of a softmax, with everything that is usually asked of it.
+///
+///   ℓ = (1−ε) w_y (1−p_y)^γ (−log p_y)  +  ε Σ_c π_c w_c (−log p_c)  +  c (log Σ e^z)²
+///   p = softmax(z),   z = cap · tanh(x / cap) / temperature
+///   ∂ℓ/∂z = (1−ε) w_y (p − e_y)  +  ε Σ_c π_c w_c (p − e_c)  +  2 c (log Σ e^z) p      (γ = 0)
+///
+/// With soft targets q the first two terms are Σ_c w_c ((1−ε) q_c + ε π_c) (−log p_c).
+///
+/// Domain: any scores. -inf is a masked class: p = 0, gradient 0; as a label it costs +inf, with
+/// gradient −w_y. +inf at the label alone costs 0; elsewhere it makes the row NaN, as a NaN does.
+/// Shapes: scores rows × classes, one label per row or soft targets rows × classes.
+/// Units: nats per row. `mean` divides by Σ w_y (times row weights) over the rows that count, and
+/// with soft targets by the number of rows (or Σ row weights), as PyTorch does; 0 if none counts.
+/// Accuracy: value within 2 ulp of max(value, |log Σ e^z| where it enters) in float; gradient
+/// entries within (4 + ½ max|z − max z|) ulp; entries below 2^-99 of a row's largest may be 0.
+/// Cost: the scores are read once, the gradient written once. Throws std::invalid_argument.
+/// Source: label smoothing: Szegedy et al. 2016; focal: Lin et al. 2017; log-Z penalty: "z-loss"
+/// of Chowdhery et al. 2022 (PaLM); soft-cap: Gemma 2, 2024. Values agree with
+/// torch.nn.functional.cross_entropy, but for an empty mean, which is NaN there.
+///
+///   perdita::cross_entropy<float> loss({.label_smoothing = 0.1f});
+///   float value = loss(logits, labels, d_logits);
 template <class T = float>
 class cross_entropy : public row_loss<cross_entropy<T>, T> {
  public:
-  struct options_type {
-    T label_smoothing = 0;
-    std::int64_t ignore_index = -100;
+  struct options {
+    T label_smoothing = 0;              ///< ε in [0, 1]
+    vector_view<const T> prior{};       ///< π: where smoothing leads; uniform if not given
+    vector_view<const T> class_weights{};  ///< w ≥ 0; all 1 if not given. Both are copied.
+    std::int64_t ignore_index = -100;   ///< rows with this label do not count
     perdita::reduction reduction = perdita::reduction::mean;
-    vector_view<const T> class_weights{};
-    vector_view<const T> prior{};
-    T temperature = 1;
-    T softcap = 0;
-    T log_z_penalty = 0;
-    T focal_gamma = 0;
+    T temperature = 1;    ///< > 0
+    T softcap = 0;        ///< > 0, or 0 for none
+    T log_z_penalty = 0;  ///< c ≥ 0
+    T focal_gamma = 0;    ///< γ ≥ 0; for labels only
   };
   static constexpr const char* name = "cross_entropy";
   static constexpr bool takes_soft_targets = true;
 
-  cross_entropy() : cross_entropy(options_type{}) {}
-  cross_entropy(const options_type& o) : options_(o) {
+  cross_entropy() : cross_entropy(options{}) {}
+  explicit(false) cross_entropy(const options& o) : options_(o) {
     using core::require;
-    require(o.label_smoothing >= 0 && o.label_smoothing <= 1, name, "label_smoothing", o.label_smoothing, "a number in [0, 1]");
-    for (index c = 0; c < o.class_weights.size; ++c) class_weights_.push_back(o.class_weights[c]);
-    for (index c = 0; c < o.prior.size; ++c) prior_.push_back(o.prior[c]);
+    const auto finite_from_0 = [](T x) { return x >= 0 && std::isfinite(x); };
+    require(o.label_smoothing >= 0 && o.label_smoothing <= 1, name, "label_smoothing",
+            o.label_smoothing, "a number in [0, 1]");
+    require(o.temperature > 0 && std::isfinite(o.temperature), name, "temperature",
+            o.temperature, "a finite number above 0");
+    require(finite_from_0(o.softcap), name, "softcap", o.softcap, "a finite number, 0 for none");
+    require(finite_from_0(o.log_z_penalty), name, "log_z_penalty", o.log_z_penalty,
+            "a finite number, 0 or more");
+    require(finite_from_0(o.focal_gamma), name, "focal_gamma", o.focal_gamma,
+            "a finite number, 0 or more");
+    require(o.reduction == reduction::none || o.reduction == reduction::mean ||
+                o.reduction == reduction::sum,
+            name, "reduction", static_cast<int>(o.reduction), "none, mean or sum");
+    copy(o.class_weights, "class_weights", class_weights_);
+    copy(o.prior, "prior", prior_);
+    options_.class_weights = {};  // the caller's memory is not kept
+    options_.prior = {};
+    double total = prior_.empty() ? 1 : 0;
+    for (T x : prior_) total += static_cast<double>(x);
+    require(std::fabs(total - 1) <= 1e-3, name, "the sum of prior", total, "1");
   }
-  const options_type& options() const { return options_; }
-  double label_weight(index y) const { return class_weights_.empty() ? 1.0 : static_cast<double>(class_weights_[static_cast<std::size_t>(y)]); }
-  void check(index) const {}
-  template <class Job, class F>
-  void visit(const Job& job, F f) const {
-    const bool general = job.soft || options_.label_smoothing > 0 || options_.temperature != 1 || options_.softcap > 0 || job.report.entropy.data;
-    if (general) f(core::cross_entropy_formula<T, true>{*this, static_cast<bool>(job.soft), options_.softcap, 1/options_.temperature});
-    else f(core::cross_entropy_formula<T, false>{*this});
+
+  /// The options, without the views: the copies of those are class_weights() and prior().
+  const options& settings() const { return options_; }
+  const std::vector<T>& class_weights() const { return class_weights_; }
+  const std::vector<T>& prior() const { return prior_; }
+
+  constexpr loss_traits traits() const {
+    const bool plain = options_.focal_gamma == 0 && options_.softcap == 0;
+    return {.convex = plain && options_.log_z_penalty == 0,
+            .smooth = true,
+            .exact_gradient = true,
+            .nonnegative = true,
+            .shift_invariant = options_.softcap == 0 && options_.log_z_penalty == 0};
   }
+
  private:
-  friend struct core::cross_entropy_formula<T, true>;
-  friend struct core::cross_entropy_formula<T, false>;
-  options_type options_;
-  std::vector<T> class_weights_, prior_, side_, soft_weight_;
-  T uniform_side_ = 0;
+  friend row_loss<cross_entropy<T>, T>;
+
+  static void copy(vector_view<const T> from, const char* what, std::vector<T>& to) {
+    to.reserve(static_cast<std::size_t>(from.size));
+    for (index c = 0; c < from.size; ++c) {
+      if (!(from[c] >= 0 && std::isfinite(from[c])))
+        core::fail_at(name, what, c, from[c], "a finite number, 0 or more");
+      to.push_back(from[c]);
+    }
+  }
+
+  double label_weight(index y) const {
+    return class_weights_.empty() ? 1.0 : static_cast<double>(class_weights_[std::size_t(y)]);
+  }
+
+  void check(const core::row_job<T>& job) const {
+    const auto same = [&](const std::vector<T>& v, const char* what) {
+      if (!v.empty() && static_cast<index>(v.size()) != job.scores.cols)
+        core::fail(std::string("perdita::") + name + ": size of " + what + " is " +
+                   core::to_text(v.size()) + ", expected " + core::to_text(job.scores.cols) +
+                   " (the number of classes)");
+    };
+    same(class_weights_, "class_weights");
+    same(prior_, "prior");
+    core::require(!job.soft || options_.focal_gamma == 0, name, "focal_gamma",
+                  options_.focal_gamma, "0 with soft targets");
+  }
+
+  /// Calls f with the formula that serves the job: the plain one unless something needs more.
+  template <class F>
+  void visit(const core::row_job<T>& job, F f) const {
+    core::cross_entropy_parameters<T> p;
+    p.smoothing = static_cast<double>(options_.label_smoothing);
+    p.focal_gamma = static_cast<double>(options_.focal_gamma);
+    p.log_z_penalty = static_cast<double>(options_.log_z_penalty);
+    p.cap = static_cast<double>(options_.softcap);
+    p.inverse_temperature = 1 / static_cast<double>(options_.temperature);
+    p.class_weights = &class_weights_;
+    p.soft = static_cast<bool>(job.soft);
+    if (!p.soft && p.smoothing == 0 && p.cap == 0 && options_.temperature == 1 &&
+        !job.report.entropy.data)
+      return f(core::cross_entropy_formula<T, false>{p});
+
+    // side number of class c: ε π_c w_c + (1 − ε) w_c q_c
+    std::vector<T> bias, weight;
+    const auto classes = static_cast<std::size_t>(job.scores.cols);
+    const double uniform = 1 / static_cast<double>(classes);
+    p.side.uniform_bias = static_cast<T>(p.smoothing * uniform);
+    p.side.uniform_weight = static_cast<T>(1 - p.smoothing);
+    if (p.smoothing > 0 && !(prior_.empty() && class_weights_.empty())) {
+      bias.resize(classes);
+      for (std::size_t c = 0; c < classes; ++c)
+        bias[c] = static_cast<T>(p.smoothing * label_weight(static_cast<index>(c)) *
+                                 (prior_.empty() ? uniform : static_cast<double>(prior_[c])));
+      p.side.bias = bias.data();
+    }
+    if (p.soft && !class_weights_.empty()) {
+      weight.resize(classes);
+      for (std::size_t c = 0; c < classes; ++c)
+        weight[c] = static_cast<T>((1 - p.smoothing) * label_weight(static_cast<index>(c)));
+      p.side.weight = weight.data();
+    }
+    f(core::cross_entropy_formula<T, true>{p});
+  }
+
+  options options_;
+  std::vector<T> class_weights_, prior_;
 };
+
 }  // namespace perdita::inline PERDITA_ABI

@@ -25,7 +25,8 @@ template <class T> T point(std::uint64_t i) {
   std::uint64_t h = i * 0x9e3779b97f4a7c15U;
   h ^= h >> 32;
   const U any = static_cast<U>(h * 0xd6e8feb86659fd93U >> (64 - 8 * sizeof(T)));
-  if (i % 2 == 0) return std::bit_cast<T>(any);
+  if (i % 2 == 0)
+    return std::bit_cast<T>(any);
   const U usual = static_cast<U>(((bias - 12) << mantissa) + (any & ~sign) % (U(20) << mantissa));
   return std::bit_cast<T>(static_cast<U>(usual | (any & sign)));
 }
@@ -36,10 +37,12 @@ template <class T, class F> void print(const char* name, F f) {
   std::uint64_t hash = 0xcbf29ce484222325U; // FNV-1a
   for (std::uint64_t i = 0; i < 1 << 18; i += lanes) {
     T values[lanes];
-    for (std::uint64_t j = 0; j < lanes; ++j) values[j] = point<T>(i + j);
+    for (std::uint64_t j = 0; j < lanes; ++j)
+      values[j] = point<T>(i + j);
     f(core::pack<T>::load(values)).store(values);
     for (T value : values) {
-      const U bits = value != value ? U(1) : std::bit_cast<U>(value); // one NaN is as good as another
+      const U bits =
+          value != value ? U(1) : std::bit_cast<U>(value); // one NaN is as good as another
       for (std::size_t byte = 0; byte < sizeof(T); ++byte)
         hash = (hash ^ (bits >> (8 * byte) & 0xff)) * 0x100000001b3U;
     }

@@ -102,54 +102,57 @@ struct exact_sum {
 
 /// One number per lane of a pack<T>, in double or, for T = double, in a double and its error.
 template <class T>
-struct wide_lanes {
-  static constexpr int parts = sizeof(T) == 4 ? 2 : 1;
-  pack<double> part[parts];
-  pack<double> error[parts];
+struct wide_lanes;
 
-  void clear() {
-    for (int p = 0; p < parts; ++p) part[p] = error[p] = pack<double>(0.0);
+template <>
+struct wide_lanes<float> {
+  static constexpr int parts = 2;
+  pack<double> part[parts];
+
+  void clear() { part[0] = part[1] = pack<double>(0); }
+  PERDITA_INLINE void add(const pack<float>& x) {
+    part[0] += widen_low(x);
+    part[1] += widen_high(x);
   }
-  void add(const pack<T>& x) {
-    if constexpr (parts == 2) {
-      alignas(64) float narrow[16];
-      alignas(64) double wide[16];
-      x.store(narrow);
-      for (int i = 0; i < 16; ++i) wide[i] = static_cast<double>(narrow[i]);
-      part[0] += pack<double>::load(wide);
-      part[1] += pack<double>::load(wide + 8);
-    } else {
-      const pack<double> t = part[0] + x;
-      const pack<double> back = t - part[0];
-      error[0] += (part[0] - (t - back)) + (x - back);
-      part[0] = t;
-    }
-  }
-  pack<double> folded(int p) const {
-    if constexpr (parts == 2) return part[p];
-    // An infinite sum has a NaN for its error.
-    const pack<double> total = part[p] + error[p];
-    return select(is_nan(total), part[p], total);
-  }
-  void set(int p, const pack<double>& x) {
-    part[p] = x;
-    error[p] = pack<double>(0.0);
+  pack<double> folded(int p) const { return part[p]; }
+  void replace(int p, const pack<double>& x, const pack_mask<double>& where) {
+    part[p] = select(where, x, part[p]);
   }
   /// Σ of the lanes: halves onto halves, in the order of sum_lanes().
-  double total() const {
-    if constexpr (parts == 2) return sum_lanes(part[0] + part[1]);
-    return sum_lanes(folded(0));
-  }
+  double total() const { return sum_lanes(part[0] + part[1]); }
 };
 
-/// Moves the sums of a whole pack of lanes to another shift.
+template <>
+struct wide_lanes<double> {
+  static constexpr int parts = 1;
+  pack<double> part, error;
+
+  void clear() { part = error = pack<double>(0); }
+  PERDITA_INLINE void add(const pack<double>& x) {  // Knuth's two-sum
+    const pack<double> t = part + x, back = t - part;
+    error += (part - (t - back)) + (x - back);
+    part = t;
+  }
+  pack<double> folded(int) const {
+    const pack<double> sum = part + error;
+    return select(is_nan(sum), part, sum);  // an infinite sum has a NaN for its error
+  }
+  void replace(int, const pack<double>& x, const pack_mask<double>& where) {
+    part = select(where, x, part);
+    error = select(where, pack<double>(0), error);
+  }
+  double total() const { return sum_lanes(folded(0)); }
+};
+
+/// Moves the sums of a whole pack of lanes to another shift; lanes that stay keep their bits.
 template <class Statistic, class T>
 void rebase_lanes(wide_lanes<T>* sums, const pack<double>* delta) {
   for (int p = 0; p < wide_lanes<T>::parts; ++p) {
     pack<double> t[Statistic::terms];
     for (int k = 0; k < Statistic::terms; ++k) t[k] = sums[k].folded(p);
     Statistic::rebase(t, delta[p]);
-    for (int k = 0; k < Statistic::terms; ++k) sums[k].set(p, t[k]);
+    const auto moved = !(delta[p] == pack<double>(0));
+    for (int k = 0; k < Statistic::terms; ++k) sums[k].replace(p, t[k], moved);
   }
 }
 

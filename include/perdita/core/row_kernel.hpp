@@ -60,11 +60,12 @@ void store_value(const row_job<T>& job, index r, double value, exact_sum& total)
   if (job.report.values.data) job.report.values[r] = static_cast<T>(weighted);
 }
 
-/// Runs a finished batch of rows through the formula's report and stores what was asked for.
+/// Runs a finished batch through the formula's report and stores what was asked for of the rows
+/// in the given lanes.
 template <class Formula, class T, class Summary>
 void store_report(const Formula& formula, const row_job<T>& job, const Summary& s,
-                  const index* rows, const double* raw_target, const double* raw_rivals,
-                  index count) {
+                  const index* rows, const index* lane, const double* raw_target,
+                  const double* raw_rivals, index count) {
   alignas(64) double v[4][finish_rows];
   const auto r = formula.report(s);
   r.log_sum_exp.store(v[0]);
@@ -75,10 +76,20 @@ void store_report(const Formula& formula, const row_job<T>& job, const Summary& 
                                job.report.entropy, job.report.penalty};
   for (index i = 0; i < count; ++i) {
     for (int k = 0; k < 4; ++k)
-      if (to[k].data) to[k][rows[i]] = static_cast<T>(v[k][i]);
+      if (to[k].data) to[k][rows[i]] = static_cast<T>(v[k][lane[i]]);
     if (job.report.hits.data)
-      job.report.hits[rows[i]] = static_cast<unsigned char>(raw_target[i] > raw_rivals[i]);
+      job.report.hits[rows[i]] =
+          static_cast<unsigned char>(raw_target[lane[i]] > raw_rivals[lane[i]]);
   }
+}
+
+/// By-products of a row that does not count.
+template <class T>
+void store_ignored_report(const row_job<T>& job, index r) {
+  for (const auto& v : {job.report.values, job.report.log_sum_exp,
+                        job.report.target_log_probability, job.report.entropy, job.report.penalty})
+    if (v.data) v[r] = T(0);
+  if (job.report.hits.data) job.report.hits[r] = 0;
 }
 
 /// Gradient and by-products of a row that does not count.
@@ -89,10 +100,7 @@ void store_ignored(const row_job<T>& job, index r, T* zeros) {
     for (index c = 0; c < job.scores.cols; c += chunk_columns)
       job.gradient.write(r, c, std::min(chunk_columns, job.scores.cols - c), zeros);
   }
-  for (const auto& v : {job.report.values, job.report.log_sum_exp,
-                        job.report.target_log_probability, job.report.entropy, job.report.penalty})
-    if (v.data) v[r] = T(0);
-  if (job.report.hits.data) job.report.hits[r] = 0;
+  store_ignored_report(job, r);
 }
 
 /// One chunk of columns at a time of one row's sums and of another row's gradient.
@@ -567,6 +575,7 @@ class row_kernel {
     alignas(64) double in[6 + statistic::terms][finish_rows] = {};
     alignas(64) double out[5][finish_rows];
     index numbers[finish_rows];
+    static constexpr index lane[finish_rows] = {0, 1, 2, 3, 4, 5, 6, 7};
     const index padding = (width - cols_ % width) % width;
     for (index i = 0; i < count; ++i) {
       const live_row& row = rows[i];
@@ -594,7 +603,7 @@ class row_kernel {
     result.coefficient[1].store(out[3]);
     result.target_gradient.store(out[4]);
     if (job_.report.any())
-      store_report(formula_, job_, s, numbers, in[5], in[4], count);
+      store_report(formula_, job_, s, numbers, lane, in[5], in[4], count);
     for (index i = 0; i < count; ++i) {
       live_row& row = rows[i];
       store_value(job_, row.row, out[0][i], total);

@@ -100,8 +100,10 @@ inline index block_rows(index rows, index cols) {
 /// Base of every loss of one row of scores and a target. Derived declares
 ///
 ///   name                        for messages
-///   options()                   with reduction and ignore_index
-///   check(cols)                 fails if the loss cannot take that many classes
+///   settings()                  options, among them reduction and ignore_index
+///   takes_soft_targets          whether a target may be a matrix
+///   label_weight(y)             the class weight in the mean's denominator
+///   check(job)                  fails if the loss cannot take such a job
 ///   visit(job, f)               calls f(formula) with the formula that serves the job
 ///
 /// and a formula declares the algebra: statistic, score, finish, slope (see row_kernel.hpp).
@@ -213,7 +215,7 @@ double row_loss<Derived, T>::check_and_weigh(const core::row_job<T>& job,
   core::require(call.normaliser >= 0 && std::isfinite(call.normaliser), name, "normaliser",
                 call.normaliser, "a finite number above 0, or 0 for the reduction's own");
   if (rows > 0) core::require(cols > 0, name, "columns", cols, "at least 1 class");
-  if (cols > 0) self().check(cols);
+  if (cols > 0) self().check(job);
 
   core::exact_sum weights;
   for (index r = 0; r < rows; ++r) {
@@ -235,7 +237,7 @@ double row_loss<Derived, T>::check_and_weigh(const core::row_job<T>& job,
 template <class Derived, class T>
 T row_loss<Derived, T>::evaluate(core::row_job<T>& job, const call_options<T>& call,
                                  bool has_gradient) const {
-  const auto& options = self().options();
+  const auto& options = self().settings();
   job.ignore_index = options.ignore_index;
   job.accumulate = call.accumulate;
   job.row_weights = call.row_weights;

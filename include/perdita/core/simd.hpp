@@ -43,6 +43,14 @@ inline constexpr std::size_t lanes = 64 / sizeof(T);
 template <class T>
 using bits_of = std::conditional_t<sizeof(T) == 4, std::int32_t, std::int64_t>;
 
+/// Whether fma() rounds once.
+#if PERDITA_NO_SIMD || defined(__AVX512F__) || (defined(__FMA__) && defined(__AVX__)) || \
+    defined(__aarch64__)
+inline constexpr bool fused = true;
+#else
+inline constexpr bool fused = false;
+#endif
+
 /// One hardware register, or one scalar where there is no SIMD: the primitives that packs are
 /// made of. `a` and `b` are of type Register, `m` of type mask.
 namespace reg {
@@ -87,6 +95,8 @@ template <class T> PERDITA_INLINE T square_root(T a) { return std::sqrt(a); }
 template <class T> PERDITA_INLINE T absolute(T a) { return std::fabs(a); }
 template <class T> PERDITA_INLINE T negative(T a) { return -a; }
 PERDITA_INLINE bool any(bool m) { return m; }
+PERDITA_INLINE bool both(bool a, bool b) { return a && b; }
+PERDITA_INLINE bool either(bool a, bool b) { return a || b; }
 template <class T> PERDITA_INLINE auto as_bits(T a) { return std::bit_cast<bits_of<T>>(a); }
 PERDITA_INLINE float from_bits(std::int32_t a) { return std::bit_cast<float>(a); }
 PERDITA_INLINE double from_bits(std::int64_t a) { return std::bit_cast<double>(a); }
@@ -206,6 +216,8 @@ template <class T> PERDITA_INLINE batch<T> absolute(const batch<T>& a) { return 
 // The unary minus of xsimd 8 is 0 - a, which loses the sign of zero.
 template <class T> PERDITA_INLINE batch<T> negative(const batch<T>& a) { return a ^ batch<T>(T(-0.0)); }
 template <class M> PERDITA_INLINE bool any(const M& m) { return xsimd::any(m); }
+template <class M> PERDITA_INLINE M both(const M& a, const M& b) { return a & b; }
+template <class M> PERDITA_INLINE M either(const M& a, const M& b) { return a | b; }
 
 template <class T>
 PERDITA_INLINE auto as_bits(const batch<T>& a) {
@@ -409,12 +421,17 @@ PERDITA_INLINE pack<T> select(const pack_mask<T>& m, const pack<T>& a, const pac
 template <class T>
 PERDITA_INLINE pack_mask<T> operator&(const pack_mask<T>& a, const pack_mask<T>& b) {
   return detail::each<pack_mask<T>>(
-      [&](auto i) __attribute__((always_inline)) { return typename reg::types<T>::mask(a.r[i] & b.r[i]); });
+      [&](auto i) __attribute__((always_inline)) { return reg::both(a.r[i], b.r[i]); });
 }
 template <class T>
 PERDITA_INLINE pack_mask<T> operator|(const pack_mask<T>& a, const pack_mask<T>& b) {
   return detail::each<pack_mask<T>>(
-      [&](auto i) __attribute__((always_inline)) { return typename reg::types<T>::mask(a.r[i] | b.r[i]); });
+      [&](auto i) __attribute__((always_inline)) { return reg::either(a.r[i], b.r[i]); });
+}
+template <class T>
+PERDITA_INLINE pack_mask<T> operator!(const pack_mask<T>& a) {
+  return detail::each<pack_mask<T>>(
+      [&](auto i) __attribute__((always_inline)) { return typename reg::types<T>::mask(!a.r[i]); });
 }
 template <class T>
 PERDITA_INLINE bool any(const pack_mask<T>& m) {
@@ -485,6 +502,24 @@ PERDITA_INLINE pack<T> fma_unless_less(const pack<T>& x, const pack<T>& cut, con
     return reg::fma_unless_less(x.r[i], cut.r[i], a.r[i], b.r[i], c.r[i]);
   });
 }
+
+/// The lower and the upper eight lanes, exactly.
+template <int Half>
+PERDITA_INLINE pack<double> widen_half(const pack<float>& a) {
+#if !PERDITA_NO_SIMD && defined(__AVX512F__) && defined(__AVX512DQ__)
+  pack<double> wide;
+  wide.r[0] = _mm512_maskz_cvtps_pd(0xFF, _mm512_maskz_extractf32x8_ps(0xFF, a.r[0].data, Half));
+  return wide;
+#else
+  alignas(64) float narrow[16];
+  alignas(64) double wide[8];
+  a.store(narrow);
+  for (int i = 0; i < 8; ++i) wide[i] = static_cast<double>(narrow[8 * Half + i]);
+  return pack<double>::load(wide);
+#endif
+}
+PERDITA_INLINE pack<double> widen_low(const pack<float>& a) { return widen_half<0>(a); }
+PERDITA_INLINE pack<double> widen_high(const pack<float>& a) { return widen_half<1>(a); }
 
 /// {0, 1, 2, …}
 template <class T>

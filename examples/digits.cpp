@@ -1,0 +1,229 @@
+// SPDX-License-Identifier: MIT
+//
+// Trains a softmax classifier with one hidden layer on handwritten digits: the products are
+// Eigen's, the loss and its gradient Perdita's.
+
+#include <cerrno>
+#include <charconv>
+#include <chrono>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <fstream>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include <Eigen/Core>
+
+#include <perdita/cross_entropy.hpp>
+
+#include "progress.hpp"
+
+#ifndef PERDITA_EXAMPLES_DATA
+#define PERDITA_EXAMPLES_DATA "examples/data"
+#endif
+
+// One sample per row. Perdita takes column-major matrices, Eigen's default, just as well; here a
+// row is what gets shuffled, so it should lie in one piece.
+using matrix = Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
+using matrix_ref = Eigen::Ref<const matrix>; // a matrix or some of its rows
+using row = Eigen::RowVectorXf;
+
+constexpr int pixels = 64, classes = 10, hidden_units = 64;
+constexpr int epochs = 60, batch = 32;
+constexpr float first_rate = 0.05f, momentum = 0.9f, weight_decay = 1e-3f;
+constexpr std::uint64_t seed = 1;
+constexpr double required_accuracy = 0.96;
+
+/// SplitMix64. The engines of <random> are the same everywhere, but its distributions and
+/// std::shuffle are not, and this example should train the same model everywhere.
+class generator {
+public:
+  explicit generator(std::uint64_t start) : state_(start) {}
+
+  float symmetric() { return static_cast<float>(bits() >> 40) * 0x1p-23f - 1; } // in [-1, 1)
+  int below(int n) {
+    return static_cast<int>(((bits() >> 32) * static_cast<std::uint64_t>(n)) >> 32);
+  }
+
+private:
+  std::uint64_t bits() {
+    std::uint64_t z = state_ += 0x9e3779b97f4a7c15u;
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+    return z ^ (z >> 31);
+  }
+  std::uint64_t state_;
+};
+
+struct dataset {
+  matrix images;
+  Eigen::VectorXi labels;
+
+  int size() const { return static_cast<int>(labels.size()); }
+  void shuffle(generator& random) {
+    for (int i = size() - 1; i > 0; --i) {
+      const int j = random.below(i + 1);
+      images.row(i).swap(images.row(j));
+      std::swap(labels[i], labels[j]);
+    }
+  }
+};
+
+/// Lines of 64 pixels (0 to 16) and the digit, all whole numbers, with commas between them.
+dataset read_digits(const std::string& path) {
+  std::ifstream file(path);
+  if (!file)
+    throw std::runtime_error(path + ": " + std::strerror(errno));
+  std::vector<float> values;
+  std::vector<int> labels;
+  std::string line;
+  for (int number = 1; std::getline(file, line); ++number) {
+    const char* at = line.data();
+    const char* end = at + line.size();
+    if (at < end && end[-1] == '\r')
+      --end;
+    for (int column = 1; column <= pixels + 1; ++column) {
+      const int largest = column <= pixels ? 16 : classes - 1;
+      int value = -1;
+      at = std::from_chars(at, end, value).ptr;
+      const bool ended = column <= pixels ? at < end && *at == ',' : at == end;
+      if (value < 0 || value > largest || !ended)
+        throw std::runtime_error(path + ":" + std::to_string(number) + ": column " +
+                                 std::to_string(column) + " of " + std::to_string(pixels + 1) +
+                                 " should be a whole number from 0 to " + std::to_string(largest));
+      ++at;
+      if (column <= pixels)
+        values.push_back(static_cast<float>(value));
+      else
+        labels.push_back(value);
+    }
+  }
+  if (labels.size() < 4)
+    throw std::runtime_error(path + ": expected at least 4 lines, found " +
+                             std::to_string(labels.size()));
+  const auto rows = static_cast<Eigen::Index>(labels.size());
+  return {Eigen::Map<matrix>(values.data(), rows, pixels),
+          Eigen::Map<Eigen::VectorXi>(labels.data(), rows)};
+}
+
+/// x ↦ x · weights + bias, learnt by stochastic gradient descent with momentum.
+struct layer {
+  matrix weights, weight_step;
+  row bias, bias_step;
+
+  layer(int in, int out, generator& random)
+      : weights(in, out), weight_step(matrix::Zero(in, out)), bias(row::Zero(out)),
+        bias_step(row::Zero(out)) {
+    const float limit = std::sqrt(6.0f / static_cast<float>(in)); // He et al. 2015
+    for (Eigen::Index i = 0; i < weights.size(); ++i)
+      weights.data()[i] = limit * random.symmetric();
+  }
+  matrix operator()(const matrix_ref& in) const { return (in * weights).rowwise() + bias; }
+  void learn(const matrix_ref& in, const matrix& d_out, float rate) {
+    weight_step = momentum * weight_step - rate * weight_decay * weights;
+    weight_step.noalias() -= rate * in.transpose() * d_out;
+    bias_step = momentum * bias_step - rate * d_out.colwise().sum();
+    weights += weight_step;
+    bias += bias_step;
+  }
+};
+
+double train_and_test(const std::string& path) {
+  generator random(seed);
+  dataset all = read_digits(path);
+  all.shuffle(random);
+  const int held_out = all.size() / 4, kept = all.size() - held_out;
+  dataset test{all.images.topRows(held_out), all.labels.head(held_out)};
+  dataset train{all.images.bottomRows(kept), all.labels.tail(kept)};
+  std::printf("%s: %d digits to learn from, %d held out\n", path.c_str(), kept, held_out);
+
+  // Standardise by the training part alone. The 1 keeps pixels that are nearly always blank from
+  // counting for much where they are not.
+  const row mean = train.images.colwise().mean();
+  const row spread = ((train.images.rowwise() - mean).array().square().colwise().mean() + 1).sqrt();
+  for (matrix* images : {&train.images, &test.images})
+    *images = (images->rowwise() - mean).array().rowwise() / spread.array();
+
+  layer hidden(pixels, hidden_units, random), output(hidden_units, classes, random);
+  const auto relu = [](const matrix& x) -> matrix { return x.cwiseMax(0.0f); };
+
+  const perdita::cross_entropy<float> loss; // the mean over the rows
+  perdita::workspace memory;                // scratch that all calls share: none of them allocates
+  Eigen::VectorX<unsigned char> hits(batch);
+
+  using clock = std::chrono::steady_clock;
+  using seconds = std::chrono::duration<double>;
+  const auto start = clock::now();
+  seconds in_loss{};
+  progress display(epochs);
+  for (int epoch = 1; epoch <= epochs; ++epoch) {
+    const auto epoch_start = clock::now();
+    const float rate = first_rate * static_cast<float>(epochs + 1 - epoch) / epochs;
+    double loss_sum = 0;
+    int hit_count = 0;
+    train.shuffle(random);
+    for (int first = 0; first < kept; first += batch) {
+      const int n = std::min(batch, kept - first);
+      const auto images = train.images.middleRows(first, n);
+      const auto labels = train.labels.segment(first, n);
+      const matrix active = relu(hidden(images));
+      matrix scores = output(active);
+
+      const auto loss_start = clock::now();
+      const float value = loss(scores, labels, scores, {.hits = hits.head(n), .memory = &memory});
+      in_loss += clock::now() - loss_start;
+      const matrix& d_scores = scores; // the gradient took the place of the scores
+
+      const matrix d_active = d_scores * output.weights.transpose();
+      output.learn(active, d_scores, rate);
+      hidden.learn(images, (active.array() > 0).select(d_active, 0), rate);
+      loss_sum += static_cast<double>(value) * n;
+      hit_count += hits.head(n).cast<int>().sum();
+    }
+    display.show(epoch, loss_sum / kept, static_cast<double>(hit_count) / kept,
+                 kept / seconds(clock::now() - epoch_start).count());
+  }
+  const double total = seconds(clock::now() - start).count();
+
+  hits.resize(held_out);
+  const float train_loss = loss(output(relu(hidden(train.images))), train.labels);
+  const float test_loss = loss(output(relu(hidden(test.images))), test.labels, {.hits = hits});
+  const int right = hits.cast<int>().sum();
+  const double accuracy = static_cast<double>(right) / held_out;
+  std::printf("training loss  %.4f\n", static_cast<double>(train_loss));
+  std::printf("test loss      %.4f\n", static_cast<double>(test_loss));
+  std::printf("test accuracy  %.2f %% (%d of %d)\n", 100 * accuracy, right, held_out);
+  std::printf("total time     %.3f s\n", total);
+  std::printf("in the loss    %.3f s (%.1f %%)\n", in_loss.count(), 100 * in_loss.count() / total);
+  return accuracy;
+}
+
+int main(int argc, char** argv) try {
+  const std::string argument = argc > 1 ? argv[1] : PERDITA_EXAMPLES_DATA "/digits.csv";
+  if (argument == "--help" || argument == "-h") {
+    std::printf("usage: digits [FILE.csv]\n\n"
+                "Trains a softmax classifier on handwritten digits, a quarter of them held out.\n"
+                "FILE.csv: 64 pixels (0 to 16) and the digit on each line; by default\n"
+                "%s\n\n"
+                "Exit status: 0 if at least %.0f %% of the held-out digits are recognised, 1 if\n"
+                "not, 2 if there was nothing to learn from.\n",
+                PERDITA_EXAMPLES_DATA "/digits.csv", 100 * required_accuracy);
+    return 0;
+  }
+  if (argc > 2 || argument.starts_with('-')) {
+    std::fprintf(stderr, "usage: digits [FILE.csv]\n");
+    return 2;
+  }
+  Eigen::setNbThreads(1); // the products are too small to be worth sharing out
+  if (train_and_test(argument) >= required_accuracy)
+    return 0;
+  std::fprintf(stderr, "digits: fewer than %.0f %% recognised\n", 100 * required_accuracy);
+  return 1;
+} catch (const std::exception& error) {
+  std::fprintf(stderr, "digits: %s\n", error.what());
+  return 2;
+}
