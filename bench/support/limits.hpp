@@ -29,7 +29,8 @@ template <class F> void on_parts(const pool& pool, std::size_t n, const F& f) {
 }
 
 /// Reads n floats as `Streams` neighbouring segments at once: one stream is limited by the misses a
-/// core can have outstanding in it, not by the memory. (Up to Streams - 1 packs at the end are left.)
+/// core can have outstanding in it, not by the memory. (Up to Streams - 1 packs at the end are
+/// left.)
 template <std::size_t Streams> PERDITA_NOINLINE void read(const float* p, std::size_t n) {
   const std::size_t segment = n / Streams / width * width;
   std::array<core::pack_bits<float>, Streams> sum{};
@@ -42,30 +43,23 @@ template <std::size_t Streams> PERDITA_NOINLINE void read(const float* p, std::s
 /// What copy() stores with.
 enum class stores { plain, streaming };
 
-template <stores Stores, std::size_t Streams>
-PERDITA_NOINLINE void copy(const float* from, float* to, std::size_t n) {
-  const std::size_t segment = n / Streams / width * width;
-  for (std::size_t i = 0; i < segment; i += width)
-    for (std::size_t s = 0; s < Streams; ++s) {
-      const lanes x = lanes::load(from + s * segment + i);
-      if constexpr (Stores == stores::streaming)
-        x.stream(to + s * segment + i);
-      else
-        x.store(to + s * segment + i);
-    }
+template <stores Stores> PERDITA_NOINLINE void copy(const float* from, float* to, std::size_t n) {
+  for (std::size_t i = 0; i + width <= n; i += width) {
+    const lanes x = lanes::load(from + i);
+    if constexpr (Stores == stores::streaming)
+      x.stream(to + i);
+    else
+      x.store(to + i);
+  }
   if constexpr (Stores == stores::streaming)
     core::stream_fence();
   benchmark::ClobberMemory();
 }
 
 /// Multiplies by `factor` where the numbers lie.
-template <std::size_t Streams> PERDITA_NOINLINE void scale(float* p, std::size_t n, float factor) {
-  const std::size_t segment = n / Streams / width * width;
-  for (std::size_t i = 0; i < segment; i += width)
-    for (std::size_t s = 0; s < Streams; ++s) {
-      float* x = p + s * segment + i;
-      (lanes::load(x) * factor).store(x);
-    }
+PERDITA_NOINLINE inline void scale(float* p, std::size_t n, float factor) {
+  for (std::size_t i = 0; i + width <= n; i += width)
+    (lanes::load(p + i) * factor).store(p + i);
   benchmark::ClobberMemory();
 }
 

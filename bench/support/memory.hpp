@@ -25,7 +25,8 @@ public:
     if (!memory_)
       throw std::bad_alloc();
 #if defined(__linux__)
-    madvise(memory_, whole, MADV_HUGEPAGE); // where it is refused, small pages serve everybody alike
+    madvise(memory_, whole,
+            MADV_HUGEPAGE); // where it is refused, small pages serve everybody alike
 #endif
     std::memset(memory_, 0, whole);
   }
@@ -48,8 +49,8 @@ struct buffers {
   static constexpr std::size_t distance = largest_problem + huge_memory::page + 33 * 64;
   huge_memory memory{3 * distance};
 
-  std::byte* logits() const { return memory.data(); }                  ///< never written by a sample
-  std::byte* gradient() const { return memory.data() + distance; }     ///< written out of place
+  std::byte* logits() const { return memory.data(); }              ///< never written by a sample
+  std::byte* gradient() const { return memory.data() + distance; } ///< written out of place
   std::byte* in_place() const { return memory.data() + 2 * distance; } ///< logits, then gradient
 };
 

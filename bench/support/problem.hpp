@@ -12,13 +12,13 @@
 #include <random>
 #include <string>
 #include <type_traits>
+#include <variant>
 #include <vector>
 
 #include <perdita/core/storage.hpp>
 #include <perdita/core/views.hpp>
 
 #include "memory.hpp"
-#include "pool.hpp"
 
 namespace bench {
 
@@ -32,7 +32,7 @@ struct shape {
 };
 
 /// Image classes, vocabularies of three sizes, digits, and yes or no.
-inline constexpr shape shapes[] = {{8192, 1000},  {1024, 32000}, {256, 128256},
+inline constexpr shape shapes[] = {{8192, 1000}, {1024, 32000}, {256, 128256},
                                    {64, 256000}, {65536, 10},   {262144, 2}};
 
 enum class layout { row_major, column_major };
@@ -86,6 +86,9 @@ public:
     solve();
   }
 
+  bool is(shape size, layout order) const {
+    return size.rows == size_.rows && size.cols == size_.cols && order == order_;
+  }
   const std::vector<std::int64_t>& labels() const { return labels_; }
   index elements() const { return size_.rows * size_.cols; }
   double bytes() const { return static_cast<double>(elements()) * sizeof(S); }
@@ -101,12 +104,14 @@ public:
   matrix_view<S> gradient() const { return view(reinterpret_cast<S*>(memory().gradient())); }
   matrix_view<S> in_place() const { return view(reinterpret_cast<S*>(memory().in_place())); }
 
-  bool right(double loss) const { return std::abs(loss - loss_) <= 1e-6 * loss_; }
+  bool right(double loss, double tolerance = 1e-6) const {
+    return std::abs(loss - loss_) <= tolerance * loss_;
+  }
 
   /// Looks at the label's entry and two others of every row.
-  bool right(const matrix_view<S>& gradient) const {
+  bool right(const matrix_view<const S>& gradient,
+             double tolerance = std::is_same_v<S, float> ? 1e-5 : 4e-3) const {
     const double share = 1 / static_cast<double>(size_.rows);
-    const double tolerance = std::is_same_v<S, float> ? 1e-5 : 4e-3;
     for (index r = 0; r < size_.rows; ++r) {
       const index y = labels_[static_cast<std::size_t>(r)];
       for (const index c : {y, r % size_.cols, size_.cols - 1 - r % size_.cols}) {
@@ -126,8 +131,7 @@ private:
     log_sum_exp_.resize(static_cast<std::size_t>(size_.rows));
     const matrix_view<const S> x = scores();
     const index block = 32; // rows that share cache lines where the matrix is column-major
-    const auto task = [&](std::size_t b) {
-      const index begin = static_cast<index>(b) * block;
+    for (index begin = 0; begin < size_.rows; begin += block) {
       const index end = std::min(size_.rows, begin + block);
       double maximum[block], sum[block] = {};
       std::fill_n(maximum, block, -HUGE_VAL);
@@ -138,10 +142,8 @@ private:
         for (index r = begin; r < end; ++r)
           sum[r - begin] += std::exp(to_double(x(r, c)) - maximum[r - begin]);
       for (index r = begin; r < end; ++r)
-        log_sum_exp_[static_cast<std::size_t>(r)] =
-            maximum[r - begin] + std::log(sum[r - begin]);
-    };
-    perdita::executor()(static_cast<std::size_t>((size_.rows + block - 1) / block), task);
+        log_sum_exp_[static_cast<std::size_t>(r)] = maximum[r - begin] + std::log(sum[r - begin]);
+    }
     double sum = 0;
     for (index r = 0; r < size_.rows; ++r)
       sum += log_sum_exp_[static_cast<std::size_t>(r)] -
@@ -157,7 +159,16 @@ private:
   double loss_ = 0;
 };
 
-/// The problem in memory().logits(), kept until another one is asked for.
-template <class S> const problem<S>& use_problem(shape size, layout order = layout::row_major);
+/// The problem that memory().logits() holds.
+inline auto& current_problem() {
+  static std::variant<std::monostate, problem<float>, problem<bfloat16>> current;
+  return current;
+}
+
+/// Makes it the one asked for, if it is not that already.
+template <class S> const problem<S>& use_problem(shape size, layout order = layout::row_major) {
+  const auto* p = std::get_if<problem<S>>(&current_problem());
+  return p && p->is(size, order) ? *p : current_problem().template emplace<problem<S>>(size, order);
+}
 
 } // namespace bench

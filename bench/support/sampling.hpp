@@ -29,7 +29,8 @@ inline double seconds_per_benchmark() {
 /// Something to be timed: `prepare` restores, untimed, what `run` destroys.
 class contestant {
 public:
-  explicit contestant(std::function<void()> run, std::function<void()> prepare = [] {})
+  explicit contestant(
+      std::function<void()> run, std::function<void()> prepare = [] {})
       : run_(std::move(run)), prepare_(std::move(prepare)) {}
 
   void take_turn(bool timed = true) {
@@ -63,7 +64,7 @@ inline void compete(std::vector<contestant*> all) {
   using clock = std::chrono::steady_clock;
   for (contestant* c : all)
     c->take_turn(false);
-  const std::size_t least = 9, most = 2000;
+  const std::size_t least = 15, most = 2000;
   const auto end = clock::now() + std::chrono::duration<double>(seconds_per_benchmark());
   for (std::size_t n = 0; n < least || (n < most && clock::now() < end); ++n) {
     for (contestant* c : all)

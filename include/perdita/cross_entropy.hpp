@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "core/row_formula.hpp"
 #include "core/row_loss.hpp"
 #include "core/traits.hpp"
 
@@ -23,19 +24,12 @@ struct cross_entropy_parameters {
   bool soft = false;
 };
 
-/// Cross-entropy as an algebra.
-///
-/// With u = log Σ_{j≠y} e^{z_j} − z_y, the log-odds against the label y,
-///
-///   −log p_y = softplus(u),  1 − p_y = σ(u),  ∂u/∂z_j = e^{z_j} / Σ_{k≠y} e^{z_k},  ∂u/∂z_y = −1,
-///
-/// so that a confident row keeps its digits: nothing is subtracted from 1. Where there is a
-/// soft target instead of a label, y is the class that it favours. General adds
+/// Cross-entropy as an algebra: value and slope are functions of target_odds. Where there is a soft
+/// target instead of a label, the class that it favours is the target. General adds
 /// Σ_c b_c (log Σ e^z − z_c): soft targets, and label smoothing with b_c = ε π_c w_c.
 template <class T, bool General>
-struct cross_entropy_formula {
+struct cross_entropy_formula : row_formula {
   using statistic = std::conditional_t<General, log_sum_exp_and_moments, log_sum_exp>;
-  static constexpr bool excludes_target = true;
   static constexpr bool proportional = !General;
   static constexpr bool has_side = General;
 
@@ -76,39 +70,11 @@ struct cross_entropy_formula {
     return (share - b) * steepness(z);
   }
 
-  template <class W>
-  struct odds {
-    W log_rivals;  // log Σ_{j≠y} e^{z_j − shift}
-    W surprise;    // −log p of the label
-    W miss, hit;   // 1 − p and p of the label
-    W above;       // log Σ e^z − shift, but only where some rival is above -inf
-    W log_sum_exp;
-  };
-  template <class Row>
-  static auto odds_of(const Row& row) {
-    using W = decltype(row.target);
-    const W inf(std::numeric_limits<double>::infinity());
-    odds<W> o;
-    o.log_rivals = log(row.term[0]);
-    const W u = select(row.target == -inf, inf, (row.shift - row.target) + o.log_rivals);
-    o.surprise = softplus(u);
-    o.miss = sigmoid(u);
-    o.hit = sigmoid(-u);
-    o.above = o.log_rivals + softplus(-u);
-    o.log_sum_exp = select(row.target == -inf, row.shift + o.log_rivals, row.target + o.surprise);
-    return o;
-  }
-  /// weight * x, where nothing infinite counts with weight 0.
-  template <class W>
-  static W weighted(const W& weight, const W& x) {
-    return select(weight == W(0), W(0), weight * x);
-  }
-
   template <class Row>
   auto finish(const Row& row) const {
     using W = decltype(row.target);
     const W zero(0), inf(std::numeric_limits<double>::infinity());
-    const auto o = odds_of(row);
+    const target_odds o(row);
 
     // f(u) = (1 − p)^γ softplus(u), and f'(u)
     W f = o.surprise, df = o.miss;
@@ -137,8 +103,7 @@ struct cross_entropy_formula {
     }
     row_outcome<W> out;
     out.value = value;
-    out.image_scale = select(row.term[0] == zero, zero, rivals / row.term[0]);
-    out.coefficient[0] = out.coefficient[1] = zero;
+    out.image_scale = per_rival(rivals, row);
     out.target_gradient = target;
     if constexpr (General) out.target_gradient = target * steepness(row.target);
     return out;
@@ -146,13 +111,10 @@ struct cross_entropy_formula {
 
   template <class Row>
   auto report(const Row& row) const {
-    using W = decltype(row.target);
-    const auto o = odds_of(row);
-    row_report<W> r;
-    r.log_sum_exp = o.log_sum_exp;
-    r.target_log_probability = -o.surprise;
+    const target_odds o(row);
+    using W = decltype(o.hit);
+    row_report<W> r = softmax_report(row);
     r.penalty = W(p.log_z_penalty) * o.log_sum_exp * o.log_sum_exp;
-    r.entropy = W(0);
     if constexpr (General) {  // Σ_c p_c (lse − z_c)
       const W rivals = select(row.term[0] == W(0), W(0), o.above - row.term[3] / row.term[0]);
       r.entropy = weighted(o.hit, o.surprise) + weighted(o.miss, rivals);
@@ -201,6 +163,7 @@ class cross_entropy : public row_loss<cross_entropy<T>, T> {
   };
   static constexpr const char* name = "cross_entropy";
   static constexpr bool takes_soft_targets = true;
+  static constexpr bool has_softmax = true;
 
   cross_entropy() : cross_entropy(options{}) {}
   explicit(false) cross_entropy(const options& o) : options_(o) {
@@ -215,9 +178,7 @@ class cross_entropy : public row_loss<cross_entropy<T>, T> {
             "a finite number, 0 or more");
     require(finite_from_0(o.focal_gamma), name, "focal_gamma", o.focal_gamma,
             "a finite number, 0 or more");
-    require(o.reduction == reduction::none || o.reduction == reduction::mean ||
-                o.reduction == reduction::sum,
-            name, "reduction", static_cast<int>(o.reduction), "none, mean or sum");
+    core::require_reduction(name, o.reduction);
     copy(o.class_weights, "class_weights", class_weights_);
     copy(o.prior, "prior", prior_);
     options_.class_weights = {};  // the caller's memory is not kept
@@ -225,6 +186,17 @@ class cross_entropy : public row_loss<cross_entropy<T>, T> {
     double total = prior_.empty() ? 1 : 0;
     for (T x : prior_) total += static_cast<double>(x);
     require(std::fabs(total - 1) <= 1e-3, name, "the sum of prior", total, "1");
+    require(class_weights_.empty() || prior_.empty() || class_weights_.size() == prior_.size(),
+            name, "size of prior", prior_.size(), "the size of class_weights");
+    const std::size_t classes = std::max(class_weights_.size(), prior_.size());
+    const auto epsilon = static_cast<double>(o.label_smoothing);
+    for (std::size_t c = 0; c < classes; ++c) {
+      const double w = label_weight(static_cast<index>(c));
+      const double pi = prior_.empty() ? 1 / static_cast<double>(classes)
+                                       : static_cast<double>(prior_[c]);
+      bias_.push_back(static_cast<T>(epsilon * pi * w));
+      weight_.push_back(static_cast<T>((1 - epsilon) * w));
+    }
   }
 
   /// The options, without the views: the copies of those are class_weights() and prior().
@@ -283,32 +255,20 @@ class cross_entropy : public row_loss<cross_entropy<T>, T> {
     p.soft = static_cast<bool>(job.soft);
     if (!p.soft && p.smoothing == 0 && p.cap == 0 && options_.temperature == 1 &&
         !job.report.entropy.data)
-      return f(core::cross_entropy_formula<T, false>{p});
+      return f(core::cross_entropy_formula<T, false>{{}, p});
 
     // side number of class c: ε π_c w_c + (1 − ε) w_c q_c
-    std::vector<T> bias, weight;
-    const auto classes = static_cast<std::size_t>(job.scores.cols);
-    const double uniform = 1 / static_cast<double>(classes);
-    p.side.uniform_bias = static_cast<T>(p.smoothing * uniform);
+    p.side.uniform_bias =
+        static_cast<T>(p.smoothing / static_cast<double>(job.scores.cols));
     p.side.uniform_weight = static_cast<T>(1 - p.smoothing);
-    if (p.smoothing > 0 && !(prior_.empty() && class_weights_.empty())) {
-      bias.resize(classes);
-      for (std::size_t c = 0; c < classes; ++c)
-        bias[c] = static_cast<T>(p.smoothing * label_weight(static_cast<index>(c)) *
-                                 (prior_.empty() ? uniform : static_cast<double>(prior_[c])));
-      p.side.bias = bias.data();
-    }
-    if (p.soft && !class_weights_.empty()) {
-      weight.resize(classes);
-      for (std::size_t c = 0; c < classes; ++c)
-        weight[c] = static_cast<T>((1 - p.smoothing) * label_weight(static_cast<index>(c)));
-      p.side.weight = weight.data();
-    }
-    f(core::cross_entropy_formula<T, true>{p});
+    p.side.bias = bias_.empty() ? nullptr : bias_.data();
+    p.side.weight = weight_.empty() ? nullptr : weight_.data();
+    f(core::cross_entropy_formula<T, true>{{}, p});
   }
 
   options options_;
   std::vector<T> class_weights_, prior_;
+  std::vector<T> bias_, weight_;  // ε π w and (1 − ε) w, where they are not uniform
 };
 
 }  // namespace perdita::inline PERDITA_ABI

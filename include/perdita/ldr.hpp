@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 
+#include "core/row_formula.hpp"
 #include "core/row_loss.hpp"
 #include "core/traits.hpp"
 
@@ -14,15 +15,10 @@ namespace core {
 /// With u = log Σ_{k≠y} e^{(x_k + c)/λ} − x_y/λ:  ℓ = λ (softplus(u) − log K),  ∂ℓ/∂u = λ σ(u),
 /// and the scores enter u as x/λ. The margin is a constant of u, so the sums need not know it.
 template <class T>
-struct ldr_kl_formula {
+struct ldr_kl_formula : row_formula {
   using statistic = log_sum_exp;
-  static constexpr bool excludes_target = true;
-  static constexpr bool proportional = true;
-  static constexpr bool has_side = false;
 
   double lambda, margin;
-
-  double label_weight(index) const { return 1; }
 
   template <class V>
   PERDITA_INLINE V score(const V& x) const {
@@ -30,15 +26,13 @@ struct ldr_kl_formula {
   }
   template <class Row>
   auto finish(const Row& row) const {
-    using W = decltype(row.target);
-    const W zero(0), inf(std::numeric_limits<double>::infinity());
-    const W u = select(row.target == -inf, inf,
-                       (row.shift - row.target) + W(margin / lambda) + log(row.term[0]));
+    const target_odds o(row);
+    using W = decltype(o.hit);
+    const W u = o.against + W(margin / lambda);
     const W miss = sigmoid(u);
     row_outcome<W> out;
     out.value = W(lambda) * (softplus(u) - log(row.classes));
-    out.image_scale = select(row.term[0] == zero, zero, miss / row.term[0]);
-    out.coefficient[0] = out.coefficient[1] = zero;
+    out.image_scale = per_rival(miss, row);
     out.target_gradient = -miss;
     return out;
   }
@@ -73,6 +67,7 @@ class ldr_kl : public row_loss<ldr_kl<T>, T> {
   };
   static constexpr const char* name = "ldr_kl";
   static constexpr bool takes_soft_targets = false;
+  static constexpr bool has_softmax = true;
   static constexpr loss_traits traits{.convex = true,
                                       .smooth = true,
                                       .exact_gradient = true,
@@ -92,7 +87,7 @@ class ldr_kl : public row_loss<ldr_kl<T>, T> {
   friend row_loss<ldr_kl<T>, T>;
   template <class F>
   void visit(const core::row_job<T>&, F f) const {
-    f(core::ldr_kl_formula<T>{static_cast<double>(options_.lambda),
+    f(core::ldr_kl_formula<T>{{}, static_cast<double>(options_.lambda),
                               static_cast<double>(options_.margin)});
   }
   options options_;

@@ -76,7 +76,7 @@ class column_kernel {
     V keep[packs];  // 0 in the lanes of rows that do not count
     V relative_label[packs];
     V factor[packs], cut[packs], gradient_scale[packs], target_gradient[packs];
-    V coefficient[packs][2];
+    V coefficient[packs][coefficients];
     double image_scale[packs * lanes<T>];
     unsigned char has_label[chunk_columns];
     wide_lanes<T> sums[statistic::terms][lanes<T>][packs];
@@ -279,7 +279,7 @@ class column_kernel {
     alignas(64) T shift[lanes<T>], rivals[lanes<T>];
     t.shift[p].store(shift);
     t.rivals[p].store(rivals);
-    alignas(64) T coefficient[2][lanes<T>], target_gradient[lanes<T>], gradient_scale[lanes<T>];
+    alignas(64) T coefficient[coefficients][lanes<T>], target_gradient[lanes<T>], gradient_scale[lanes<T>];
     for (index h = 0; h < halves; ++h) {
       const index at = p * width + h * finish_rows;
       alignas(64) double wide_shift[finish_rows], wide_rivals[finish_rows];
@@ -301,19 +301,18 @@ class column_kernel {
         s.term[k] = sum[0];
       }
       const row_outcome<W> result = formula_.finish(s);
-      alignas(64) double out[4][finish_rows];
+      alignas(64) double out[2 + coefficients][finish_rows];
       result.value.store(out[0]);
-      result.coefficient[0].store(out[1]);
-      result.coefficient[1].store(out[2]);
-      result.target_gradient.store(out[3]);
+      result.target_gradient.store(out[1]);
+      for (int k = 0; k < coefficients; ++k) result.coefficient[k].store(out[2 + k]);
       result.image_scale.store(t.image_scale + at);
       index numbers[finish_rows], lane[finish_rows], count = 0;
       for (index i = 0; i < finish_rows; ++i) {
         const index l = h * finish_rows + i;
         const double scale = t.scale[at + i];
-        coefficient[0][l] = static_cast<T>(out[1][i]);
-        coefficient[1][l] = static_cast<T>(out[2][i]);
-        target_gradient[l] = static_cast<T>(out[3][i] * scale);
+        for (int k = 0; k < coefficients; ++k)
+          coefficient[k][l] = static_cast<T>(out[2 + k][i]);
+        target_gradient[l] = static_cast<T>(out[1][i] * scale);
         gradient_scale[l] = static_cast<T>(scale);
         if (Formula::proportional) t.image_scale[at + i] *= scale;
         if (t.counts[at + i]) {
@@ -327,7 +326,7 @@ class column_kernel {
       if (job_.report.any())
         store_report(formula_, job_, s, numbers, lane, t.raw_target + at, wide_rivals, count);
     }
-    for (int k = 0; k < 2; ++k) t.coefficient[p][k] = V::load(coefficient[k]);
+    for (int k = 0; k < coefficients; ++k) t.coefficient[p][k] = V::load(coefficient[k]);
     t.target_gradient[p] = V::load(target_gradient);
     t.gradient_scale[p] = V::load(gradient_scale);
   }

@@ -29,11 +29,13 @@ struct row_summary : summary<Statistic, W> {
 /// What it returns, all before weights and reductions.
 template <class W = pack<double>>
 struct row_outcome {
+  static constexpr int coefficients = 3;
   W value;
-  W image_scale;      ///< share of score z: image_scale * e^{z - shift}
-  W coefficient[2];   ///< whatever else slope() needs
+  W image_scale = W(0);                                    ///< share: image_scale e^{z - shift}
+  W coefficient[coefficients] = {W(0), W(0), W(0)};        ///< whatever else slope() needs
   W target_gradient;  ///< ∂value/∂score of the target, all of it
 };
+inline constexpr int coefficients = row_outcome<>::coefficients;
 
 /// By-products of a row, in the same units as the value.
 template <class W = pack<double>>

@@ -66,12 +66,14 @@ template <class Formula, class T, class Summary>
 void store_report(const Formula& formula, const row_job<T>& job, const Summary& s,
                   const index* rows, const index* lane, const double* raw_target,
                   const double* raw_rivals, index count) {
-  alignas(64) double v[4][finish_rows];
-  const auto r = formula.report(s);
-  r.log_sum_exp.store(v[0]);
-  r.target_log_probability.store(v[1]);
-  r.entropy.store(v[2]);
-  r.penalty.store(v[3]);
+  alignas(64) double v[4][finish_rows] = {};
+  if constexpr (requires { formula.report(s); }) {
+    const auto r = formula.report(s);
+    r.log_sum_exp.store(v[0]);
+    r.target_log_probability.store(v[1]);
+    r.entropy.store(v[2]);
+    r.penalty.store(v[3]);
+  }
   const vector_view<T> to[] = {job.report.log_sum_exp, job.report.target_log_probability,
                                job.report.entropy, job.report.penalty};
   for (index i = 0; i < count; ++i) {
@@ -170,7 +172,7 @@ class row_kernel {
     T* shifts;   // of every chunk
     T* factors;  // of every chunk: from image to share
     T* image;    // scratch; null where the images stay in the row
-    T coefficient[2];
+    T coefficient[coefficients];
     T target_gradient;
     alignas(64) T tail[lanes<T>];  // images of the last, partial pack of a row that has no room
   };
@@ -191,7 +193,7 @@ class row_kernel {
     T* to;
     side_cursor<T> side;
     V factor, cut, shift, scale;
-    V coefficient[2];
+    V coefficient[coefficients];
     index head;  // columns before the first aligned pack of a streamed row
     bool streaming;
   };
@@ -390,7 +392,7 @@ class row_kernel {
       e.head = std::min(cols_, static_cast<index>((64 - address % 64) % 64 / sizeof(T)));
     }
     e.scale = V(carries ? T(1) : static_cast<T>(row.scale));
-    for (int k = 0; k < 2; ++k) e.coefficient[k] = V(row.coefficient[k]);
+    for (int k = 0; k < coefficients; ++k) e.coefficient[k] = V(row.coefficient[k]);
   }
 
   void set_chunk(const live_row& row, emit_cursor& e, index c) const {
@@ -467,7 +469,7 @@ class row_kernel {
       seen = look_at(*a, x, 0, chunk_size(0));
     }
     T target = 0;
-    if (e) {
+    if constexpr (Gradient) if (e) {
       open(*e, emitting);
       target = e->target_gradient;
       if (job_.accumulate) {
@@ -500,11 +502,14 @@ class row_kernel {
         for (V& sum : absorbing.sum) sum = V(0);
         absorb_packs = n / width;
       }
-      if (e) emit_packs = aim(*e, emitting, c);
-      const index both = std::min(absorb_packs, emit_packs);
-      if (both > 0) step<true, true>(0, both, absorbing, emitting);
+      index both = 0;
+      if constexpr (Gradient) {
+        if (e) emit_packs = aim(*e, emitting, c);
+        both = std::min(absorb_packs, emit_packs);
+        if (both > 0) step<true, true>(0, both, absorbing, emitting);
+        if (emit_packs > both) step<false, true>(both, emit_packs, absorbing, emitting);
+      }
       if (absorb_packs > both) step<true, false>(both, absorb_packs, absorbing, emitting);
-      if (emit_packs > both) step<false, true>(both, emit_packs, absorbing, emitting);
       if (a) {
         const V ahead = absorbing.seen;
         if (n % width) absorb_tail(*a, absorbing, first, n);
@@ -513,9 +518,11 @@ class row_kernel {
           seen = looks_ahead ? ahead : look_at(*a, next, first + chunk_columns, chunk_size(c + 1));
         x = next;
       }
-      if (e) flush(*e, emitting, c);
+      if constexpr (Gradient)
+        if (e) flush(*e, emitting, c);
     }
-    if (e) job_.gradient.writer(job_.gradient.at(e->row, e->label), 1, 1, &target);
+    if constexpr (Gradient)
+      if (e) job_.gradient.writer(job_.gradient.at(e->row, e->label), 1, 1, &target);
   }
 
   /// Packs [begin, end) of what the cursors point at.
@@ -573,7 +580,7 @@ class row_kernel {
   void finish(live_row* rows, index count, exact_sum& total) {
     using W = pack<double>;
     alignas(64) double in[6 + statistic::terms][finish_rows] = {};
-    alignas(64) double out[5][finish_rows];
+    alignas(64) double out[3 + coefficients][finish_rows];
     index numbers[finish_rows];
     static constexpr index lane[finish_rows] = {0, 1, 2, 3, 4, 5, 6, 7};
     const index padding = (width - cols_ % width) % width;
@@ -599,9 +606,8 @@ class row_kernel {
     const row_outcome<W> result = formula_.finish(s);
     result.value.store(out[0]);
     result.image_scale.store(out[1]);
-    result.coefficient[0].store(out[2]);
-    result.coefficient[1].store(out[3]);
-    result.target_gradient.store(out[4]);
+    result.target_gradient.store(out[2]);
+    for (int k = 0; k < coefficients; ++k) result.coefficient[k].store(out[3 + k]);
     if (job_.report.any())
       store_report(formula_, job_, s, numbers, lane, in[5], in[4], count);
     for (index i = 0; i < count; ++i) {
@@ -609,9 +615,9 @@ class row_kernel {
       store_value(job_, row.row, out[0][i], total);
       if constexpr (Gradient) {
         fill_factors(row, carries ? out[1][i] * row.scale : out[1][i]);
-        row.coefficient[0] = static_cast<T>(out[2][i]);
-        row.coefficient[1] = static_cast<T>(out[3][i]);
-        row.target_gradient = static_cast<T>(out[4][i] * row.scale);
+        for (int k = 0; k < coefficients; ++k)
+          row.coefficient[k] = static_cast<T>(out[3 + k][i]);
+        row.target_gradient = static_cast<T>(out[2][i] * row.scale);
       }
     }
   }

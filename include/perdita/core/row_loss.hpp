@@ -64,6 +64,11 @@ concept scores_like =
 template <class M, class T>
 concept gradient_like = scores_like<M, T> && !std::is_const_v<typename element_of<M>::type>;
 
+inline void require_reduction(const char* loss, reduction r) {
+  require(r == reduction::none || r == reduction::mean || r == reduction::sum, loss, "reduction",
+          static_cast<int>(r), "none, mean or sum");
+}
+
 struct extent {
   std::uintptr_t begin, end;
 };
@@ -102,11 +107,13 @@ inline index block_rows(index rows, index cols) {
 ///   name                        for messages
 ///   settings()                  options, among them reduction and ignore_index
 ///   takes_soft_targets          whether a target may be a matrix
-///   label_weight(y)             the class weight in the mean's denominator
-///   check(job)                  fails if the loss cannot take such a job
+///   has_softmax                 whether log_sum_exp and the like can be asked for
 ///   visit(job, f)               calls f(formula) with the formula that serves the job
 ///
-/// and a formula declares the algebra: statistic, score, finish, slope (see row_kernel.hpp).
+/// and, where they differ from these defaults, label_weight(y), the class weight in the mean's
+/// denominator (1), and check(job), which fails if the loss cannot take such a job;
+///
+/// and a formula (core/row_formula.hpp) declares the algebra.
 template <class Derived, class T>
 class row_loss {
  public:
@@ -130,6 +137,10 @@ class row_loss {
                   "a pointer to memory");
     return run(core::as_matrix(scores), target, g, call);
   }
+
+ protected:
+  double label_weight(index) const { return 1; }
+  void check(const core::row_job<T>&) const {}
 
  private:
   const Derived& self() const { return static_cast<const Derived&>(*this); }
@@ -212,6 +223,10 @@ double row_loss<Derived, T>::check_and_weigh(const core::row_job<T>& job,
   per_row("entropy", call.entropy);
   per_row("penalty", call.penalty);
   per_row("hits", call.hits);
+  if constexpr (!Derived::has_softmax)
+    if (job.report.any())
+      core::fail(std::string("perdita::") + name +
+                 ": a by-product of a softmax is asked for, expected none but values");
   core::require(call.normaliser >= 0 && std::isfinite(call.normaliser), name, "normaliser",
                 call.normaliser, "a finite number above 0, or 0 for the reduction's own");
   if (rows > 0) core::require(cols > 0, name, "columns", cols, "at least 1 class");
