@@ -3,121 +3,41 @@
 // Trains a softmax classifier with one hidden layer on handwritten digits: the products are
 // Eigen's, the loss and its gradient Perdita's.
 
-#include <cerrno>
-#include <charconv>
+#include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
-#include <cstring>
-#include <fstream>
-#include <stdexcept>
+#include <exception>
 #include <string>
-#include <utility>
-#include <vector>
 
 #include <Eigen/Core>
 
 #include <perdita/cross_entropy.hpp>
 
+#include "digits.hpp"
 #include "progress.hpp"
 
 #ifndef PERDITA_EXAMPLES_DATA
 #define PERDITA_EXAMPLES_DATA "examples/data"
 #endif
 
-// One sample per row. Perdita takes column-major matrices, Eigen's default, just as well; here a
-// row is what gets shuffled, so it should lie in one piece.
-using matrix = Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
 using matrix_ref = Eigen::Ref<const matrix>; // a matrix or some of its rows
-using row = Eigen::RowVectorXf;
+using row_vector = Eigen::RowVectorXf;
 
-constexpr int pixels = 64, classes = 10, hidden_units = 64;
-constexpr int epochs = 60, batch = 32;
-constexpr float first_rate = 0.05f, momentum = 0.9f, weight_decay = 1e-3f;
+constexpr int hidden_units = 128, epochs = 60, batch = 32;
+constexpr float first_rate = 0.1f, momentum = 0.9f, weight_decay = 1e-3f;
 constexpr std::uint64_t seed = 1;
 constexpr double required_accuracy = 0.96;
-
-/// SplitMix64. The engines of <random> are the same everywhere, but its distributions and
-/// std::shuffle are not, and this example should train the same model everywhere.
-class generator {
-public:
-  explicit generator(std::uint64_t start) : state_(start) {}
-
-  float symmetric() { return static_cast<float>(bits() >> 40) * 0x1p-23f - 1; } // in [-1, 1)
-  int below(int n) {
-    return static_cast<int>(((bits() >> 32) * static_cast<std::uint64_t>(n)) >> 32);
-  }
-
-private:
-  std::uint64_t bits() {
-    std::uint64_t z = state_ += 0x9e3779b97f4a7c15u;
-    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
-    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
-    return z ^ (z >> 31);
-  }
-  std::uint64_t state_;
-};
-
-struct dataset {
-  matrix images;
-  Eigen::VectorXi labels;
-
-  int size() const { return static_cast<int>(labels.size()); }
-  void shuffle(generator& random) {
-    for (int i = size() - 1; i > 0; --i) {
-      const int j = random.below(i + 1);
-      images.row(i).swap(images.row(j));
-      std::swap(labels[i], labels[j]);
-    }
-  }
-};
-
-/// Lines of 64 pixels (0 to 16) and the digit, all whole numbers, with commas between them.
-dataset read_digits(const std::string& path) {
-  std::ifstream file(path);
-  if (!file)
-    throw std::runtime_error(path + ": " + std::strerror(errno));
-  std::vector<float> values;
-  std::vector<int> labels;
-  std::string line;
-  for (int number = 1; std::getline(file, line); ++number) {
-    const char* at = line.data();
-    const char* end = at + line.size();
-    if (at < end && end[-1] == '\r')
-      --end;
-    for (int column = 1; column <= pixels + 1; ++column) {
-      const int largest = column <= pixels ? 16 : classes - 1;
-      int value = -1;
-      at = std::from_chars(at, end, value).ptr;
-      const bool ended = column <= pixels ? at < end && *at == ',' : at == end;
-      if (value < 0 || value > largest || !ended)
-        throw std::runtime_error(path + ":" + std::to_string(number) + ": column " +
-                                 std::to_string(column) + " of " + std::to_string(pixels + 1) +
-                                 " should be a whole number from 0 to " + std::to_string(largest));
-      ++at;
-      if (column <= pixels)
-        values.push_back(static_cast<float>(value));
-      else
-        labels.push_back(value);
-    }
-  }
-  if (labels.size() < 4)
-    throw std::runtime_error(path + ": expected at least 4 lines, found " +
-                             std::to_string(labels.size()));
-  const auto rows = static_cast<Eigen::Index>(labels.size());
-  return {Eigen::Map<matrix>(values.data(), rows, pixels),
-          Eigen::Map<Eigen::VectorXi>(labels.data(), rows)};
-}
 
 /// x ↦ x · weights + bias, learnt by stochastic gradient descent with momentum.
 struct layer {
   matrix weights, weight_step;
-  row bias, bias_step;
+  row_vector bias, bias_step;
 
   layer(int in, int out, generator& random)
-      : weights(in, out), weight_step(matrix::Zero(in, out)), bias(row::Zero(out)),
-        bias_step(row::Zero(out)) {
+      : weights(in, out), weight_step(matrix::Zero(in, out)), bias(row_vector::Zero(out)),
+        bias_step(row_vector::Zero(out)) {
     const float limit = std::sqrt(6.0f / static_cast<float>(in)); // He et al. 2015
     for (Eigen::Index i = 0; i < weights.size(); ++i)
       weights.data()[i] = limit * random.symmetric();
@@ -141,10 +61,11 @@ double train_and_test(const std::string& path) {
   dataset train{all.images.bottomRows(kept), all.labels.tail(kept)};
   std::printf("%s: %d digits to learn from, %d held out\n", path.c_str(), kept, held_out);
 
-  // Standardise by the training part alone. The 1 keeps pixels that are nearly always blank from
+  // Standardise by the training part alone. The 5 keeps pixels that are nearly always blank from
   // counting for much where they are not.
-  const row mean = train.images.colwise().mean();
-  const row spread = ((train.images.rowwise() - mean).array().square().colwise().mean() + 1).sqrt();
+  const row_vector mean = train.images.colwise().mean();
+  const row_vector spread =
+      ((train.images.rowwise() - mean).array().square().colwise().mean() + 5).sqrt();
   for (matrix* images : {&train.images, &test.images})
     *images = (images->rowwise() - mean).array().rowwise() / spread.array();
 

@@ -8,6 +8,11 @@
 #include <cstddef>
 #include <vector>
 
+// GCC 12 reports its own AVX-512 headers (bug 105593) in every function they are inlined into.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+
 #include <Eigen/Core>
 
 #include "../support/peer.hpp"

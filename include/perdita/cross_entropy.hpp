@@ -123,6 +123,72 @@ struct cross_entropy_formula : row_formula {
   }
 };
 
+/// Second derivatives. With n = −log p_y and f(n) = (1−e^{−n})^γ n, the Hessian in z is
+///
+///   H = A (diag p − p pᵀ) + 2c p pᵀ + F (p − e_y)(p − e_y)ᵀ
+///   A = (1−ε) w_y f'(n) + ε Σ π_c w_c + 2c log Σ e^z,   F = (1−ε) w_y f''(n)
+///
+/// and temperature divides it by its square. Product: H v, where v comes as the soft target does.
+template <class T, bool Product>
+struct cross_entropy_hessian : row_formula {
+  using statistic = std::conditional_t<Product, log_sum_exp_and_mean, log_sum_exp>;
+  static constexpr bool proportional = false;
+  static constexpr bool has_side = Product;
+
+  cross_entropy_formula<T, true> loss;
+  double smoothed_weight;  // ε Σ π_c w_c
+
+  double label_weight(index y) const { return loss.label_weight(y); }
+  side_cursor<T> side(index) const { return {nullptr, nullptr, nullptr, T(1), T(0)}; }
+  template <class V>
+  PERDITA_INLINE V score(const V& x) const {
+    return loss.score(x);
+  }
+  template <class V>
+  PERDITA_INLINE V slope(const V&, const V& share, const V& v, const V* c) const {
+    if constexpr (Product) return share * fma(v, c[0], c[1]);
+    return share * fma(share, c[1], c[0]);
+  }
+  template <class Row>
+  auto finish(const Row& row) const {
+    const target_odds o(row);
+    using W = decltype(o.hit);
+    const W zero(0), one(1), two(2);
+    const auto& p = loss.p;
+    const W hard = row.label_weight * W(1 - p.smoothing);
+    W first = one, second = zero;  // f', and (1 − p) f''
+    if (p.focal_gamma > 0) {
+      const W gamma(p.focal_gamma), focus = exp(gamma * log(o.miss));
+      const W ratio = select(o.miss == zero, one, o.surprise / o.miss);
+      const W hn = weighted(o.hit, o.surprise);
+      first = weighted(focus, one + gamma * o.hit * ratio);
+      second = gamma * weighted(focus, two * o.hit + (gamma - one) * o.hit * o.hit * ratio - hn);
+    }
+    const W c(2 * p.log_z_penalty), t(p.inverse_temperature * p.inverse_temperature);
+    const W penalty = p.log_z_penalty > 0 ? c * o.log_sum_exp : zero;
+    const W a = t * (weighted(hard, first) + W(smoothed_weight) + penalty);
+    const W f = t * weighted(hard, second);
+    row_outcome<W> out;
+    out.value = zero;
+    out.image_scale = per_rival(o.miss, row);
+    if constexpr (Product) {
+      const W v = row.target_side;
+      const W apart = per_rival(row.term[1], row) - v;  // mean of v over the rivals, minus v_y
+      const W mean = v + weighted(o.miss, apart);       // pᵀv
+      out.coefficient[0] = a;
+      out.coefficient[1] = (t * c - a) * mean + f * apart;
+      out.target_gradient =
+          o.hit * (t * c * mean - a * weighted(o.miss, apart)) - o.miss * f * apart;
+    } else {
+      const W curve = select(o.miss == zero, zero, f / o.miss);
+      out.coefficient[0] = a;
+      out.coefficient[1] = (t * c - a) + curve;
+      out.target_gradient = o.hit * (a * o.miss + t * c * o.hit) + f * o.miss;
+    }
+    return out;
+  }
+};
+
 }  // namespace core
 
 /// Cross-entropy of a softmax, with everything that is usually asked of it.
@@ -204,6 +270,30 @@ class cross_entropy : public row_loss<cross_entropy<T>, T> {
   const std::vector<T>& class_weights() const { return class_weights_; }
   const std::vector<T>& prior() const { return prior_; }
 
+  /// The diagonal of each row's Hessian, into `result`: ∂²ℓ/∂x_j², with the row weights, scales
+  /// and reduction of the gradient. Labels only, and no softcap.
+  template <class X, core::labels_like Y, class G>
+    requires core::scores_like<X, T> && core::gradient_like<G, T>
+  void hessian_diagonal(X&& scores, Y&& labels, G&& result,
+                        const call_options<T>& call = {}) const {
+    auto job = second_order(core::as_matrix(scores), core::as_vector(labels),
+                            core::as_matrix(result));
+    run_second_order<false>(job, call);
+  }
+  /// Each row's Hessian times that row of `v`, into `result`. Labels only, and no softcap.
+  template <class X, core::labels_like Y, class M, class G>
+    requires core::scores_like<X, T> && core::scores_like<M, T> && core::gradient_like<G, T>
+  void hessian_product(X&& scores, Y&& labels, M&& v, G&& result,
+                       const call_options<T>& call = {}) const {
+    auto job = second_order(core::as_matrix(scores), core::as_vector(labels),
+                            core::as_matrix(result));
+    const auto direction = core::as_matrix(v);
+    this->check_size("rows of v", direction.rows, job.scores.rows);
+    this->check_size("columns of v", direction.cols, job.scores.cols);
+    job.soft = core::matrix_data<T>(direction);
+    run_second_order<true>(job, call);
+  }
+
   constexpr loss_traits traits() const {
     const bool plain = options_.focal_gamma == 0 && options_.softcap == 0;
     return {.convex = plain && options_.log_z_penalty == 0,
@@ -238,13 +328,11 @@ class cross_entropy : public row_loss<cross_entropy<T>, T> {
     };
     same(class_weights_, "class_weights");
     same(prior_, "prior");
-    core::require(!job.soft || options_.focal_gamma == 0, name, "focal_gamma",
+    core::require(!job.soft || job.labels || options_.focal_gamma == 0, name, "focal_gamma",
                   options_.focal_gamma, "0 with soft targets");
   }
 
-  /// Calls f with the formula that serves the job: the plain one unless something needs more.
-  template <class F>
-  void visit(const core::row_job<T>& job, F f) const {
+  core::cross_entropy_parameters<T> parameters(const core::row_job<T>& job) const {
     core::cross_entropy_parameters<T> p;
     p.smoothing = static_cast<double>(options_.label_smoothing);
     p.focal_gamma = static_cast<double>(options_.focal_gamma);
@@ -252,17 +340,46 @@ class cross_entropy : public row_loss<cross_entropy<T>, T> {
     p.cap = static_cast<double>(options_.softcap);
     p.inverse_temperature = 1 / static_cast<double>(options_.temperature);
     p.class_weights = &class_weights_;
-    p.soft = static_cast<bool>(job.soft);
+    p.soft = job.soft && !job.labels;
+    // side number of class c: ε π_c w_c + (1 − ε) w_c q_c
+    p.side.uniform_bias = static_cast<T>(p.smoothing / static_cast<double>(job.scores.cols));
+    p.side.uniform_weight = static_cast<T>(1 - p.smoothing);
+    p.side.bias = bias_.empty() ? nullptr : bias_.data();
+    p.side.weight = weight_.empty() ? nullptr : weight_.data();
+    return p;
+  }
+
+  template <class S, class L, class G>
+  core::row_job<T> second_order(matrix_view<S> scores, vector_view<L> labels,
+                                matrix_view<G> result) const {
+    core::require(options_.softcap == 0, name, "softcap", options_.softcap,
+                  "0 where second derivatives are asked for");
+    core::row_job<T> job;
+    job.scores = core::matrix_data<T>(scores);
+    job.gradient = core::matrix_data<T, true>(result);
+    this->set_labels(job, labels);
+    return job;
+  }
+  template <bool Product>
+  void run_second_order(core::row_job<T>& job, const call_options<T>& call) const {
+    this->evaluate(job, call, true, [this](const auto& settled, auto f) {
+      double smoothed = static_cast<double>(options_.label_smoothing);
+      if (!bias_.empty()) {
+        smoothed = 0;
+        for (T b : bias_) smoothed += static_cast<double>(b);
+      }
+      f(core::cross_entropy_hessian<T, Product>{{}, {{}, parameters(settled)}, smoothed});
+    });
+  }
+
+  /// Calls f with the formula that serves the job: the plain one unless something needs more.
+  template <class F>
+  void visit(const core::row_job<T>& job, F f) const {
+    const auto p = parameters(job);
     if (!p.soft && p.smoothing == 0 && p.cap == 0 && options_.temperature == 1 &&
         !job.report.entropy.data)
       return f(core::cross_entropy_formula<T, false>{{}, p});
 
-    // side number of class c: ε π_c w_c + (1 − ε) w_c q_c
-    p.side.uniform_bias =
-        static_cast<T>(p.smoothing / static_cast<double>(job.scores.cols));
-    p.side.uniform_weight = static_cast<T>(1 - p.smoothing);
-    p.side.bias = bias_.empty() ? nullptr : bias_.data();
-    p.side.weight = weight_.empty() ? nullptr : weight_.data();
     f(core::cross_entropy_formula<T, true>{{}, p});
   }
 

@@ -154,13 +154,15 @@ class column_kernel {
     }
   }
 
-  /// Where there is no label, the class that the soft target favours takes its place.
+  /// Where there is no label, the class that the soft target favours takes its place, and where
+  /// there is no target at all, the one with the largest score.
   index favourite(index r) {
+    const auto& from = job_.soft ? job_.soft : job_.scores;
     index best = 0;
     T most = -std::numeric_limits<T>::infinity();
     for (index c = 0; c < cols_; c += chunk_columns) {
       const index n = std::min(chunk_columns, cols_ - c);
-      job_.soft.read(r, c, n, stage_row_);
+      from.read(r, c, n, stage_row_);
       for (index j = 0; j < n; ++j)
         if (stage_row_[j] > most) {
           most = stage_row_[j];
@@ -378,7 +380,7 @@ class column_kernel {
         prefetch(at + prefetch_columns * x[p].stride);
         const V z = formula_.score(V::load(at));
         V share(0), b(0);
-        if constexpr (statistic::has_image)
+        if constexpr (statistic::has_image && Formula::uses_share)
           share = multiply_unless_less(
               exp_shifted(z - shifts_[column / chunk_columns * packs + p]), t.cut[p], t.factor[p]);
         if constexpr (Formula::has_side) b = side_of(side, soft[p], j);

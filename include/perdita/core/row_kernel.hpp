@@ -287,17 +287,19 @@ class row_kernel {
     row.shifted = false;
   }
 
-  /// Where there is no label, the class that the soft target favours takes its place.
+  /// Where there is no label, the class that the soft target favours takes its place, and where
+  /// there is no target at all, the one with the largest score.
   index favourite(index r) {
+    const auto& from = job_.soft ? job_.soft : job_.scores;
     index best = 0;
     T most = -std::numeric_limits<T>::infinity();
     for (index first = 0; first < cols_; first += chunk_columns) {
       const index n = std::min(chunk_columns, cols_ - first);
-      const T* q = job_.soft.pointer(r, first);
-      if (!soft_in_place_) {
-        job_.soft.read(r, first, n, stage_soft_);
-        q = stage_soft_;
-      }
+      const T* q = stage_soft_;
+      if (from.direct() && from.col_stride == 1)
+        q = from.pointer(r, first);
+      else
+        from.read(r, first, n, stage_soft_);
       V seen(most);
       index j = 0;
       for (; j + width <= n; j += width) seen = max(V::load(q + j), seen);
@@ -558,7 +560,7 @@ class row_kernel {
         } else {
           const V z = formula_.score(from);
           V share(0), side(0);
-          if constexpr (statistic::has_image)
+          if constexpr (statistic::has_image && Formula::uses_share)
             share = multiply_unless_less(exp_shifted(z - e.shift), e.cut, e.factor);
           if constexpr (Formula::has_side) side = e.side.at(j);
           out = formula_.slope(z, share, side, e.coefficient) * e.scale;

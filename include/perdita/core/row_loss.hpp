@@ -3,18 +3,15 @@
 
 /// The call operators of every row loss: checks, reduction, distribution over threads.
 
-#include <atomic>
 #include <cmath>
 #include <concepts>
 #include <cstdint>
 #include <string>
 
-#include "column_kernel.hpp"
 #include "errors.hpp"
 #include "executor.hpp"
-#include "row_kernel.hpp"
+#include "row_run.hpp"
 #include "views.hpp"
-#include "workspace.hpp"
 
 namespace perdita::inline PERDITA_ABI {
 
@@ -85,19 +82,29 @@ extent bytes_of(const matrix_data<T, M>& m) {
           base + static_cast<std::uintptr_t>((high + 1) * m.width)};
 }
 
+/// The gradient may be the scores themselves (true) or memory apart from them and the target.
+template <class T>
+bool check_overlap(const char* name, const row_job<T>& job) {
+  if (job.scores.rows * job.scores.cols == 0) return false;
+  const auto& g = job.gradient;
+  const extent mine = bytes_of(g);
+  const auto against = [&](const matrix_data<T>& m, const char* what) {
+    const extent other = bytes_of(m);
+    const bool same = static_cast<const void*>(g.data) == m.data && g.width == m.width &&
+                      g.row_stride == m.row_stride && g.col_stride == m.col_stride &&
+                      g.plane_rows == m.plane_rows && g.plane_stride == m.plane_stride;
+    if (!same && mine.begin < other.end && other.begin < mine.end)
+      fail(std::string("perdita::") + name + ": gradient overlaps the " + what +
+           ", expected either the very same elements or memory apart");
+    return same;
+  };
+  if (job.soft) against(job.soft, "target");
+  return against(job.scores, "scores");
+}
+
 template <class T>
 std::int64_t read_label(const void* labels, index stride, index r) {
   return static_cast<std::int64_t>(static_cast<const T*>(labels)[r * stride]);
-}
-
-/// Rows per task: enough to be worth a task, few enough to share out, and a function of the shape
-/// alone, because the values of a block are summed before the blocks are.
-inline index block_rows(index rows, index cols) {
-  const auto up = [](index a, index b) { return (a + b - 1) / b; };
-  const index worth = up(65536, cols), shared = std::clamp<index>(rows / 16, 1, 8);
-  index n = std::max({worth, shared, up(rows, 4096)});
-  if (n > finish_rows) n = up(n, finish_rows) * finish_rows;
-  return cols < 128 ? up(n, 64) * 64 : n;
 }
 
 }  // namespace core
@@ -139,6 +146,24 @@ class row_loss {
   }
 
  protected:
+  /// Checks a job, settles its scale and runs it with the formula that visit(job, f) hands to f.
+  template <class Visit>
+  T evaluate(core::row_job<T>& job, const call_options<T>& call, bool has_gradient,
+             Visit visit) const;
+  template <class L>
+  void set_labels(core::row_job<T>& job, vector_view<L> labels) const {
+    check_size("labels", labels.size, job.scores.rows);
+    job.labels = labels.data ? static_cast<const void*>(labels.data) : this;
+    job.label_at = &core::read_label<std::remove_const_t<L>>;
+    job.label_stride = labels.stride;
+  }
+  void check_size(const char* what, index got, index expected) const {
+    if (got != expected) [[unlikely]]
+      core::fail(std::string("perdita::") + self().name + ": " + what + " is " +
+                 core::to_text(got) + ", expected " + core::to_text(expected) +
+                 " (as many as the scores have)");
+  }
+
   double label_weight(index) const { return 1; }
   void check(const core::row_job<T>&) const {}
 
@@ -153,12 +178,7 @@ class row_loss {
     job.scores = core::matrix_data<T>(scores);
     job.gradient = core::matrix_data<T, true>(gradient);
     if constexpr (core::labels_like<Y>) {
-      const auto labels = core::as_vector(target);
-      using L = std::remove_const_t<typename decltype(labels)::element_type>;
-      check_size("labels", labels.size, scores.rows);
-      job.labels = labels.data ? static_cast<const void*>(labels.data) : this;
-      job.label_at = &core::read_label<L>;
-      job.label_stride = labels.stride;
+      set_labels(job, core::as_vector(target));
     } else {
       static_assert(core::scores_like<Y, T> && Derived::takes_soft_targets,
                     "the target must be a vector of integral labels, or (for losses that take "
@@ -168,17 +188,10 @@ class row_loss {
       check_size("target columns", soft.cols, scores.cols);
       job.soft = core::matrix_data<T>(soft);
     }
-    return evaluate(job, call, gradient.data != nullptr || gradient.rows > 0);
+    return evaluate(job, call, gradient.data != nullptr || gradient.rows > 0,
+                    [this](const auto& settled, auto f) { self().visit(settled, f); });
   }
 
-  void check_size(const char* what, index got, index expected) const {
-    if (got != expected) [[unlikely]]
-      core::fail(std::string("perdita::") + self().name + ": " + what + " is " +
-                 core::to_text(got) + ", expected " + core::to_text(expected) +
-                 " (as many as the scores have)");
-  }
-
-  T evaluate(core::row_job<T>& job, const call_options<T>& call, bool has_gradient) const;
   double check_and_weigh(const core::row_job<T>& job, const call_options<T>& call,
                          bool has_gradient) const;
 };
@@ -192,22 +205,7 @@ double row_loss<Derived, T>::check_and_weigh(const core::row_job<T>& job,
   if (has_gradient) {
     check_size("gradient rows", job.gradient.rows, rows);
     check_size("gradient columns", job.gradient.cols, cols);
-    const bool same = static_cast<const void*>(job.gradient.data) == job.scores.data &&
-                      job.gradient.width == job.scores.width &&
-                      job.gradient.row_stride == job.scores.row_stride &&
-                      job.gradient.col_stride == job.scores.col_stride &&
-                      job.gradient.plane_stride == job.scores.plane_stride;
-    if (rows * cols > 0) {
-      const core::extent g = core::bytes_of(job.gradient);
-      const auto apart = [&](const core::extent& e) { return g.end <= e.begin || e.end <= g.begin; };
-      if (!same && !apart(core::bytes_of(job.scores)))
-        core::fail(std::string("perdita::") + name +
-                   ": gradient overlaps the scores, expected either the scores themselves or "
-                   "memory apart from them");
-      if (job.soft && !apart(core::bytes_of(job.soft)))
-        core::fail(std::string("perdita::") + name +
-                   ": gradient overlaps the target, expected memory apart from it");
-    }
+    const bool same = core::check_overlap(name, job);
     if (same && call.accumulate && rows * cols > 0)
       core::fail(std::string("perdita::") + name +
                  ": accumulate is true, expected false where the gradient overwrites the scores");
@@ -250,8 +248,9 @@ double row_loss<Derived, T>::check_and_weigh(const core::row_job<T>& job,
 }
 
 template <class Derived, class T>
+template <class Visit>
 T row_loss<Derived, T>::evaluate(core::row_job<T>& job, const call_options<T>& call,
-                                 bool has_gradient) const {
+                                 bool has_gradient, Visit visit) const {
   const auto& options = self().settings();
   job.ignore_index = options.ignore_index;
   job.accumulate = call.accumulate;
@@ -260,8 +259,7 @@ T row_loss<Derived, T>::evaluate(core::row_job<T>& job, const call_options<T>& c
   job.report = {call.values,  call.log_sum_exp, call.target_log_probability,
                 call.entropy, call.penalty,     call.hits};
   const double weights = check_and_weigh(job, call, has_gradient);
-  const index rows = job.scores.rows, cols = job.scores.cols;
-  if (rows == 0) return 0;
+  if (job.scores.rows == 0) return 0;
 
   double share = 1;
   if (options.reduction == reduction::mean) {
@@ -269,47 +267,9 @@ T row_loss<Derived, T>::evaluate(core::row_job<T>& job, const call_options<T>& c
     share = denominator != 0 ? 1 / denominator : 0;
   }
   job.scale = static_cast<double>(call.scale) * share;
-  job.streaming = has_gradient && !job.in_place() && !job.accumulate &&
-                  rows * cols * static_cast<index>(sizeof(T)) > (index{4} << 20);
-
   double total = 0;
-  self().visit(job, [&](const auto& formula) {
-    using formula_type = std::remove_cvref_t<decltype(formula)>;
-    const auto distribute = [&]<class Kernel>(std::type_identity<Kernel>) {
-      const index block = core::block_rows(rows, cols);
-      const index blocks = (rows + block - 1) / block;
-      const index workers = std::min(blocks, static_cast<index>(call.run_on.concurrency()));
-      const std::size_t scratch = (Kernel::scratch_bytes(formula, job) + 63) / 64 * 64;
-      const std::size_t totals = (static_cast<std::size_t>(blocks) * sizeof(double) + 63) / 64 * 64;
-      workspace own;
-      std::byte* memory = (call.memory ? *call.memory : own)
-                              .request(totals + static_cast<std::size_t>(workers) * scratch);
-      double* sums = reinterpret_cast<double*>(memory);
-      std::atomic<index> next{0};
-      const auto work = [&](std::size_t worker) {
-        std::byte* mine = memory + totals + worker * scratch;
-        Kernel kernel(formula, job, mine);
-        for (index b; (b = next.fetch_add(1, std::memory_order_relaxed)) < blocks;) {
-          core::exact_sum sum;
-          kernel.run(b * block, std::min(rows, (b + 1) * block), sum);
-          sums[b] = sum.value();
-        }
-      };
-      call.run_on(static_cast<std::size_t>(workers), work);
-      core::exact_sum sum;
-      for (index b = 0; b < blocks; ++b) sum.add(sums[b]);
-      total = sum.value();
-    };
-    const auto choose = [&]<bool Gradient>(std::bool_constant<Gradient>) {
-      if (core::prefers_columns(job))
-        distribute(std::type_identity<core::column_kernel<formula_type, T, Gradient>>{});
-      else
-        distribute(std::type_identity<core::row_kernel<formula_type, T, Gradient>>{});
-    };
-    if (has_gradient)
-      choose(std::true_type{});
-    else
-      choose(std::false_type{});
+  visit(job, [&](const auto& formula) {
+    total = core::run_rows(formula, job, call.run_on, call.memory);
   });
   return static_cast<T>(share == 0 ? 0 : total * share);
 }

@@ -111,6 +111,66 @@ struct log_sum_exp_and_moments : log_sum_exp {
   }
 };
 
+/// Log-sum-exp with one more sum: Σ e^{z-s}, Σ e^{z-s} b.
+struct log_sum_exp_and_mean : log_sum_exp {
+  static constexpr int terms = 2;
+
+  template <class V>
+  static PERDITA_INLINE V absorb(V* sum, const V& z, const V& shift, const V& b) {
+    const V image = exp_shifted(z - shift);
+    sum[0] += image;
+    sum[1] = fma(image, b, sum[1]);
+    return image;
+  }
+  template <class W>
+  static void rebase(W* t, const W& delta) {
+    const W shrink = exp(delta);
+    t[0] = t[0] * shrink;
+    t[1] = t[1] * shrink;
+  }
+};
+
+/// Σ b z and Σ b, with no shift: for what is linear in a row.
+struct weighted_sums {
+  static constexpr int terms = 2;
+  static constexpr bool has_image = false;
+  static constexpr bool look_is_maximum = true;
+  static constexpr bool counts = false;
+
+  template <class V>
+  static PERDITA_INLINE V look_at_nothing() {
+    return V(0);
+  }
+  template <class V>
+  static PERDITA_INLINE V look(const V& seen, const V&) {
+    return seen;
+  }
+  template <class V>
+  static PERDITA_INLINE V first_shift() {
+    return V(0);
+  }
+  template <class V>
+  static PERDITA_INLINE V choose(const V&, const V& shift, index) {
+    return shift;
+  }
+  template <class V>
+  static PERDITA_INLINE V absent(const V&) {
+    return V(0);
+  }
+  template <class V>
+  static PERDITA_INLINE V absorb(V* sum, const V& z, const V&, const V& b) {
+    sum[0] = fma(b, z, sum[0]);
+    sum[1] += b;
+    return b;
+  }
+  template <class W>
+  static void rebase(W*, const W&) {}
+  template <class S>
+  static auto common(const S& a, const S&) {
+    return a.shift;
+  }
+};
+
 /// Count, Σ (z-s), Σ (z-s)²: mean and variance without cancellation, because every chunk is
 /// shifted by its own mean (Chan, Golub and LeVeque 1983 for the merge).
 struct moments {

@@ -1,0 +1,143 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+/// The traversal for losses whose summary needs a whole row at hand: a row is solved where it lies,
+/// or in a copy where its classes do not lie side by side, and its gradient follows from cache.
+
+#include "row_kernel.hpp"
+
+namespace perdita::inline PERDITA_ABI::core {
+
+template <class Formula>
+concept resident_formula = requires { Formula::statistic::resident; };
+
+template <class Formula, class T, bool Gradient>
+class resident_kernel {
+  using V = pack<T>;
+  using statistic = typename Formula::statistic;
+  static constexpr index width = static_cast<index>(lanes<T>);
+
+ public:
+  resident_kernel(const Formula& formula, const row_job<T>& job, std::byte* scratch)
+      : formula_(formula),
+        job_(job),
+        cols_(job.scores.cols),
+        scores_in_place_(job.scores.direct() && job.scores.col_stride == 1),
+        gradient_in_place_(job.gradient.direct() && job.gradient.col_stride == 1 &&
+                           !job.accumulate) {
+    carver memory(scratch);
+    const auto row = static_cast<std::size_t>(cols_ + width);
+    candidates_ = memory.take<double>(static_cast<std::size_t>(cols_));
+    panel_ = memory.take<T>(scores_in_place_ ? row : row * finish_rows);
+    out_ = memory.take<T>(row);
+    sum_ = memory.take<T>(row);
+    scratch_bytes_ = memory.used();
+  }
+
+  static std::size_t scratch_bytes(const Formula& formula, const row_job<T>& job) {
+    return resident_kernel(formula, job, nullptr).scratch_bytes_;
+  }
+
+  /// Rows [first, last): adds their weighted values to total.
+  void run(index first, index last, exact_sum& total) {
+    for (index r = first; r < last;) {
+      index rows[finish_rows], count = 0;
+      for (; r < last && count < finish_rows; ++r) {
+        if (job_.ignored(r))
+          ignore(r);
+        else
+          rows[count++] = r;
+      }
+      if (count > 0) batch(rows, count, total);
+    }
+  }
+
+ private:
+  void ignore(index r) {
+    if (Gradient && !job_.accumulate) {
+      std::fill_n(out_, cols_, T(0));
+      job_.gradient.write(r, 0, cols_, out_);
+    }
+    store_ignored_report(job_, r);
+  }
+
+  void batch(const index* rows, index count, exact_sum& total) {
+    using W = pack<double>;
+    const T* x[finish_rows];
+    gather(rows, count, x);
+    alignas(64) double in[2 + statistic::terms][finish_rows] = {};
+    for (index i = 0; i < count; ++i) {
+      const auto s = statistic::solve(x[i], cols_, candidates_);
+      in[0][i] = s.shift;
+      in[1][i] = static_cast<double>(x[i][job_.label(rows[i])]);
+      for (int k = 0; k < statistic::terms; ++k) in[2 + k][i] = s.term[k];
+    }
+    row_summary<statistic> s;
+    s.shift = W::load(in[0]);
+    s.target = W::load(in[1]);
+    s.target_side = W(0);
+    s.label_weight = W(1);
+    s.classes = W(static_cast<double>(cols_));
+    for (int k = 0; k < statistic::terms; ++k) s.term[k] = W::load(in[2 + k]);
+    const row_outcome<W> result = formula_.finish(s);
+    alignas(64) double out[2 + coefficients][finish_rows];
+    result.value.store(out[0]);
+    result.target_gradient.store(out[1]);
+    for (int k = 0; k < coefficients; ++k) result.coefficient[k].store(out[2 + k]);
+    for (index i = 0; i < count; ++i) {
+      store_value(job_, rows[i], out[0][i], total);
+      if constexpr (Gradient) {
+        V c[coefficients];
+        for (int k = 0; k < coefficients; ++k) c[k] = V(static_cast<T>(out[2 + k][i]));
+        emit(rows[i], x[i], c, out[1][i]);
+      }
+    }
+  }
+
+  /// Rows side by side: where they lie, or copied column by column where that is how they lie.
+  void gather(const index* rows, index count, const T** x) {
+    const index step = cols_ + width;
+    for (index i = 0; i < count; ++i)
+      x[i] = scores_in_place_ ? job_.scores.pointer(rows[i], 0) : panel_ + i * step;
+    if (scores_in_place_) return;
+    if (job_.scores.row_stride != 1) {
+      for (index i = 0; i < count; ++i) job_.scores.read(rows[i], 0, cols_, panel_ + i * step);
+      return;
+    }
+    for (index c = 0; c < cols_; ++c)
+      for (index i = 0; i < count; ++i) job_.scores.read(rows[i], c, 1, panel_ + i * step + c);
+  }
+
+  void emit(index r, const T* x, const V* c, double target) {
+    const V scale(static_cast<T>(job_.row_scale(r)));
+    T* out = gradient_in_place_ ? job_.gradient.pointer(r, 0) : out_;
+    const auto slope = [&](const V& z) {
+      return formula_.slope(z, V(0), V(0), c) * scale;
+    };
+    index j = 0;
+    for (; j + width <= cols_; j += width) slope(V::load(x + j)).store(out + j);
+    if (j < cols_) {
+      alignas(64) T tail[lanes<T>] = {};
+      std::copy(x + j, x + cols_, tail);
+      slope(V::load(tail)).store(tail);
+      std::copy(tail, tail + (cols_ - j), out + j);
+    }
+    out[job_.label(r)] = static_cast<T>(target * job_.row_scale(r));
+    if (gradient_in_place_) return;
+    if (job_.accumulate) {
+      job_.gradient.reader(job_.gradient.at(r, 0), job_.gradient.col_stride, cols_, sum_);
+      for (j = 0; j < cols_; ++j) out_[j] += sum_[j];
+    }
+    job_.gradient.write(r, 0, cols_, out_);
+  }
+
+  const Formula& formula_;
+  const row_job<T>& job_;
+  index cols_;
+  bool scores_in_place_, gradient_in_place_;
+  std::size_t scratch_bytes_ = 0;
+  double* candidates_ = nullptr;
+  T *panel_ = nullptr, *out_ = nullptr, *sum_ = nullptr;
+};
+
+}  // namespace perdita::inline PERDITA_ABI::core
