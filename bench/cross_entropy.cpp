@@ -16,12 +16,17 @@
 //   x_floor  time ÷ the longer of that and of the arithmetic: one exponential and one addition per
 //            score, at the speed they have in the first-level cache. What x_limit means where a
 //            problem fits the caches and arithmetic decides.
-//   noise    median ÷ lower quartile of the loss's samples.
+//   noise    median ÷ lower quartile of the samples, of the loss or of the traffic, whichever is
+//   more:
+//            where this is far above 1.05 somebody else used the machine, and the ratios mean
+//            little.
 //
 // Time and bytes_per_second (scores read plus gradient written) are those of the lower quartile.
 
-#include <cstdio>
+#include <algorithm>
+#include <cstdint>
 #include <string>
+#include <variant>
 
 #include <benchmark/benchmark.h>
 
@@ -140,7 +145,7 @@ void against_limits(benchmark::State& state, shape size, layout order, mode m, s
                        static_cast<double>(exponentials::count * pool.concurrency());
   state.counters["x_limit"] = loss.seconds() / traffic.seconds();
   state.counters["x_floor"] = loss.seconds() / std::max(traffic.seconds(), floor);
-  state.counters["noise"] = loss.noise();
+  state.counters["noise"] = std::max(loss.noise(), traffic.noise());
   state.counters["samples"] = static_cast<double>(loss.samples());
   state.SetBytesProcessed(static_cast<std::int64_t>(moved));
 }
@@ -168,7 +173,7 @@ void against_narrow_rows(benchmark::State& state, float sigma, mode m, std::size
     state.SetIterationTime(other.seconds());
   }
   state.counters["x_narrow"] = other.seconds() / one.seconds();
-  state.counters["noise"] = other.noise();
+  state.counters["noise"] = std::max(one.noise(), other.noise());
 }
 
 /// A limit by itself, in bytes (or operations) per second, over `bytes` per thread.

@@ -1253,8 +1253,6 @@ template <class T> void check_errors(const row_descriptor<T>& d) {
       {"normaliser -1", [](call_type& c, void*) { c.options.normaliser = -1; }, {"normaliser", "-1"}},
       {"normaliser NaN", [](call_type& c, void*) { c.options.normaliser = std::nan(""); }, {"normaliser", "nan"}},
       {"normaliser inf", [](call_type& c, void*) { c.options.normaliser = HUGE_VAL; }, {"normaliser", "inf"}},
-      {"null scores", [](call_type& c, void*) { c.scores = nullptr; }, {"scores"}},
-      {"null labels", [](call_type& c, void*) { c.labels = nullptr; }, {"labels"}},
       {"overlapping gradient",
        [](call_type& c, void*) {
          c.gradient = const_cast<T*>(static_cast<const T*>(c.scores) + 1);

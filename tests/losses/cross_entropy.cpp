@@ -16,9 +16,8 @@
 #include "support/row_battery.hpp"
 #include "support/softmax_reference.hpp"
 
+namespace perdita_tests {
 namespace {
-
-using namespace perdita_tests;
 
 struct options {
   double smoothing = 0, temperature = 1, softcap = 0, penalty = 0, gamma = 0;
@@ -216,10 +215,8 @@ public:
     wide value = weighted(hard, weighted(focus, surprise));
     const wide steep = gamma > 0 && miss > 0 ? wide(focus + (p > 0 ? wide(gamma * p * surprise / miss * focus) : wide(0))) : focus;
     wide slack = value * value_budget + hard * steep * miss * of_u;
-    wide b_sum = 0;
     for (std::size_t j = 0; j < n; ++j) {
       value += weighted(b[j], s.surprise(j));
-      b_sum += b[j];
       if (b[j] > 0 && z[j] > -infinity())
         slack += b[j] * (value_budget * (size_of(s.surprise(j)) + (j == y ? wide(0) : wide(behind[j] + size_of(s.log_sum_exp - z[rival])))) +
                          of_z(j) + noise + of_z(y) * p + miss * of_u);
@@ -231,14 +228,14 @@ public:
     e.value = {value, is_finite(value) ? slack : wide(0)};
 
     // gradient
+    std::vector<wide> after(n + 1, wide(0)); // Σ b from a class on: b_sum − b_j would cancel
+    for (std::size_t j = n; j > 0; --j)
+      after[j - 1] = after[j] + b[j - 1];
+    wide before = 0;
     for (std::size_t j = 0; j < n; ++j) {
       const wide pj = s.p(j);
-      wide others = 0; // Σ b over the other classes: b_sum − b_j would cancel
-      for (std::size_t k = 0; k < n && (b_sum > 0); ++k)
-        if (n <= 200 && k != j)
-          others += b[k];
-      if (n > 200)
-        others = b_sum - b[j];
+      const wide others = before + after[j + 1];
+      before += b[j];
       const wide spread = weighted(others, pj), pull = weighted(b[j], s.miss(j));
       const wide of_penalty = weighted(2 * c * pj, lse);
       const wide of_label = j == y ? wide(-hard * steep * miss) : wide(hard * steep * pj);
@@ -247,9 +244,10 @@ public:
           slope_budget + (1 + gamma) * of_u + (j == y ? wide(0) : wide((behind[j] + distance) / 2 + of_z(j) + noise));
       wide allowed = (size_of(of_label) + spread + b[j] * pj) * relative_error + b[j] * slope_budget +
                      pull * of_u * (j == y ? 1 : 0) + size_of(of_penalty) * relative_error + 2 * c * pj * of_lse;
-      if (capped)
-        allowed += size_of(g) * (2 * (relative + 2)) / larger(steepness[j] * temperature, wide(1e-30));
-      e.gradient.push_back({g * steepness[j], allowed * steepness[j]});
+      allowed *= steepness[j];
+      if (capped) // 1 - tanh² is a difference
+        allowed += size_of(g) * 2 * (relative + 2) / temperature;
+      e.gradient.push_back({g * steepness[j], allowed});
     }
 
     // by-products
@@ -265,6 +263,8 @@ public:
                                 size_of(s.surprise(j) - entropy) * (behind[j] / 2 + of_z(j) + (j == y ? of_u : wide(0))));
     if (has_rivals)
       of_entropy += miss * value_budget * (size_of(lse - z[rival]) + distance) + miss * of_u * (1 + size_of(surprise));
+    // Where a rival leads, the rest of the entropy is a difference, taken in double.
+    of_entropy += ldexp(wide(1), -50) * (1 + distance) / wide(std::numeric_limits<T>::epsilon());
     e.entropy = {entropy, of_entropy};
     e.penalty = {c * lse * lse, c * (value_budget * lse * lse + 2 * size_of(lse) * of_lse)};
     e.hit = true;
@@ -283,6 +283,9 @@ constexpr double inf = std::numeric_limits<double>::infinity();
 constexpr double nan = std::numeric_limits<double>::quiet_NaN();
 
 } // namespace
+} // namespace perdita_tests
+
+using namespace perdita_tests;
 
 TEMPLATE_TEST_CASE("cross_entropy: the row battery", "[cross_entropy]", float, double) {
   check_row_loss(cross_entropy_descriptor<TestType>());

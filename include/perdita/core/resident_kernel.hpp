@@ -43,10 +43,10 @@ class resident_kernel {
     for (index r = first; r < last;) {
       index rows[finish_rows], count = 0;
       for (; r < last && count < finish_rows; ++r) {
-        if (job_.ignored(r))
-          ignore(r);
-        else
+        if (job_.counts(r, job_.label(r)))
           rows[count++] = r;
+        else
+          ignore(r);
       }
       if (count > 0) batch(rows, count, total);
     }

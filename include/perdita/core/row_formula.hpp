@@ -46,10 +46,14 @@ struct target_odds {
     const auto masked = row.target == -inf;
     log_rivals = log(row.term[0]);
     against = select(masked, inf, (row.shift - row.target) + log_rivals);
-    surprise = softplus(against);
-    miss = sigmoid(against);
-    hit = sigmoid(-against);
-    above = log_rivals + softplus(-against);
+    // softplus(u), σ(u) and σ(−u) from one e^{−|u|}
+    const W zero(0), one(1), e = exp(-abs(against)), log_1p = log1p(e);
+    const W larger = one / (one + e), smaller = e * larger;
+    const auto unlikely = against >= zero;
+    surprise = max(zero, against) + log_1p;
+    miss = select(unlikely, larger, smaller);
+    hit = select(unlikely, smaller, larger);
+    above = log_rivals + (max(zero, -against) + log_1p);
     log_sum_exp = select(masked, row.shift + log_rivals, row.target + surprise);
   }
 };

@@ -61,7 +61,7 @@ struct row_job {
   matrix_data<T, true> gradient;  ///< no data: value only
   matrix_data<T> soft;            ///< soft targets, or no data
   const void* labels = nullptr;
-  std::int64_t (*label_at)(const void*, index, index) = nullptr;
+  void (*label_reader)(const void*, index, index, index, std::int64_t*) = nullptr;
   index label_stride = 1;
   std::int64_t ignore_index = 0;
   bool accumulate = false;
@@ -74,10 +74,18 @@ struct row_job {
   bool in_place() const {
     return has_gradient() && static_cast<const void*>(gradient.data) == scores.data;
   }
-  std::int64_t label(index r) const { return label_at(labels, label_stride, r); }
-  /// A row that counts for nothing: a weight of zero is removal.
-  bool ignored(index r) const {
-    return (labels && label(r) == ignore_index) || (row_weights.data && row_weights[r] == T(0));
+  void read_labels(index first, index n, std::int64_t* out) const {
+    label_reader(labels, label_stride, first, n, out);
+  }
+  std::int64_t label(index r) const {
+    std::int64_t result;
+    read_labels(r, 1, &result);
+    return result;
+  }
+  /// Whether a row counts for anything: a weight of zero is removal.
+  bool counts(index r, std::int64_t label_of_row) const {
+    return !(labels && label_of_row == ignore_index) &&
+           !(row_weights.data && row_weights[r] == T(0));
   }
   double row_weight(index r) const {
     return row_weights.data ? static_cast<double>(row_weights[r]) : 1.0;
@@ -88,12 +96,12 @@ struct row_job {
   }
 };
 
-/// Adds numbers with the rounding errors kept (Neumaier 1974).
+/// Adds numbers with the rounding errors kept (Knuth's two-sum).
 struct exact_sum {
   double sum = 0, error = 0;
   void add(double x) {
-    const double t = sum + x;
-    error += std::fabs(sum) >= std::fabs(x) ? (sum - t) + x : (x - t) + sum;
+    const double t = sum + x, back = t - sum;
+    error += (sum - (t - back)) + (x - back);
     sum = t;
   }
   double value() const {

@@ -64,9 +64,12 @@ void store_value(const row_job<T>& job, index r, double value, exact_sum& total)
 /// in the given lanes.
 template <class Formula, class T, class Summary>
 void store_report(const Formula& formula, const row_job<T>& job, const Summary& s,
-                  const index* rows, const index* lane, const double* raw_target,
-                  const double* raw_rivals, index count) {
+                  const index* rows, const index* lane, const pack<double>& raw_target,
+                  const pack<double>& raw_rivals, index count) {
   alignas(64) double v[4][finish_rows] = {};
+  alignas(64) double target[finish_rows], rivals[finish_rows];
+  raw_target.store(target);
+  raw_rivals.store(rivals);
   if constexpr (requires { formula.report(s); }) {
     const auto r = formula.report(s);
     r.log_sum_exp.store(v[0]);
@@ -81,7 +84,7 @@ void store_report(const Formula& formula, const row_job<T>& job, const Summary& 
       if (to[k].data) to[k][rows[i]] = static_cast<T>(v[k][lane[i]]);
     if (job.report.hits.data)
       job.report.hits[rows[i]] =
-          static_cast<unsigned char>(raw_target[lane[i]] > raw_rivals[lane[i]]);
+          static_cast<unsigned char>(target[lane[i]] > rivals[lane[i]]);
   }
 }
 
@@ -146,10 +149,11 @@ class row_kernel {
     for (index r = first; r < last || previous_count > 0;) {
       index count = 0;
       for (; r < last && count < capacity; ++r) {
-        if (job_.ignored(r))
-          store_ignored(job_, r, stage_gradient_);
+        const std::int64_t label = job_.labels ? job_.label(r) : 0;
+        if (job_.counts(r, label))
+          begin(current[count++], r, static_cast<index>(label));
         else
-          begin(current[count++], r);
+          store_ignored(job_, r, stage_gradient_);
       }
       for (index k = 0; k < std::max(count, previous_count); ++k)
         advance(k < count ? &current[k] : nullptr, k < previous_count ? &previous[k] : nullptr);
@@ -270,13 +274,16 @@ class row_kernel {
 
   // ---- the sums
 
-  void begin(live_row& row, index r) {
+  void begin(live_row& row, index r, index label) {
     row.row = r;
-    row.label = job_.labels ? static_cast<index>(job_.label(r)) : favourite(r);
+    row.label = job_.labels ? label : favourite(r);
     row.scale = job_.row_scale(r);
     row.label_weight = job_.labels ? formula_.label_weight(row.label) : 0.0;
     T x, q = 0;
-    job_.scores.read(r, row.label, 1, &x);
+    if (scores_in_place_)
+      x = *job_.scores.pointer(r, row.label);
+    else
+      job_.scores.read(r, row.label, 1, &x);
     row.raw_target = static_cast<double>(x);
     row.target = static_cast<double>(first_lane(formula_.score(V(x))));
     if (job_.soft) job_.soft.read(r, row.label, 1, &q);
@@ -611,7 +618,7 @@ class row_kernel {
     result.target_gradient.store(out[2]);
     for (int k = 0; k < coefficients; ++k) result.coefficient[k].store(out[3 + k]);
     if (job_.report.any())
-      store_report(formula_, job_, s, numbers, lane, in[5], in[4], count);
+      store_report(formula_, job_, s, numbers, lane, W::load(in[5]), W::load(in[4]), count);
     for (index i = 0; i < count; ++i) {
       live_row& row = rows[i];
       store_value(job_, row.row, out[0][i], total);

@@ -102,9 +102,10 @@ bool check_overlap(const char* name, const row_job<T>& job) {
   return against(job.scores, "scores");
 }
 
-template <class T>
-std::int64_t read_label(const void* labels, index stride, index r) {
-  return static_cast<std::int64_t>(static_cast<const T*>(labels)[r * stride]);
+template <class L>
+void read_labels(const void* labels, index stride, index first, index n, std::int64_t* out) {
+  const L* from = static_cast<const L*>(labels) + first * stride;
+  for (index i = 0; i < n; ++i) out[i] = static_cast<std::int64_t>(from[i * stride]);
 }
 
 }  // namespace core
@@ -154,7 +155,7 @@ class row_loss {
   void set_labels(core::row_job<T>& job, vector_view<L> labels) const {
     check_size("labels", labels.size, job.scores.rows);
     job.labels = labels.data ? static_cast<const void*>(labels.data) : this;
-    job.label_at = &core::read_label<std::remove_const_t<L>>;
+    job.label_reader = &core::read_labels<std::remove_const_t<L>>;
     job.label_stride = labels.stride;
   }
   void check_size(const char* what, index got, index expected) const {
@@ -231,18 +232,23 @@ double row_loss<Derived, T>::check_and_weigh(const core::row_job<T>& job,
   if (cols > 0) self().check(job);
 
   core::exact_sum weights;
-  for (index r = 0; r < rows; ++r) {
-    double weight = 1;
-    if (job.labels) {
-      const std::int64_t label = job.label(r);
-      if (label == job.ignore_index) continue;
-      if (label < 0 || label >= cols) [[unlikely]]
-        core::fail_at(name, "labels", r, label,
-                      "0 to " + core::to_text(cols - 1) + ", or ignore_index " +
-                          core::to_text(job.ignore_index));
-      weight = self().label_weight(static_cast<index>(label));
+  constexpr index batch = 256;
+  std::int64_t labels[batch];
+  for (index first = 0; first < rows; first += batch) {
+    const index n = std::min(batch, rows - first);
+    if (job.labels) job.read_labels(first, n, labels);
+    for (index i = 0; i < n; ++i) {
+      double weight = 1;
+      if (job.labels) {
+        if (labels[i] == job.ignore_index) continue;
+        if (labels[i] < 0 || labels[i] >= cols) [[unlikely]]
+          core::fail_at(name, "labels", first + i, labels[i],
+                        "0 to " + core::to_text(cols - 1) + ", or ignore_index " +
+                            core::to_text(job.ignore_index));
+        weight = self().label_weight(static_cast<index>(labels[i]));
+      }
+      weights.add(weight * job.row_weight(first + i));
     }
-    weights.add(weight * job.row_weight(r));
   }
   return weights.value();
 }
