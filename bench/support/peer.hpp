@@ -46,7 +46,7 @@ inline void against_peer(benchmark::State& state, const peer_program& program, s
   const peer other = program.make(p, n);
 
   // Others sum in float and take p - 1 of a p rounded to float: let them.
-  if (!p.right(other.run(), 1e-4) || !p.right(other.gradient(), 1e-4, 1e-6)) {
+  if (!p.right(other.run(), 1e-4) || !p.right(other.gradient(), 1e-4, 1e-5)) {
     state.SkipWithError("the peer's result is not that of the reference");
     return;
   }

@@ -25,6 +25,8 @@ template <class T> void check_storage(const row_descriptor<T>& loss);
 template <class T> void check_differences(const row_descriptor<T>& loss);
 /// The gradient of the reference is the derivative of the reference.
 template <class T> void check_reference(const row_descriptor<T>& loss);
+/// Convex, at least 0, indifferent to a shift: what the loss's traits say.
+template <class T> void check_mathematics(const row_descriptor<T>& loss);
 /// Ignored rows, rows without weight, empty batches, no columns.
 template <class T> void check_edges(const row_descriptor<T>& loss);
 /// Errors are thrown before anything is written and say what is wrong.

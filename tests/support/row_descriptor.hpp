@@ -10,6 +10,7 @@
 #include <vector>
 
 #include <perdita/core/row_loss.hpp>
+#include <perdita/core/traits.hpp>
 
 #include "wide.hpp"
 
@@ -71,6 +72,8 @@ template <class T> class row_subject {
 public:
   virtual ~row_subject() = default;
   virtual T operator()(const invocation<T>& call) const = 0;
+  /// Whether there are by-products beside the values.
+  virtual bool has_softmax() const = 0;
 };
 
 template <class Loss> class row_subject_of final : public row_subject<typename Loss::value_type> {
@@ -87,6 +90,8 @@ public:
     }
     return run<T>(call);
   }
+
+  bool has_softmax() const override { return Loss::has_softmax; }
 
 private:
   template <class S> static perdita::matrix_view<S> view(S* data, const geometry& at) {
@@ -162,8 +167,12 @@ public:
   virtual wide label_weight(int, index /*label*/, index /*cols*/) const { return 1; }
   /// Kinds of rows that have a meaning, and a bound, under this setting.
   virtual bool legal(int, row_kind, index /*cols*/) const { return true; }
-  /// The largest of the scores by which gradients are probed with finite differences; kinks apart.
-  virtual bool smooth(int) const { return true; }
+  /// What the loss says of itself.
+  virtual perdita::loss_traits traits(int setting) const = 0;
+  /// Twice differentiable: else differences may meet a kink of the gradient, and prove less there.
+  virtual bool twice_smooth() const { return true; }
+  /// Most slopes are zero, and so nothing follows from seeing many zeros.
+  virtual bool sparse() const { return false; }
 };
 
 } // namespace perdita_tests

@@ -32,9 +32,11 @@ class column_kernel {
   static constexpr index tile_rows = packs * width;
   static constexpr index halves = wide_lanes<T>::parts;
   static constexpr index panel_columns = 2048;
-  static constexpr index prefetch_columns = 16;
+  static constexpr index prefetch_columns = 64;
 
  public:
+  static constexpr index rows_at_once = tile_rows;
+
   column_kernel(const Formula& formula, const row_job<T>& job, std::byte* scratch)
       : formula_(formula),
         job_(job),
@@ -42,7 +44,7 @@ class column_kernel {
         carries_(Gradient && Formula::proportional && statistic::has_image &&
                  cols_ <= panel_columns) {
     carver memory(scratch);
-    const index staged = carries_ ? cols_ : std::min(cols_, chunk_columns);
+    const index staged = carries_ ? cols_ : std::min(cols_, 2 * chunk_columns);
     const auto panel = static_cast<std::size_t>(staged * tile_rows);
     const index chunks = (cols_ + chunk_columns - 1) / chunk_columns;
     tile_ = memory.take<tile>(1);
@@ -70,6 +72,15 @@ class column_kernel {
   }
 
  private:
+  /// Which columns of a chunk hold some row's target, and which one each row's.
+  struct marks {
+    unsigned char any[chunk_columns];
+    V column[packs];
+    PERDITA_INLINE V replace(const V& x, const V& by, index j, index p) const {
+      return any[j] ? select(column[p] == V(static_cast<T>(j)), by, x) : x;
+    }
+  };
+
   /// A tile of rows between their first class and their gradient.
   struct tile {
     index first, rows, row_packs;
@@ -79,25 +90,34 @@ class column_kernel {
     alignas(64) double image_scale[tile_rows];
     alignas(64) T raw_target[tile_rows];
     bool counts[tile_rows];
-    V shift[packs], rivals[packs];
+    V shift[packs], rivals[packs], seen[packs];
     V keep[packs];  // 0 in the lanes of rows that do not count
-    V relative_label[packs];
     V factor[packs], cut[packs], gradient_scale[packs], target_gradient[packs];
     V coefficient[packs][coefficients];
-    unsigned char has_label[chunk_columns];
+    marks target_at[2];  // of this chunk and of the next
     wide_lanes<T> sums[statistic::terms][lanes<T>][packs];
     V part[statistic::terms][lanes<T>][packs];
   };
 
-  /// Chunk of columns of a staged matrix: element (j, row of the tile) at [j * tile_rows + row].
-  T* staged(index column) const { return stage_ + (carries_ ? column * tile_rows : 0); }
+  /// Where a chunk is staged: element (j, row of the tile) at [j * tile_rows + row].
+  T* staged(index column) const {
+    return stage_ + (carries_ ? column : column % (2 * chunk_columns)) * tile_rows;
+  }
+  marks& targets(index column) const {
+    return tile_->target_at[column / chunk_columns % 2];
+  }
+  /// Whole packs of rows of numbers that may be used where they lie.
+  template <bool M>
+  bool whole(const matrix_data<T, M>& m) const {
+    return m.direct() && m.row_stride == 1 && tile_->rows % width == 0;
+  }
 
   /// Copies columns [column, column + n) of the tile's rows to a stage. Lanes without a row repeat
   /// the last one.
   void fetch(const matrix_data<T>& m, index column, index n, T* stage) const {
     const tile& t = *tile_;
     const index filled = t.row_packs * width;
-    if (m.direct() && m.row_stride == 1 && t.rows == filled) {
+    if (whole(m)) {
       const T* from = m.pointer(t.first, column);
       const index step = m.col_stride;
       for (index j = 0; j < n; ++j, from += step, stage += tile_rows)
@@ -130,13 +150,40 @@ class column_kernel {
     t.rows = rows;
     t.row_packs = (rows + width - 1) / width;
     begin();
-    for (index c = 0; c < cols_; c += chunk_columns)
-      absorb(c, std::min(chunk_columns, cols_ - c));
+    prepare(0);
+    for (index c = 0; c < cols_; c += chunk_columns) {
+      for (index p = 0; p < t.row_packs; ++p) choose_shift(p, c, chunk_size(c));
+      const bool overlaps =
+          chunk_size(c + chunk_columns) == chunk_columns && whole(job_.scores) && !job_.soft;
+      with_packs([&]<index Packs>(std::integral_constant<index, Packs>) {
+        if (statistic::look_is_maximum && overlaps)
+          absorb<true, Packs>(c, chunk_columns);
+        else
+          absorb<false, Packs>(c, chunk_size(c));
+      });
+      if (!(statistic::look_is_maximum && overlaps) && c + chunk_columns < cols_)
+        prepare(c + chunk_columns);
+    }
     for (index p = 0; p < t.row_packs; ++p) finish(p, total);
     if constexpr (Gradient)
       for (index c = 0; c < cols_; c += chunk_columns)
-        emit(c, std::min(chunk_columns, cols_ - c));
+        with_packs([&]<index Packs>(std::integral_constant<index, Packs>) {
+          emit<Packs>(c, chunk_size(c));
+        });
   }
+
+  /// Full tiles and half ones run with the number of packs known to the compiler, others with 0.
+  template <class F>
+  void with_packs(F f) {
+    if (tile_->row_packs == packs)
+      f(std::integral_constant<index, packs>{});
+    else if (tile_->row_packs == packs / 2)
+      f(std::integral_constant<index, packs / 2>{});
+    else
+      f(std::integral_constant<index, 0>{});
+  }
+
+  index chunk_size(index column) const { return std::min(chunk_columns, cols_ - column); }
 
   void begin() {
     tile& t = *tile_;
@@ -188,58 +235,88 @@ class column_kernel {
     return best;
   }
 
-  /// Marks the columns of the chunk that hold some row's target.
   void mark(index column, index n) {
     tile& t = *tile_;
-    std::fill_n(t.has_label, n, static_cast<unsigned char>(0));
+    marks& m = targets(column);
+    std::fill_n(m.any, n, static_cast<unsigned char>(0));
     alignas(64) T relative[tile_rows];
     for (index i = 0; i < t.row_packs * width; ++i) {
       const index j = static_cast<index>(t.label[i]) - column;
       const bool here = j >= 0 && j < n;
       relative[i] = here ? static_cast<T>(j) : T(-1);
-      if (here) t.has_label[j] = 1;
+      if (here) m.any[j] = 1;
     }
-    for (index p = 0; p < t.row_packs; ++p) t.relative_label[p] = V::load(relative + p * width);
-  }
-  auto holds_target(index p, index j) const {
-    return tile_->relative_label[p] == V(static_cast<T>(j));
+    for (index p = 0; p < t.row_packs; ++p) m.column[p] = V::load(relative + p * width);
   }
 
-  void absorb(index column, index n) {
-    tile& t = *tile_;
-    T* x = staged(column);
-    fetch(job_.scores, column, n, x);
+  /// Stages a chunk and looks at it.
+  void prepare(index column) {
+    const index n = chunk_size(column);
+    fetch(job_.scores, column, n, staged(column));
     if (job_.soft) fetch(job_.soft, column, n, stage_soft_);
     mark(column, n);
+    for (index p = 0; p < tile_->row_packs; ++p) tile_->seen[p] = look(p, column, n);
+  }
+
+  /// Adds a chunk to the sums; with Ahead, stages and looks at the next one in the same loop, so
+  /// that memory and arithmetic overlap.
+  template <bool Ahead, index Packs>
+  PERDITA_NOINLINE void absorb(index column, index n) {
+    tile& t = *tile_;
+    T* x = staged(column);
     for (index i = 0; i < t.row_packs * width; ++i) {
       const index j = static_cast<index>(t.label[i]) - column;
       if (j >= 0 && j < n) t.raw_target[i] = x[j * tile_rows + i];
     }
-    for (index p = 0; p < t.row_packs; ++p) choose_shift(p, look(p, x, n), column, n);
     for (auto& term : t.part)
       for (index i = 0; i < std::min(width, n); ++i)
         for (V& sum : term[i]) sum = V(0);
     side_cursor<T> side;
     if constexpr (Formula::has_side) side = formula_.side(column);
+    const index next = column + chunk_columns, step = job_.scores.col_stride;
+    const T* from = nullptr;
+    T* to = nullptr;
+    if constexpr (Ahead) {
+      mark(next, chunk_columns);
+      from = job_.scores.pointer(t.first, next);
+      to = staged(next);
+    }
+    V seen[packs], shift[packs];
+    for (index p = 0; p < packs; ++p) {
+      seen[p] = statistic::template look_at_nothing<V>();
+      shift[p] = t.shift[p];
+    }
+    const marks &here = targets(column), &there = targets(next);
+    const index row_packs = Packs > 0 ? Packs : t.row_packs;
     for (index j = 0; j < n; ++j) {
+      V(&part)[statistic::terms][lanes<T>][packs] = t.part;
       const index residue = j % width;
-      for (index p = 0; p < t.row_packs; ++p) {
+      for (index p = 0; p < row_packs; ++p) {
+        if constexpr (Ahead) {
+          prefetch(from + j * step + p * width + prefetch_columns * step);
+          const V z = V::load(from + j * step + p * width);
+          z.store(to + j * tile_rows + p * width);
+          seen[p] = statistic::look(
+              seen[p], there.replace(z, statistic::template look_at_nothing<V>(), j, p));
+        }
         T* at = x + j * tile_rows + p * width;
         V z = formula_.score(V::load(at));
         V b(0);
         if constexpr (Formula::has_side) b = side_of(side, j, p);
-        if (Formula::excludes_target && t.has_label[j]) {
-          const auto here = holds_target(p, j);
-          z = select(here, statistic::absent(t.shift[p]), z);
-          b = select(here, V(0), b);
+        if constexpr (Formula::excludes_target) {
+          z = here.replace(z, statistic::absent(shift[p]), j, p);
+          if constexpr (Formula::has_side) b = here.replace(b, V(0), j, p);
         }
         V sum[statistic::terms];
-        for (int k = 0; k < statistic::terms; ++k) sum[k] = t.part[k][residue][p];
-        const V image = statistic::absorb(sum, z, t.shift[p], b);
-        for (int k = 0; k < statistic::terms; ++k) t.part[k][residue][p] = sum[k];
-        if (carries_) image.store(at);
+        for (int k = 0; k < statistic::terms; ++k) sum[k] = part[k][residue][p];
+        const V image = statistic::absorb(sum, z, shift[p], b);
+        for (int k = 0; k < statistic::terms; ++k) part[k][residue][p] = sum[k];
+        if constexpr (Gradient)
+          if (carries_) image.store(at);
       }
     }
+    if constexpr (Ahead)
+      for (index p = 0; p < packs; ++p) t.seen[p] = seen[p];
     for (int k = 0; k < statistic::terms; ++k)
       for (index i = 0; i < std::min(n, width); ++i)
         for (index p = 0; p < t.row_packs; ++p) t.sums[k][i][p].add(t.part[k][i][p]);
@@ -252,16 +329,17 @@ class column_kernel {
     return fma(V::load(stage_soft_ + j * tile_rows + p * width), w, b);
   }
 
-  /// What the shift of a chunk is picked from.
-  V look(index p, const T* x, index n) const {
+  /// What the shift of a staged chunk is picked from.
+  V look(index p, index column, index n) const {
     const V nothing = statistic::template look_at_nothing<V>();
+    const T* x = staged(column) + p * width;
+    const marks& here = targets(column);
     constexpr index sums = statistic::look_is_maximum ? 1 : width;
     V seen[sums];
     for (V& s : seen) s = nothing;
     for (index j = 0; j < n; ++j) {
-      V z = V::load(x + j * tile_rows + p * width);
-      if (Formula::excludes_target && tile_->has_label[j])
-        z = select(holds_target(p, j), nothing, z);
+      V z = V::load(x + j * tile_rows);
+      if constexpr (Formula::excludes_target) z = here.replace(z, nothing, j, p);
       seen[j % sums] = statistic::look(seen[j % sums], z);
     }
     for (index half = sums / 2; half > 0; half /= 2)
@@ -269,8 +347,9 @@ class column_kernel {
     return seen[0];
   }
 
-  void choose_shift(index p, const V& seen, index column, index n) {
+  void choose_shift(index p, index column, index n) {
     tile& t = *tile_;
+    const V seen = t.seen[p];
     if constexpr (statistic::look_is_maximum) t.rivals[p] = max(seen, t.rivals[p]);
     const V shift = statistic::choose(formula_.score(seen), t.shift[p], n);
     if (column > 0 && any(!(shift == t.shift[p]))) {
@@ -385,26 +464,51 @@ class column_kernel {
     t.cut[p] = V(std::numeric_limits<T>::min()) / abs(t.factor[p]);
   }
 
-  void emit(index column, index n) {
+  template <index Packs>
+  PERDITA_NOINLINE void emit(index column, index n) {
     tile& t = *tile_;
     const auto& m = job_.gradient;
-    const index filled = t.row_packs * width;
-    T* x = staged(column);
-    if (!carries_) fetch(job_.scores, column, n, x);
+    const bool reads = !carries_ && whole(job_.scores);  // scores from where they lie
+    T* stage = staged(column);
+    if (!carries_ && !reads) fetch(job_.scores, column, n, stage);
     if (!carries_ && job_.soft) fetch(job_.soft, column, n, stage_soft_);
     if (cols_ > chunk_columns) mark(column, n);
     for (index p = 0; p < t.row_packs; ++p) set_chunk(p, column);
-    const bool in_place = m.direct() && m.row_stride == 1 && !job_.accumulate && t.rows == filled;
-    T* out = in_place ? m.pointer(t.first, column) : x;
+    const T* x = reads ? job_.scores.pointer(t.first, column) : stage;
+    const index x_step = reads ? job_.scores.col_stride : tile_rows;
+    const bool in_place = whole(m) && !job_.accumulate;
+    T* out = in_place ? m.pointer(t.first, column) : stage;
     const index step = in_place ? m.col_stride : tile_rows;
     const bool streamed = job_.streaming && in_place && step % width == 0 &&
                           reinterpret_cast<std::uintptr_t>(out) % 64 == 0;
+    const marks& here = targets(column);
     side_cursor<T> side;
     if constexpr (Formula::has_side) side = formula_.side(column);
+    const index row_packs = Packs > 0 ? Packs : t.row_packs;
+    V factor[packs], cut[packs], shift[packs];
+    for (index p = 0; p < row_packs; ++p) {
+      factor[p] = t.factor[p];
+      cut[p] = t.cut[p];
+      shift[p] = shifts_[column / chunk_columns * packs + p];
+    }
     for (index j = 0; j < n; ++j) {
-      for (index p = 0; p < t.row_packs; ++p) {
-        V g = slope(V::load(x + j * tile_rows + p * width), side, column, j, p);
-        if (t.has_label[j]) g = select(holds_target(p, j), t.target_gradient[p], g);
+      for (index p = 0; p < row_packs; ++p) {
+        const T* from = x + j * x_step + p * width;
+        if (reads) prefetch(from + prefetch_columns * x_step);
+        V g = V::load(from);
+        if (Formula::proportional && statistic::has_image && carries_) {
+          g = multiply_unless_less(g, cut[p], factor[p]);
+        } else {
+          const V z = formula_.score(g);
+          V share(0), b(0);
+          if constexpr (statistic::has_image && Formula::uses_share)
+            share = multiply_unless_less(exp_shifted(z - shift[p]), cut[p], factor[p]);
+          if constexpr (Formula::has_side) b = side_of(side, j, p);
+          g = share;
+          if constexpr (!Formula::proportional)
+            g = formula_.slope(z, share, b, t.coefficient[p]) * t.gradient_scale[p];
+        }
+        g = here.replace(g, t.target_gradient[p], j, p);
         if (t.some_ignored) g = select(t.keep[p] == V(0), V(0), g);
         T* to = out + j * step + p * width;
         if (streamed)
@@ -413,23 +517,7 @@ class column_kernel {
           g.store(to);
       }
     }
-    if (!in_place) put(x, column, n);
-  }
-
-  /// One pack of the gradient, from an image or from a score.
-  PERDITA_INLINE V slope(const V& from, const side_cursor<T>& side, index column, index j,
-                         index p) const {
-    const tile& t = *tile_;
-    if constexpr (Formula::proportional && statistic::has_image)
-      if (carries_) return multiply_unless_less(from, t.cut[p], t.factor[p]);
-    const V z = formula_.score(from);
-    V share(0), b(0);
-    if constexpr (statistic::has_image && Formula::uses_share)
-      share = multiply_unless_less(
-          exp_shifted(z - shifts_[column / chunk_columns * packs + p]), t.cut[p], t.factor[p]);
-    if constexpr (Formula::has_side) b = side_of(side, j, p);
-    if constexpr (Formula::proportional) return share;
-    else return formula_.slope(z, share, b, t.coefficient[p]) * t.gradient_scale[p];
+    if (!in_place) put(stage, column, n);
   }
 
   /// Stores a staged chunk of the gradient.

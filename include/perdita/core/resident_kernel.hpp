@@ -18,6 +18,8 @@ class resident_kernel {
   static constexpr index width = static_cast<index>(lanes<T>);
 
  public:
+  static constexpr index rows_at_once = 1;
+
   resident_kernel(const Formula& formula, const row_job<T>& job, std::byte* scratch)
       : formula_(formula),
         job_(job),

@@ -104,6 +104,10 @@ struct exact_sum {
     error += (sum - (t - back)) + (x - back);
     sum = t;
   }
+  void add(const exact_sum& other) {
+    add(other.sum);
+    error += other.error;
+  }
   double value() const {
     const double total = sum + error;
     return total == total ? total : sum;  // inf - inf in the error is not the sum's doing

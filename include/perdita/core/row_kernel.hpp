@@ -119,6 +119,7 @@ class row_kernel {
   static constexpr index prefetch_distance = 16384 / static_cast<index>(sizeof(T));
 
  public:
+  static constexpr index rows_at_once = 1;
   static index group_size(index cols) { return cols <= 2048 ? finish_rows : 1; }
 
   row_kernel(const Formula& formula, const row_job<T>& job, std::byte* scratch)
