@@ -514,13 +514,15 @@ public:
     if (expected == 0)
       ++zeros_;
   }
-  void add_ulp(bool value, double ulp) { ulp_[value] = std::max(ulp_[value], ulp); }
+  enum measure { of_value, of_slope, of_largest_slope };
+  void add_ulp(measure what, double ulp) { ulp_[what] = std::max(ulp_[what], ulp); }
 
   void check() const {
     if (std::getenv("PERDITA_TEST_REPORT"))
       std::printf("%-70s %9zu compared, worst %5.2f of the allowance (%s); "
-                  "ordinary rows: value %.2f ulp, gradient %.2f ulp\n",
-                  title_.c_str(), compared_, worst_, worst_at_.c_str(), ulp_[1], ulp_[0]);
+                  "ordinary rows: value %.2f ulp, slopes %.2f ulp, %.2f epsilon of the row's largest\n",
+                  title_.c_str(), compared_, worst_, worst_at_.c_str(), ulp_[of_value], ulp_[of_slope],
+                  ulp_[of_largest_slope]);
     INFO(title_ << ": " << wrong_ << " of " << compared_ << " comparisons failed" << complaints_);
     CHECK(wrong_ == 0);
     CHECK(compared_ > 0);
@@ -544,7 +546,7 @@ private:
 
   std::string title_, complaints_, worst_at_;
   std::size_t compared_ = 0, wrong_ = 0, ordinary_ = 0, zeros_ = 0;
-  double worst_ = 0, ulp_[2] = {0, 0};
+  double worst_ = 0, ulp_[3] = {0, 0, 0};
 };
 
 template <class T> double ulps(const wide& expected, T got) {
@@ -607,7 +609,7 @@ void judge(const row_descriptor<T>& d, int setting, reduction how, const problem
     if (!got.hits.empty() && e.hit_reported)
       t.require(got.hits[i] == (counts && e.hit ? 1 : 0), "hit of row " + std::to_string(r));
     if (ordinary[i] && counts)
-      t.add_ulp(true, got.by_products[0].empty() ? 0 : ulps(wide(e.value.value * weight), got.by_products[0][i]));
+      t.add_ulp(tally::of_value, got.by_products[0].empty() ? 0 : ulps(wide(e.value.value * weight), got.by_products[0][i]));
 
     wide factor = counts ? wide(weight * share * wide(p.scale)) : wide(0);
     if (!p.upstream.empty())
@@ -631,8 +633,10 @@ void judge(const row_descriptor<T>& d, int setting, reduction how, const problem
       if (ordinary[i] && counts && share != 0) {
         if (!d.sparse())
           t.ordinary(expected);
-        if (size_of(g.value) > most / 1000)
-          t.add_ulp(false, ulps(expected, answer));
+        t.add_ulp(tally::of_slope, size_of(g.value) > most / 1000 ? ulps(expected, answer) : 0);
+        if (most * size > 0)
+          t.add_ulp(tally::of_largest_slope,
+                    static_cast<double>(wide(size_of(wide(answer) - expected) / (most * size * epsilon))));
       }
     }
   }

@@ -244,6 +244,9 @@ public:
       of_entropy += miss * value_budget * (size_of(lse - rival) + distance) + miss * of_u * (1 + size_of(surprise));
     // Where a rival leads, the rest of the entropy is a difference, taken in double.
     of_entropy += ldexp(wide(1), -50) * (1 + distance) / wide(std::numeric_limits<T>::epsilon());
+    // The shift of a row of several chunks stays up to 16 below the largest score.
+    if (n > 512)
+      of_entropy += 16 * miss;
     e.entropy = {entropy, of_entropy};
     e.penalty = {c * lse * lse, c * (value_budget * lse * lse + 2 * size_of(lse) * of_lse)};
     e.hit = true;

@@ -96,7 +96,7 @@ TEMPLATE_TEST_CASE("ldr_kl: special rows", "[ldr_kl]", float, double) {
   const std::vector<special_row> rows{
       {"one class", 0, {3}, 0, {}, 0, {0}},
       {"one class with a margin", 9, {3}, 0, {}, 0, {0}},
-      {"all equal", 0, {7, 7, 7, 7}, 2, {}, 0, {0.25, 0.25, -0.75, 0.25}},
+      {"half masked", 0, {7, 7, -inf, -inf}, 0, {}, -std::log(2.0), {-0.5, 0.5, 0, 0}},
       {"all rivals masked", 0, {-inf, 5, -inf}, 1, {}, -std::log(3.0), {0, 0, 0}},
       {"label masked", 0, {1, -inf, 0}, 1, {}, inf, {p1, -1, 1 - p1}},
       {"all masked", 0, {-inf, -inf, -inf}, 1, {}, inf, {0, -1, 0}},

@@ -19,7 +19,7 @@ namespace {
 
 template <class T> class z_loss_descriptor final : public row_descriptor<T> {
 public:
-  static constexpr double value_budget = 4, slope_budget = 6; // epsilons, before condition terms
+  static constexpr double value_budget = 4, slope_budget = 8; // epsilons, before condition terms
   static constexpr double score_budget = 4;                   // of a standard score
 
   std::string name() const override { return "z_loss"; }
@@ -36,7 +36,11 @@ public:
     return "a " + perdita::core::to_text(a(setting)) + ", b " + perdita::core::to_text(b(setting));
   }
   std::vector<int> few_settings() const override { return {0, 4}; }
-  bool legal(int, row_kind kind, index) const override { return kind != row_kind::masked; }
+  /// There are no masked classes, and the squares of the scores must be numbers of T.
+  bool legal(int, row_kind kind, index) const override {
+    const bool extreme = kind == row_kind::huge || kind == row_kind::tiny;
+    return kind != row_kind::masked && !(extreme && sizeof(T) == 4);
+  }
   std::unique_ptr<row_subject<T>> make(int setting, index,
                                        perdita::reduction reduction) const override {
     return std::make_unique<row_subject_of<perdita::z_loss<T>>>(

@@ -157,7 +157,8 @@ class row_kernel {
           store_ignored(job_, r, stage_gradient_);
       }
       for (index k = 0; k < std::max(count, previous_count); ++k)
-        advance(k < count ? &current[k] : nullptr, k < previous_count ? &previous[k] : nullptr);
+        advance(k < count ? &current[k] : nullptr, k < previous_count ? &previous[k] : nullptr,
+                k + 1 < count ? &current[k + 1] : nullptr);
       if (count > 0) finish(current, count, total);
       previous_count = Gradient ? count : 0;
       std::swap(current, previous);
@@ -171,6 +172,8 @@ class row_kernel {
     index row, label;
     double target, raw_target, target_side, label_weight, scale;
     T shift;
+    V look;        // what the first chunk's shift is picked from
+    bool looked;
     T rivals;      // the largest raw score but the target's
     bool shifted;  // not all chunks have the same shift
     wide_lanes<T> sums[statistic::terms];
@@ -187,8 +190,8 @@ class row_kernel {
     T* image;
     const T* next;  // what to look at meanwhile
     side_cursor<T> side;
-    index hole;  // the pack with the target in it, or -1
-    T hole_lane;
+    index hole, next_hole;  // the pack with the target in it, or -1
+    T hole_lane, next_hole_lane;
     V shift, seen;
     V sum[statistic::terms];
   };
@@ -200,7 +203,7 @@ class row_kernel {
     V factor, cut, shift, scale;
     V coefficient[coefficients];
     index head;  // columns before the first aligned pack of a streamed row
-    bool streaming;
+    bool streaming, straddles;
   };
 
   void lay_out(carver& memory, bool real) {
@@ -226,12 +229,6 @@ class row_kernel {
   index chunk_size(index c) const {
     return std::min(chunk_columns, cols_ - c * chunk_columns);
   }
-  static T first_lane(const V& v) {
-    alignas(64) T lane[lanes<T>];
-    v.store(lane);
-    return lane[0];
-  }
-
   // ---- sources
 
   const T* scores(index r, index first, index n, T* stage) const {
@@ -293,6 +290,7 @@ class row_kernel {
     row.shift = first_lane(statistic::template first_shift<V>());
     row.rivals = -std::numeric_limits<T>::infinity();
     row.shifted = false;
+    row.looked = false;
   }
 
   /// Where there is no label, the class that the soft target favours takes its place, and where
@@ -326,13 +324,13 @@ class row_kernel {
     return row.label >= first && row.label < first + n ? row.label - first : -1;
   }
 
-  /// What the shift of the chunk that starts at column `first` is picked from.
-  V look_at(const live_row& row, const T* x, index first, index n) const {
+  /// What the shift of the chunk that starts at column `first` is picked from, where packs before
+  /// offset `from` have been seen.
+  V look_at(const live_row& row, const T* x, index first, index n, index from, V seen) const {
     const V nothing = statistic::template look_at_nothing<V>();
-    V seen = nothing;
     const index hole = hole_in(row, first, n);
     alignas(64) T padded[lanes<T>];
-    for (index j = 0; j < n; j += width) {
+    for (index j = from; j < n; j += width) {
       V z;
       if (j + width <= n && (hole < j || hole >= j + width)) {
         z = V::load(x + j);
@@ -385,7 +383,7 @@ class row_kernel {
     a.x = a.next = padded;
     a.side = side.cursor;
     a.image = row.image ? row.image + first + whole : row.tail;
-    a.hole = -1;
+    a.hole = a.next_hole = -1;
     emit_cursor none;
     step<true, false>(0, 1, a, none);
   }
@@ -394,8 +392,7 @@ class row_kernel {
 
   /// Prepares the row's first chunk. A streamed row starts at its first aligned address.
   void open(const live_row& row, emit_cursor& e) const {
-    e.streaming = job_.streaming && gradient_in_place_ && !row.shifted &&
-                  (carries || scores_in_place_) && (!job_.soft || soft_in_place_);
+    e.streaming = job_.streaming && gradient_in_place_ && (carries || scores_in_place_) && (!job_.soft || soft_in_place_);
     e.head = 0;
     if (e.streaming) {
       const auto address = reinterpret_cast<std::uintptr_t>(job_.gradient.pointer(row.row, 0));
@@ -417,11 +414,14 @@ class row_kernel {
     const index first = c * chunk_columns + e.head;
     const index n = std::min(chunk_columns, cols_ - first);
     set_chunk(row, e, c);
+    e.straddles = false;
     if (n <= 0) return 0;
     e.from = carries ? image_of(row, first) : scores(row.row, first, n, stage_emit_);
     e.to = gradient_in_place_ ? job_.gradient.pointer(row.row, first) : stage_gradient_;
     e.side = side(row.row, first, n, stage_soft_emit_);
-    return n / width;
+    // The last pack of a streamed chunk reaches into the next, which may have another shift.
+    e.straddles = row.shifted && e.head > 0 && n == chunk_columns;
+    return n / width - (e.straddles ? 1 : 0);
   }
 
   /// n < width elements of the gradient from offset `at` of what e is aimed at.
@@ -456,6 +456,16 @@ class row_kernel {
       emit_partial(row, head, 0, e.head);
     }
     if (n <= 0) return;
+    if (e.straddles) {
+      emit_cursor both = e, next = e;
+      set_chunk(row, next, c + 1);
+      const auto here = iota<T>() < V(static_cast<T>(width - e.head));
+      both.factor = select(here, e.factor, next.factor);
+      both.cut = select(here, e.cut, next.cut);
+      both.shift = select(here, e.shift, next.shift);
+      absorb_cursor none;
+      step<false, true>(n / width - 1, n / width, none, both);
+    }
     if (n % width) emit_partial(row, e, n / width * width, n % width);
     if (gradient_in_place_) return;
     if (job_.accumulate) {
@@ -468,15 +478,17 @@ class row_kernel {
 
   // ---- the traversal
 
-  /// All chunks of row a's sums, and with each one the same chunk of row e's gradient.
-  void advance(live_row* a, live_row* e) {
+  /// All chunks of row a's sums, and with each one the same chunk of row e's gradient. Meanwhile
+  /// the next chunk is looked at: a's own, or the first one of the row that comes after.
+  void advance(live_row* a, live_row* e, live_row* after) {
     absorb_cursor absorbing;
     emit_cursor emitting;
+    const V nothing = statistic::template look_at_nothing<V>();
     const T* x = nullptr;
-    V seen;
+    V seen = nothing;
     if (a) {
       x = scores(a->row, 0, chunk_size(0), stage_x_[0]);
-      seen = look_at(*a, x, 0, chunk_size(0));
+      seen = a->looked ? a->look : look_at(*a, x, 0, chunk_size(0), 0, nothing);
     }
     T target = 0;
     if constexpr (Gradient) if (e) {
@@ -490,25 +502,26 @@ class row_kernel {
     }
     for (index c = 0; c < chunks_; ++c) {
       const index first = c * chunk_columns, n = chunk_size(c);
+      const bool last = c + 1 == chunks_;
       index absorb_packs = 0, emit_packs = 0;
       const T* next = nullptr;
-      bool looks_ahead = false;
+      live_row* next_row = last ? after : a;
+      const index next_first = last ? 0 : first + chunk_columns;
+      const index next_size = chunk_size(last ? 0 : c + 1);
       if (a) {
         choose_shift(*a, seen, c);
-        if (c + 1 < chunks_) {
-          next = scores(a->row, first + chunk_columns, chunk_size(c + 1), stage_x_[(c + 1) % 2]);
-          looks_ahead = chunk_size(c + 1) == chunk_columns &&
-                        hole_in(*a, first + chunk_columns, chunk_columns) < 0;
-        }
-        const index hole = hole_in(*a, first, n);
+        // Copied scores have no room for another row's.
+        if (next_row && (!last || scores_in_place_))
+          next = scores(next_row->row, next_first, next_size, stage_x_[(c + 1) % 2]);
+        set_hole(hole_in(*a, first, n), absorbing.hole, absorbing.hole_lane);
+        set_hole(next ? hole_in(*next_row, next_first, next_size) : -1, absorbing.next_hole,
+                 absorbing.next_hole_lane);
         absorbing.x = x;
-        absorbing.next = looks_ahead ? next : x;
+        absorbing.next = next && next_size >= n / width * width ? next : x;
         absorbing.image = image_of(*a, first);
         absorbing.side = side(a->row, first, n, stage_soft_);
-        absorbing.hole = hole < 0 ? -1 : hole / width;
-        absorbing.hole_lane = static_cast<T>(hole % width);
         absorbing.shift = V(a->shift);
-        absorbing.seen = statistic::template look_at_nothing<V>();
+        absorbing.seen = nothing;
         for (V& sum : absorbing.sum) sum = V(0);
         absorb_packs = n / width;
       }
@@ -521,11 +534,17 @@ class row_kernel {
       }
       if (absorb_packs > both) step<true, false>(both, absorb_packs, absorbing, emitting);
       if (a) {
-        const V ahead = absorbing.seen;
+        if (next) {
+          const bool saw = absorbing.next == next;
+          seen = look_at(*next_row, next, next_first, next_size, saw ? n / width * width : 0,
+                         saw ? absorbing.seen : nothing);
+          if (last) {
+            next_row->look = seen;
+            next_row->looked = true;
+          }
+        }
         if (n % width) absorb_tail(*a, absorbing, first, n);
         for (int k = 0; k < statistic::terms; ++k) a->sums[k].add(absorbing.sum[k]);
-        if (next)
-          seen = looks_ahead ? ahead : look_at(*a, next, first + chunk_columns, chunk_size(c + 1));
         x = next;
       }
       if constexpr (Gradient)
@@ -535,48 +554,74 @@ class row_kernel {
       if (e) job_.gradient.writer(job_.gradient.at(e->row, e->label), 1, 1, &target);
   }
 
+  static void set_hole(index hole, index& pack_number, T& lane) {
+    pack_number = hole < 0 ? -1 : hole / width;
+    lane = static_cast<T>(hole < 0 ? 0 : hole % width);
+  }
+
   /// Packs [begin, end) of what the cursors point at.
   template <bool Absorb, bool Emit>
   PERDITA_NOINLINE void step(index begin, index end, absorb_cursor& a, emit_cursor& e) const {
-    V sum[statistic::terms], seen, shift;
+    const V nothing = statistic::template look_at_nothing<V>();
+    V sum[statistic::terms], seen, shift, factor, cut, c[coefficients];
+    const T *x = nullptr, *next = nullptr, *from = nullptr;
+    T *image_to = nullptr, *to = nullptr;
+    index hole = -1, next_hole = -1;
+    bool streaming = false;
     if constexpr (Absorb) {
       for (int k = 0; k < statistic::terms; ++k) sum[k] = a.sum[k];
       seen = a.seen;
       shift = a.shift;
+      x = a.x;
+      next = a.next;
+      image_to = a.image;
+      hole = a.hole;
+      next_hole = a.next_hole;
+    }
+    if constexpr (Emit) {
+      factor = e.factor;
+      cut = e.cut;
+      from = e.from;
+      to = e.to;
+      streaming = e.streaming;
+      for (int k = 0; k < coefficients; ++k) c[k] = e.coefficient[k];
     }
     for (index i = begin; i < end; ++i) {
       const index j = i * width;
       if constexpr (Absorb) {
-        if constexpr (Gradient || statistic::has_image) prefetch(a.x + j + prefetch_distance);
-        V z = formula_.score(V::load(a.x + j));
+        prefetch(x + j + prefetch_distance);
+        V z = formula_.score(V::load(x + j));
         V side(0);
         if constexpr (Formula::has_side) side = a.side.at(j);
-        if (i == a.hole) [[unlikely]] {
+        if (i == hole) [[unlikely]] {
           const auto here = iota<T>() == V(a.hole_lane);
           z = select(here, statistic::absent(shift), z);
           side = select(here, V(0), side);
         }
         const V image = statistic::absorb(sum, z, shift, side);
-        if constexpr (carries) image.store(a.image + j);
-        seen = statistic::look(seen, V::load(a.next + j));
+        if constexpr (carries) image.store(image_to + j);
+        V look = V::load(next + j);
+        if (i == next_hole) [[unlikely]]
+          look = select(iota<T>() == V(a.next_hole_lane), nothing, look);
+        seen = statistic::look(seen, look);
       }
       if constexpr (Emit) {
-        const V from = V::load(e.from + j);
+        const V read = V::load(from + j);
         V out;
         if constexpr (carries) {
-          out = multiply_unless_less(from, e.cut, e.factor);
+          out = multiply_unless_less(read, cut, factor);
         } else {
-          const V z = formula_.score(from);
+          const V z = formula_.score(read);
           V share(0), side(0);
           if constexpr (statistic::has_image && Formula::uses_share)
-            share = multiply_unless_less(exp_shifted(z - e.shift), e.cut, e.factor);
+            share = multiply_unless_less(exp_shifted(z - e.shift), cut, factor);
           if constexpr (Formula::has_side) side = e.side.at(j);
-          out = formula_.slope(z, share, side, e.coefficient) * e.scale;
+          out = formula_.slope(z, share, side, c) * e.scale;
         }
-        if (e.streaming)
-          out.stream(e.to + j);
+        if (streaming)
+          out.stream(to + j);
         else
-          out.store(e.to + j);
+          out.store(to + j);
       }
     }
     if constexpr (Absorb) {

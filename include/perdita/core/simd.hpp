@@ -532,23 +532,49 @@ PERDITA_INLINE pack<T> iota() {
   return pack<T>::load(values.data());
 }
 
+namespace detail {
+/// Folds the upper half of v onto the lower one until one number is left.
+template <std::size_t N, class T, class F>
+PERDITA_INLINE T fold_halves(T* v, F f) {
+  if constexpr (N > 1) {
+    for (std::size_t i = 0; i < N / 2; ++i) v[i] = f(v[i], v[i + N / 2]);
+    return fold_halves<N / 2>(v, f);
+  }
+  return v[0];
+}
+}  // namespace detail
+
 /// Σ of the lanes in the one fixed tree: halves onto halves.
 template <class T>
 PERDITA_INLINE T sum_lanes(const pack<T>& a) {
   alignas(64) T v[lanes<T>];
   a.store(v);
-  for (std::size_t width = lanes<T> / 2; width > 0; width /= 2)
-    for (std::size_t i = 0; i < width; ++i) v[i] += v[i + width];
-  return v[0];
+  return detail::fold_halves<lanes<T>>(
+      v, [](T x, T y) __attribute__((always_inline)) { return x + y; });
 }
-/// The largest lane; NaN lanes are passed over, all NaN gives -inf.
+/// The largest lane; no lane is NaN.
 template <class T>
 PERDITA_INLINE T max_lanes(const pack<T>& a) {
+#if !PERDITA_NO_SIMD && defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return _mm512_reduce_max_ps(a.r[0].data);
+  else return _mm512_reduce_max_pd(a.r[0].data);
+#else
   alignas(64) T v[lanes<T>];
   a.store(v);
-  T result = -std::numeric_limits<T>::infinity();
-  for (T x : v) result = x > result ? x : result;
-  return result;
+  return detail::fold_halves<lanes<T>>(
+      v, [](T x, T y) __attribute__((always_inline)) { return x > y ? x : y; });
+#endif
+}
+template <class T>
+PERDITA_INLINE T first_lane(const pack<T>& a) {
+#if !PERDITA_NO_SIMD && defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return _mm512_cvtss_f32(a.r[0].data);
+  else return _mm512_cvtsd_f64(a.r[0].data);
+#else
+  alignas(64) T v[lanes<T>];
+  a.store(v);
+  return v[0];
+#endif
 }
 
 /// Asks for the line at p to be brought into the second-level cache.
