@@ -481,14 +481,14 @@ public:
         }
       }
     }
-    if (!ok && wrong_++ < 5)
+    if (!ok && wrong_++ < shown())
       complaints_ += "\n  " + std::string(what) + " " + where() + ": " +
                      perdita::core::to_text(got) + ", expected " + text(expected) + " +- " +
                      text(allowed);
   }
   void require(bool ok, const std::string& what) {
     ++compared_;
-    if (!ok && wrong_++ < 5)
+    if (!ok && wrong_++ < shown())
       complaints_ += "\n  " + what;
   }
   template <class T>
@@ -530,6 +530,7 @@ public:
   }
 
 private:
+  static std::size_t shown() { return std::getenv("PERDITA_TEST_REPORT") ? 100 : 5; }
   template <class T>
   static std::string first(const std::vector<T>& expected, const std::vector<T>& got) {
     if (expected.size() != got.size())

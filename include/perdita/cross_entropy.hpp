@@ -310,7 +310,7 @@ class cross_entropy : public row_loss<cross_entropy<T>, T> {
     to.reserve(static_cast<std::size_t>(from.size));
     for (index c = 0; c < from.size; ++c) {
       if (!(from[c] >= 0 && std::isfinite(from[c])))
-        core::fail_at(name, what, c, from[c], "a finite number, 0 or more");
+        core::fail_at(name, what, c, core::to_text(from[c]), "a finite number, 0 or more");
       to.push_back(from[c]);
     }
   }
@@ -322,9 +322,8 @@ class cross_entropy : public row_loss<cross_entropy<T>, T> {
   void check(const core::row_job<T>& job) const {
     const auto same = [&](const std::vector<T>& v, const char* what) {
       if (!v.empty() && static_cast<index>(v.size()) != job.scores.cols)
-        core::fail(std::string("perdita::") + name + ": size of " + what + " is " +
-                   core::to_text(v.size()) + ", expected " + core::to_text(job.scores.cols) +
-                   " (the number of classes)");
+        core::fail(name, std::string("size of ") + what, core::to_text(v.size()),
+                   core::to_text(job.scores.cols) + " (the number of classes)");
     };
     same(class_weights_, "class_weights");
     same(prior_, "prior");
@@ -362,7 +361,7 @@ class cross_entropy : public row_loss<cross_entropy<T>, T> {
   }
   template <bool Product>
   void run_second_order(core::row_job<T>& job, const call_options<T>& call) const {
-    this->evaluate(job, call, true, [this](const auto& settled, auto f) {
+    this->template evaluate<true>(job, call, [this](const auto& settled, auto f) {
       double smoothed = static_cast<double>(options_.label_smoothing);
       if (!bias_.empty()) {
         smoothed = 0;

@@ -78,8 +78,7 @@ inline void check_same_shape(const char* name, const char* what, index rows, ind
                              index expected_rows, index expected_cols) {
   const auto check = [&](const char* which, index got, index expected) {
     if (got != expected)
-      fail(std::string("perdita::") + name + ": " + what + which + " is " + to_text(got) +
-           ", expected " + to_text(expected));
+      fail(name, std::string(what) + which, to_text(got), to_text(expected));
   };
   check(" rows", rows, expected_rows);
   check(" columns", cols, expected_cols);
@@ -98,7 +97,7 @@ void map_rows(const char* name, const Formula& formula, matrix_view<X> x, const 
   job.gradient = matrix_data<T, true>(y);
   if (b) job.soft = matrix_data<T>(*b);
   check_overlap(name, job);
-  run_rows(formula, job, run_on, memory);
+  run_rows<true>(formula, job, run_on, memory);
 }
 
 /// float for every storage type but double.

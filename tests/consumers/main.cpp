@@ -1,4 +1,4 @@
 // SPDX-License-Identifier: MIT
-#include "two_by_three.hpp"
+#include "by_perdita.hpp"
 
 int main() { return is_right("perdita", by_perdita()) ? 0 : 1; }

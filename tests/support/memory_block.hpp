@@ -24,9 +24,17 @@ public:
 
   /// `bytes` bytes, `offset` past a multiple of 64; or right behind or before a forbidden page.
   memory_block(std::size_t bytes, std::size_t offset, edge at) : bytes_(bytes) {
+    if (at == edge::none) { // mapping pages is slow
+      pages_ = (bytes + 2 * margin + 127) / 64 * 64;
+      area_ = static_cast<unsigned char*>(std::aligned_alloc(64, pages_));
+      if (!area_)
+        throw std::bad_alloc();
+      std::fill_n(area_, pages_, untouched);
+      data_ = area_ + margin + offset;
+      return;
+    }
     const auto page = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
-    const std::size_t room = at == edge::none ? bytes + 2 * margin + 64 : bytes;
-    pages_ = (room + page - 1) / page * page;
+    pages_ = (bytes + page - 1) / page * page;
     mapped_ = pages_ + 2 * page;
     void* memory =
         mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -37,13 +45,16 @@ public:
       std::abort();
     area_ = map_ + page;
     std::fill_n(area_, pages_, untouched);
-    data_ = at == edge::none ? area_ + margin + offset
-            : at == edge::front ? area_
-                                : area_ + pages_ - bytes;
+    data_ = at == edge::front ? area_ : area_ + pages_ - bytes;
   }
   memory_block(const memory_block&) = delete;
   memory_block& operator=(const memory_block&) = delete;
-  ~memory_block() { munmap(map_, mapped_); }
+  ~memory_block() {
+    if (map_)
+      munmap(map_, mapped_);
+    else
+      std::free(area_);
+  }
 
   unsigned char* data() const { return data_; }
   std::size_t size() const { return bytes_; }

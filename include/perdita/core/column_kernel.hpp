@@ -96,7 +96,6 @@ class column_kernel {
     V coefficient[packs][coefficients];
     marks target_at[2];  // of this chunk and of the next
     wide_lanes<T> sums[statistic::terms][lanes<T>][packs];
-    V part[statistic::terms][lanes<T>][packs];
   };
 
   /// Where a chunk is staged: element (j, row of the tile) at [j * tile_rows + row].
@@ -155,32 +154,28 @@ class column_kernel {
       for (index p = 0; p < t.row_packs; ++p) choose_shift(p, c, chunk_size(c));
       const bool overlaps =
           chunk_size(c + chunk_columns) == chunk_columns && whole(job_.scores) && !job_.soft;
-      with_packs([&]<index Packs>(std::integral_constant<index, Packs>) {
-        if (statistic::look_is_maximum && overlaps)
-          absorb<true, Packs>(c, chunk_columns);
+      const bool ahead = statistic::look_is_maximum && overlaps;
+      take_targets(c);
+      if (ahead) mark(c + chunk_columns, chunk_columns);
+      by_packs([&]<index Packs>(std::integral_constant<index, Packs>, index p) {
+        if (ahead)
+          absorb<true, Packs>(c, chunk_columns, p);
         else
-          absorb<false, Packs>(c, chunk_size(c));
+          absorb<false, Packs>(c, chunk_size(c), p);
       });
-      if (!(statistic::look_is_maximum && overlaps) && c + chunk_columns < cols_)
-        prepare(c + chunk_columns);
+      if (!ahead && c + chunk_columns < cols_) prepare(c + chunk_columns);
     }
     for (index p = 0; p < t.row_packs; ++p) finish(p, total);
     if constexpr (Gradient)
       for (index c = 0; c < cols_; c += chunk_columns)
-        with_packs([&]<index Packs>(std::integral_constant<index, Packs>) {
-          emit<Packs>(c, chunk_size(c));
-        });
+        emit(c, chunk_size(c));
   }
 
-  /// Full tiles and half ones run with the number of packs known to the compiler, others with 0.
+  /// f(number of packs, first pack): a full tile at once, others pack by pack.
   template <class F>
-  void with_packs(F f) {
-    if (tile_->row_packs == packs)
-      f(std::integral_constant<index, packs>{});
-    else if (tile_->row_packs == packs / 2)
-      f(std::integral_constant<index, packs / 2>{});
-    else
-      f(std::integral_constant<index, 0>{});
+  void by_packs(F f) {
+    if (tile_->row_packs == packs) return f(std::integral_constant<index, packs>{}, index{0});
+    for (index p = 0; p < tile_->row_packs; ++p) f(std::integral_constant<index, 1>{}, p);
   }
 
   index chunk_size(index column) const { return std::min(chunk_columns, cols_ - column); }
@@ -258,68 +253,73 @@ class column_kernel {
     for (index p = 0; p < tile_->row_packs; ++p) tile_->seen[p] = look(p, column, n);
   }
 
-  /// Adds a chunk to the sums; with Ahead, stages and looks at the next one in the same loop, so
-  /// that memory and arithmetic overlap.
-  template <bool Ahead, index Packs>
-  PERDITA_NOINLINE void absorb(index column, index n) {
+  /// Keeps the scores of the targets that lie in a staged chunk.
+  void take_targets(index column) {
     tile& t = *tile_;
-    T* x = staged(column);
+    const T* x = staged(column);
     for (index i = 0; i < t.row_packs * width; ++i) {
       const index j = static_cast<index>(t.label[i]) - column;
-      if (j >= 0 && j < n) t.raw_target[i] = x[j * tile_rows + i];
+      if (j >= 0 && j < chunk_size(column)) t.raw_target[i] = x[j * tile_rows + i];
     }
-    for (auto& term : t.part)
-      for (index i = 0; i < std::min(width, n); ++i)
-        for (V& sum : term[i]) sum = V(0);
-    side_cursor<T> side;
-    if constexpr (Formula::has_side) side = formula_.side(column);
+  }
+
+  /// Adds a chunk of some packs of rows, from p0 on, to the sums; with Ahead, stages and looks at
+  /// the next chunk in the same loop, so that memory and arithmetic overlap.
+  template <bool Ahead, index Packs>
+  PERDITA_NOINLINE void absorb(index column, index n, index p0) {
+    tile& t = *tile_;
+    const V nothing = statistic::template look_at_nothing<V>();
     const index next = column + chunk_columns, step = job_.scores.col_stride;
+    const marks &here = targets(column), &there = targets(next);
+    T* x = staged(column) + p0 * width;
     const T* from = nullptr;
     T* to = nullptr;
     if constexpr (Ahead) {
-      mark(next, chunk_columns);
-      from = job_.scores.pointer(t.first, next);
-      to = staged(next);
+      from = job_.scores.pointer(t.first + p0 * width, next);
+      to = staged(next) + p0 * width;
     }
-    V seen[packs], shift[packs];
-    for (index p = 0; p < packs; ++p) {
-      seen[p] = statistic::template look_at_nothing<V>();
-      shift[p] = t.shift[p];
+    V seen[Packs], shift[Packs];
+    for (index p = 0; p < Packs; ++p) {
+      seen[p] = nothing;
+      shift[p] = t.shift[p0 + p];
     }
-    const marks &here = targets(column), &there = targets(next);
-    const index row_packs = Packs > 0 ? Packs : t.row_packs;
+    V part[lanes<T>][statistic::terms][Packs];
+    for (index i = 0; i < std::min(width, n); ++i)
+      for (auto& term : part[i])
+        for (V& sum : term) sum = V(0);
+    side_cursor<T> side;
+    if constexpr (Formula::has_side) side = formula_.side(column);
     for (index j = 0; j < n; ++j) {
-      V(&part)[statistic::terms][lanes<T>][packs] = t.part;
-      const index residue = j % width;
-      for (index p = 0; p < row_packs; ++p) {
+      auto& sums = part[j % width];
+      for (index p = 0; p < Packs; ++p) {
         if constexpr (Ahead) {
-          prefetch(from + j * step + p * width + prefetch_columns * step);
-          const V z = V::load(from + j * step + p * width);
+          const T* at = from + j * step + p * width;
+          prefetch(at + prefetch_columns * step);
+          const V z = V::load(at);
           z.store(to + j * tile_rows + p * width);
-          seen[p] = statistic::look(
-              seen[p], there.replace(z, statistic::template look_at_nothing<V>(), j, p));
+          seen[p] = statistic::look(seen[p], there.replace(z, nothing, j, p0 + p));
         }
         T* at = x + j * tile_rows + p * width;
         V z = formula_.score(V::load(at));
         V b(0);
-        if constexpr (Formula::has_side) b = side_of(side, j, p);
+        if constexpr (Formula::has_side) b = side_of(side, j, p0 + p);
         if constexpr (Formula::excludes_target) {
-          z = here.replace(z, statistic::absent(shift[p]), j, p);
-          if constexpr (Formula::has_side) b = here.replace(b, V(0), j, p);
+          z = here.replace(z, statistic::absent(shift[p]), j, p0 + p);
+          if constexpr (Formula::has_side) b = here.replace(b, V(0), j, p0 + p);
         }
         V sum[statistic::terms];
-        for (int k = 0; k < statistic::terms; ++k) sum[k] = part[k][residue][p];
+        for (int k = 0; k < statistic::terms; ++k) sum[k] = sums[k][p];
         const V image = statistic::absorb(sum, z, shift[p], b);
-        for (int k = 0; k < statistic::terms; ++k) part[k][residue][p] = sum[k];
+        for (int k = 0; k < statistic::terms; ++k) sums[k][p] = sum[k];
         if constexpr (Gradient)
           if (carries_) image.store(at);
       }
     }
-    if constexpr (Ahead)
-      for (index p = 0; p < packs; ++p) t.seen[p] = seen[p];
-    for (int k = 0; k < statistic::terms; ++k)
+    for (index p = 0; p < Packs; ++p) {
+      if constexpr (Ahead) t.seen[p0 + p] = seen[p];
       for (index i = 0; i < std::min(n, width); ++i)
-        for (index p = 0; p < t.row_packs; ++p) t.sums[k][i][p].add(t.part[k][i][p]);
+        for (int k = 0; k < statistic::terms; ++k) t.sums[k][i][p0 + p].add(part[i][k][p]);
+    }
   }
 
   V side_of(const side_cursor<T>& side, index j, index p) const {
@@ -464,37 +464,57 @@ class column_kernel {
     t.cut[p] = V(std::numeric_limits<T>::min()) / abs(t.factor[p]);
   }
 
-  template <index Packs>
-  PERDITA_NOINLINE void emit(index column, index n) {
+  /// Where a chunk of the gradient comes from and goes to.
+  struct route {
+    const T* x;  // scores, or images
+    T* out;
+    index x_step, out_step;
+    bool reads, streamed;
+  };
+
+  void emit(index column, index n) {
     tile& t = *tile_;
     const auto& m = job_.gradient;
-    const bool reads = !carries_ && whole(job_.scores);  // scores from where they lie
+    route r;
+    r.reads = !carries_ && whole(job_.scores);  // scores from where they lie
     T* stage = staged(column);
-    if (!carries_ && !reads) fetch(job_.scores, column, n, stage);
+    if (!carries_ && !r.reads) fetch(job_.scores, column, n, stage);
     if (!carries_ && job_.soft) fetch(job_.soft, column, n, stage_soft_);
     if (cols_ > chunk_columns) mark(column, n);
     for (index p = 0; p < t.row_packs; ++p) set_chunk(p, column);
-    const T* x = reads ? job_.scores.pointer(t.first, column) : stage;
-    const index x_step = reads ? job_.scores.col_stride : tile_rows;
+    r.x = r.reads ? job_.scores.pointer(t.first, column) : stage;
+    r.x_step = r.reads ? job_.scores.col_stride : tile_rows;
     const bool in_place = whole(m) && !job_.accumulate;
-    T* out = in_place ? m.pointer(t.first, column) : stage;
-    const index step = in_place ? m.col_stride : tile_rows;
-    const bool streamed = job_.streaming && in_place && step % width == 0 &&
-                          reinterpret_cast<std::uintptr_t>(out) % 64 == 0;
+    r.out = in_place ? m.pointer(t.first, column) : stage;
+    r.out_step = in_place ? m.col_stride : tile_rows;
+    r.streamed = job_.streaming && in_place && r.out_step % width == 0 &&
+                 reinterpret_cast<std::uintptr_t>(r.out) % 64 == 0;
+    by_packs([&]<index Packs>(std::integral_constant<index, Packs>, index p) {
+      emit_packs<Packs>(r, column, n, p);
+    });
+    if (!in_place) put(stage, column, n);
+  }
+
+  template <index Packs>
+  PERDITA_NOINLINE void emit_packs(const route& r, index column, index n, index p0) const {
+    const tile& t = *tile_;
     const marks& here = targets(column);
+    const T* x = r.x + p0 * width;
+    T* out = r.out + p0 * width;
+    const index x_step = r.x_step, out_step = r.out_step;
     side_cursor<T> side;
     if constexpr (Formula::has_side) side = formula_.side(column);
-    const index row_packs = Packs > 0 ? Packs : t.row_packs;
-    V factor[packs], cut[packs], shift[packs];
-    for (index p = 0; p < row_packs; ++p) {
-      factor[p] = t.factor[p];
-      cut[p] = t.cut[p];
-      shift[p] = shifts_[column / chunk_columns * packs + p];
+    V factor[Packs], cut[Packs], shift[Packs];
+    for (index p = 0; p < Packs; ++p) {
+      factor[p] = t.factor[p0 + p];
+      cut[p] = t.cut[p0 + p];
+      shift[p] = shifts_[column / chunk_columns * packs + p0 + p];
     }
     for (index j = 0; j < n; ++j) {
-      for (index p = 0; p < row_packs; ++p) {
+      for (index p = 0; p < Packs; ++p) {
+        const index q = p0 + p;
         const T* from = x + j * x_step + p * width;
-        if (reads) prefetch(from + prefetch_columns * x_step);
+        if (r.reads) prefetch(from + prefetch_columns * x_step);
         V g = V::load(from);
         if (Formula::proportional && statistic::has_image && carries_) {
           g = multiply_unless_less(g, cut[p], factor[p]);
@@ -503,21 +523,20 @@ class column_kernel {
           V share(0), b(0);
           if constexpr (statistic::has_image && Formula::uses_share)
             share = multiply_unless_less(exp_shifted(z - shift[p]), cut[p], factor[p]);
-          if constexpr (Formula::has_side) b = side_of(side, j, p);
+          if constexpr (Formula::has_side) b = side_of(side, j, q);
           g = share;
           if constexpr (!Formula::proportional)
-            g = formula_.slope(z, share, b, t.coefficient[p]) * t.gradient_scale[p];
+            g = formula_.slope(z, share, b, t.coefficient[q]) * t.gradient_scale[q];
         }
-        g = here.replace(g, t.target_gradient[p], j, p);
-        if (t.some_ignored) g = select(t.keep[p] == V(0), V(0), g);
-        T* to = out + j * step + p * width;
-        if (streamed)
+        g = here.replace(g, t.target_gradient[q], j, q);
+        if (t.some_ignored) g = select(t.keep[q] == V(0), V(0), g);
+        T* to = out + j * out_step + p * width;
+        if (r.streamed)
           g.stream(to);
         else
           g.store(to);
       }
     }
-    if (!in_place) put(stage, column, n);
   }
 
   /// Stores a staged chunk of the gradient.

@@ -13,7 +13,7 @@
 namespace perdita::inline PERDITA_ABI::core {
 
 template <class N>
-std::string to_text(N value) {
+PERDITA_NOINLINE std::string to_text(N value) {
   if constexpr (std::is_integral_v<N>) {
     return std::to_string(value);
   } else {
@@ -39,19 +39,24 @@ std::string to_text(N value) {
 }
 
 /// "perdita::cross_entropy: label_smoothing is 1.5, expected a number in [0, 1]"
-template <class N>
-void require(bool holds, const char* loss, const char* argument, N got, const char* expected) {
-  if (!holds) [[unlikely]]
-    fail(std::string("perdita::") + loss + ": " + argument + " is " + to_text(got) +
-         ", expected " + expected);
+[[noreturn]] PERDITA_NOINLINE inline void fail(const char* loss, const std::string& argument,
+                                               const std::string& got,
+                                               const std::string& expected) {
+  fail(std::string("perdita::") + loss + ": " + argument + " is " + got + ", expected " + expected);
 }
 
-/// "perdita::cross_entropy: labels[7] is 12, expected …"
 template <class N>
-[[noreturn]] void fail_at(const char* loss, const char* argument, std::int64_t index, N got,
-                          const std::string& expected) {
-  fail(std::string("perdita::") + loss + ": " + argument + "[" + std::to_string(index) + "] is " +
-       to_text(got) + ", expected " + expected);
+PERDITA_INLINE void require(bool holds, const char* loss, const char* argument, N got,
+                            const char* expected) {
+  if (!holds) [[unlikely]]
+    fail(loss, argument, to_text(got), expected);
+}
+
+/// As fail(), of element `index` of the argument.
+[[noreturn]] PERDITA_NOINLINE inline void fail_at(const char* loss, const char* argument,
+                                                  std::int64_t index, const std::string& got,
+                                                  const std::string& expected) {
+  fail(loss, std::string(argument) + "[" + std::to_string(index) + "]", got, expected);
 }
 
 }  // namespace perdita::inline PERDITA_ABI::core

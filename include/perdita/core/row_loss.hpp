@@ -132,7 +132,7 @@ class row_loss {
   template <class X, class Y>
     requires core::scores_like<X, T>
   T operator()(X&& scores, Y&& target, const call_options<T>& call = {}) const {
-    return run(core::as_matrix(scores), target, matrix_view<T>(), call);
+    return run<false>(core::as_matrix(scores), target, matrix_view<T>(), call);
   }
 
   /// The reduced value, and its gradient with respect to the scores, written (or added) to
@@ -143,14 +143,13 @@ class row_loss {
     const auto g = core::as_matrix(gradient);
     core::require(g.data != nullptr || g.rows * g.cols == 0, self().name, "gradient", 0,
                   "a pointer to memory");
-    return run(core::as_matrix(scores), target, g, call);
+    return run<true>(core::as_matrix(scores), target, g, call);
   }
 
  protected:
   /// Checks a job, settles its scale and runs it with the formula that visit(job, f) hands to f.
-  template <class Visit>
-  T evaluate(core::row_job<T>& job, const call_options<T>& call, bool has_gradient,
-             Visit visit) const;
+  template <bool Gradient, class Visit>
+  T evaluate(core::row_job<T>& job, const call_options<T>& call, Visit visit) const;
   template <class L>
   void set_labels(core::row_job<T>& job, vector_view<L> labels) const {
     check_size("labels", labels.size, job.scores.rows);
@@ -160,9 +159,8 @@ class row_loss {
   }
   void check_size(const char* what, index got, index expected) const {
     if (got != expected) [[unlikely]]
-      core::fail(std::string("perdita::") + self().name + ": " + what + " is " +
-                 core::to_text(got) + ", expected " + core::to_text(expected) +
-                 " (as many as the scores have)");
+      core::fail(self().name, what, core::to_text(got),
+                 core::to_text(expected) + " (as many as the scores have)");
   }
 
   double label_weight(index) const { return 1; }
@@ -171,7 +169,7 @@ class row_loss {
  private:
   const Derived& self() const { return static_cast<const Derived&>(*this); }
 
-  template <class S, class Y, class G>
+  template <bool Gradient, class S, class Y, class G>
   T run(matrix_view<S> scores, Y& target, matrix_view<G> gradient,
         const call_options<T>& call) const {
     core::row_job<T> job;
@@ -189,8 +187,8 @@ class row_loss {
       check_size("target columns", soft.cols, scores.cols);
       job.soft = core::matrix_data<T>(soft);
     }
-    return evaluate(job, call, gradient.data != nullptr || gradient.rows > 0,
-                    [this](const auto& settled, auto f) { self().visit(settled, f); });
+    return evaluate<Gradient>(
+        job, call, [this](const auto& settled, auto f) { self().visit(settled, f); });
   }
 
   double check_and_weigh(const core::row_job<T>& job, const call_options<T>& call,
@@ -242,7 +240,7 @@ double row_loss<Derived, T>::check_and_weigh(const core::row_job<T>& job,
       if (job.labels) {
         if (labels[i] == job.ignore_index) continue;
         if (labels[i] < 0 || labels[i] >= cols) [[unlikely]]
-          core::fail_at(name, "labels", first + i, labels[i],
+          core::fail_at(name, "labels", first + i, core::to_text(labels[i]),
                         "0 to " + core::to_text(cols - 1) + ", or ignore_index " +
                             core::to_text(job.ignore_index));
         weight = self().label_weight(static_cast<index>(labels[i]));
@@ -254,9 +252,9 @@ double row_loss<Derived, T>::check_and_weigh(const core::row_job<T>& job,
 }
 
 template <class Derived, class T>
-template <class Visit>
+template <bool Gradient, class Visit>
 T row_loss<Derived, T>::evaluate(core::row_job<T>& job, const call_options<T>& call,
-                                 bool has_gradient, Visit visit) const {
+                                 Visit visit) const {
   const auto& options = self().settings();
   job.ignore_index = options.ignore_index;
   job.accumulate = call.accumulate;
@@ -264,7 +262,7 @@ T row_loss<Derived, T>::evaluate(core::row_job<T>& job, const call_options<T>& c
   job.upstream = call.upstream;
   job.report = {call.values,  call.log_sum_exp, call.target_log_probability,
                 call.entropy, call.penalty,     call.hits};
-  const double weights = check_and_weigh(job, call, has_gradient);
+  const double weights = check_and_weigh(job, call, Gradient);
   if (job.scores.rows == 0) return 0;
 
   double share = 1;
@@ -275,7 +273,7 @@ T row_loss<Derived, T>::evaluate(core::row_job<T>& job, const call_options<T>& c
   job.scale = static_cast<double>(call.scale) * share;
   double total = 0;
   visit(job, [&](const auto& formula) {
-    total = core::run_rows(formula, job, call.run_on, call.memory);
+    total = core::run_rows<Gradient>(formula, job, call.run_on, call.memory);
   });
   return static_cast<T>(share == 0 ? 0 : total * share);
 }

@@ -50,23 +50,20 @@ double run_blocks(const Formula& formula, const row_job<T>& job, const executor&
   return sum.value();
 }
 
-/// Gradient (if the job has one), by-products and Σ of the weighted values of all rows.
-template <class Formula, class T>
+/// Gradient (if the job has one, which is known where the call is compiled), by-products and Σ of
+/// the weighted values of all rows.
+template <bool Gradient, class Formula, class T>
 double run_rows(const Formula& formula, row_job<T>& job, const executor& run_on,
                 workspace* memory) {
   const index bytes = job.scores.rows * job.scores.cols * static_cast<index>(sizeof(T));
   // A gradient that will not fit the caches need not pass through them.
-  job.streaming =
-      job.has_gradient() && !job.in_place() && !job.accumulate && bytes > (index{4} << 20);
-  const auto with = [&]<bool Gradient>(std::bool_constant<Gradient>) {
-    if constexpr (resident_formula<Formula>)
-      return run_blocks<resident_kernel<Formula, T, Gradient>>(formula, job, run_on, memory);
-    else if (prefers_columns(job))
-      return run_blocks<column_kernel<Formula, T, Gradient>>(formula, job, run_on, memory);
-    else
-      return run_blocks<row_kernel<Formula, T, Gradient>>(formula, job, run_on, memory);
-  };
-  return job.has_gradient() ? with(std::true_type{}) : with(std::false_type{});
+  job.streaming = Gradient && !job.in_place() && !job.accumulate && bytes > (index{4} << 20);
+  if constexpr (resident_formula<Formula>)
+    return run_blocks<resident_kernel<Formula, T, Gradient>>(formula, job, run_on, memory);
+  else if (prefers_columns(job))
+    return run_blocks<column_kernel<Formula, T, Gradient>>(formula, job, run_on, memory);
+  else
+    return run_blocks<row_kernel<Formula, T, Gradient>>(formula, job, run_on, memory);
 }
 
 }  // namespace perdita::inline PERDITA_ABI::core

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-#include "../two_by_three.hpp"
+#include "../expected.hpp"
 
 float baseline();
 float avx2();

@@ -1,0 +1,322 @@
+// SPDX-License-Identifier: MIT
+
+// The ways to call a row loss: types of labels, of containers, of storage, and what its
+// constructor refuses.
+
+#include <perdita/cross_entropy.hpp>
+
+#include <Eigen/Core>
+
+#include <array>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <span>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "support/catch.hpp"
+
+namespace {
+
+using perdita::cross_entropy;
+using row_major = Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
+using column_major = Eigen::MatrixXf;
+
+constexpr int rows = 11, cols = 21;
+
+row_major some_scores() {
+  row_major x(rows, cols);
+  for (int i = 0; i < rows * cols; ++i)
+    x(i / cols, i % cols) = 0.125F * static_cast<float>(i * 37 % 101) - 6;
+  return x;
+}
+std::vector<int> some_labels() {
+  std::vector<int> y;
+  for (int r = 0; r < rows; ++r)
+    y.push_back(r * 5 % cols);
+  return y;
+}
+
+struct answer {
+  float value;
+  row_major gradient;
+  bool operator==(const answer& other) const {
+    return value == other.value && gradient == other.gradient;
+  }
+};
+answer expected() {
+  const row_major x = some_scores();
+  answer a{0, row_major::Zero(rows, cols)};
+  const std::vector<int> y = some_labels();
+  a.value = cross_entropy<float>()(perdita::matrix_view<const float>(x.data(), rows, cols), y,
+                                   perdita::matrix_view<float>(a.gradient.data(), rows, cols));
+  return a;
+}
+
+template <class Options> std::string refusal(const Options& make) {
+  try {
+    make();
+  } catch (const std::invalid_argument& e) {
+    return e.what();
+  }
+  return "(nothing was thrown)";
+}
+
+} // namespace
+
+TEMPLATE_TEST_CASE("cross_entropy: labels of any integral type", "[cross_entropy]", signed char,
+                   unsigned char, std::int16_t, std::uint16_t, std::int32_t, std::uint32_t,
+                   std::int64_t, std::uint64_t, char, long long) {
+  const answer right = expected();
+  const row_major x = some_scores();
+  std::vector<TestType> y;
+  for (const int label : some_labels())
+    y.push_back(static_cast<TestType>(label));
+  const cross_entropy<float> loss;
+  answer got{0, row_major(rows, cols)};
+  got.value = loss(x, y, got.gradient);
+  CHECK(got == right);
+
+  const std::span<const TestType> span(y);
+  got.value = loss(x, span, got.gradient);
+  CHECK(got == right);
+
+  // Every other element, and backwards.
+  std::vector<TestType> spread(2 * rows, TestType(99)), reversed(y.rbegin(), y.rend());
+  for (int r = 0; r < rows; ++r)
+    spread[2 * static_cast<std::size_t>(r)] = y[static_cast<std::size_t>(r)];
+  got.value = loss(x, perdita::vector_view<const TestType>(spread.data(), rows, 2), got.gradient);
+  CHECK(got == right);
+  got.value = loss(x, perdita::vector_view<const TestType>(&reversed.back(), rows, -1), got.gradient);
+  CHECK(got == right);
+
+  Eigen::Matrix<TestType, Eigen::Dynamic, 1> column(rows);
+  for (int r = 0; r < rows; ++r)
+    column(r) = y[static_cast<std::size_t>(r)];
+  got.value = loss(x, column, got.gradient);
+  CHECK(got == right);
+}
+
+TEST_CASE("cross_entropy: a label that its own type makes large is refused", "[cross_entropy]") {
+  const row_major x = some_scores();
+  std::vector<std::uint64_t> y(rows, 0);
+  y[3] = std::numeric_limits<std::uint64_t>::max() - 99; // -100 if read as signed
+  CHECK_THROWS_AS(cross_entropy<float>()(x, y), std::invalid_argument);
+  std::vector<std::uint8_t> small(rows, 0);
+  small[3] = 156; // -100 if read as signed
+  CHECK_THROWS_AS(cross_entropy<float>()(x, small), std::invalid_argument);
+  std::vector<std::int8_t> ignored(rows, 0);
+  ignored[3] = -100;
+  CHECK_NOTHROW(cross_entropy<float>()(x, ignored));
+}
+
+TEST_CASE("cross_entropy: Eigen's matrices, maps, blocks, and references", "[cross_entropy]") {
+  const answer right = expected();
+  const std::vector<int> y = some_labels();
+  const cross_entropy<float> loss;
+  const row_major rm = some_scores();
+  const column_major cm = rm;
+  const auto check = [&](const auto& scores, auto&& gradient) {
+    answer got{loss(scores, y, gradient), gradient};
+    CHECK(got == right);
+    CHECK(loss(scores, y) == right.value);
+  };
+  check(rm, row_major(rows, cols));
+  check(cm, column_major(rows, cols));
+  check(rm, column_major(rows, cols));
+  check(cm, row_major(rows, cols));
+
+  row_major large = row_major::Constant(rows + 6, cols + 9, 99);
+  large.block(2, 3, rows, cols) = rm;
+  row_major target = row_major::Constant(rows + 6, cols + 9, -5);
+  check(large.block(2, 3, rows, cols), target.block(1, 4, rows, cols));
+  CHECK((target.array() == -5).count() == target.size() - rows * cols);
+  column_major large_columns = large;
+  check(large_columns.block(2, 3, rows, cols), column_major(rows, cols));
+  check(large.middleRows(2, rows).middleCols(3, cols), row_major(rows, cols));
+
+  const Eigen::Map<const row_major> map(rm.data(), rows, cols);
+  check(map, row_major(rows, cols));
+  std::vector<float> strided(2 * rows * cols, 99);
+  Eigen::Map<row_major, 0, Eigen::Stride<Eigen::Dynamic, Eigen::Dynamic>> spread(
+      strided.data(), rows, cols, Eigen::Stride<Eigen::Dynamic, Eigen::Dynamic>(2 * cols, 2));
+  spread = rm;
+  check(spread, row_major(rows, cols));
+  const Eigen::Ref<const column_major> ref(cm);
+  check(ref, column_major(rows, cols));
+  check(rm.array(), row_major(rows, cols));
+  const column_major transposed = rm.transpose();
+  check(transposed.transpose(), row_major(rows, cols));
+
+  // Over the scores themselves
+  row_major over = rm;
+  answer got{loss(over, y, over), over};
+  CHECK(got == right);
+  column_major over_columns = cm;
+  got = {loss(over_columns, y, over_columns), over_columns};
+  CHECK(got == right);
+
+  // One row
+  const Eigen::RowVectorXf row = rm.row(0);
+  Eigen::RowVectorXf slope(cols);
+  const std::vector<int> one{y[0]};
+  const float value = loss(row, one, slope);
+  CHECK(value == loss(rm.topRows(1), one));
+}
+
+TEST_CASE("cross_entropy: images with classes first", "[cross_entropy]") {
+  // 3 images of 4 × 5 pixels with 7 classes, against the same pixels as rows.
+  constexpr int images = 3, classes = 7, pixels = 20;
+  std::vector<float> x(images * classes * pixels), g(x.size());
+  for (std::size_t i = 0; i < x.size(); ++i)
+    x[i] = 0.25F * static_cast<float>(i * 29 % 47) - 5;
+  row_major as_rows(images * pixels, classes), slopes(images * pixels, classes);
+  std::vector<int> y;
+  for (int n = 0; n < images; ++n)
+    for (int p = 0; p < pixels; ++p) {
+      for (int c = 0; c < classes; ++c)
+        as_rows(n * pixels + p, c) = x[static_cast<std::size_t>((n * classes + c) * pixels + p)];
+      y.push_back(p % 6 == 5 ? -100 : (p + n) % classes);
+    }
+  const cross_entropy<float> loss;
+  const float value = loss(as_rows, y, slopes);
+  CHECK(loss(perdita::matrix_view<const float>::channels_first(x.data(), images, classes, pixels), y,
+             perdita::matrix_view<float>::channels_first(g.data(), images, classes, pixels)) == value);
+  bool same = true;
+  for (int n = 0; n < images; ++n)
+    for (int p = 0; p < pixels; ++p)
+      for (int c = 0; c < classes; ++c)
+        same = same && g[static_cast<std::size_t>((n * classes + c) * pixels + p)] == slopes(n * pixels + p, c);
+  CHECK(same);
+}
+
+TEMPLATE_TEST_CASE("cross_entropy: sixteen-bit scores of every kind", "[cross_entropy]", Eigen::half,
+                   Eigen::bfloat16) {
+  using matrix = Eigen::Matrix<TestType, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
+  const matrix x = some_scores().cast<TestType>();
+  const row_major wide = x.template cast<float>();
+  const std::vector<int> y = some_labels();
+  const cross_entropy<float> loss;
+  row_major slopes(rows, cols), mixed(rows, cols);
+  matrix got(rows, cols), narrow(rows, cols);
+  const float value = loss(wide, y, slopes);
+  CHECK(loss(x, y, got) == value);
+  CHECK(got == slopes.template cast<TestType>());
+  CHECK(loss(x, y, mixed) == value); // 16-bit scores, float gradient
+  CHECK(mixed == slopes);
+  CHECK(loss(wide, y, narrow) == value); // float scores, 16-bit gradient
+  CHECK(narrow == slopes.template cast<TestType>());
+  const Eigen::Matrix<TestType, Eigen::Dynamic, Eigen::Dynamic> columns = x;
+  CHECK(loss(columns, y) == value);
+
+  // Soft targets of another storage than the scores
+  row_major q = row_major::Constant(rows, cols, 0.5F / cols);
+  for (int r = 0; r < rows; ++r)
+    q(r, y[static_cast<std::size_t>(r)]) += 0.5F;
+  const matrix q16 = q.cast<TestType>();
+  const row_major q_wide = q16.template cast<float>();
+  const float soft = loss(wide, q_wide, slopes);
+  CHECK(loss(x, q16, got) == soft);
+  CHECK(loss(wide, q16, mixed) == soft);
+  CHECK(mixed == slopes);
+  CHECK(loss(x, q_wide, mixed) == soft);
+  CHECK(mixed == slopes);
+}
+
+TEST_CASE("cross_entropy: the constructor says what it refuses", "[cross_entropy]") {
+  const float bad = std::numeric_limits<float>::quiet_NaN(), inf = std::numeric_limits<float>::infinity();
+  using loss = cross_entropy<float>;
+  struct wrong {
+    std::string message;
+    std::vector<const char*> says;
+  };
+  const std::vector<float> negative{1, -2, 1}, nan{1, 1, bad}, infinite{inf, 1, 1}, half{0.25F, 0.25F, 0.125F};
+  const std::vector<wrong> all{
+      {refusal([&] { loss({.label_smoothing = -0.125F}); }), {"label_smoothing", "-0.125", "[0, 1]"}},
+      {refusal([&] { loss({.label_smoothing = 1.5F}); }), {"label_smoothing", "1.5", "[0, 1]"}},
+      {refusal([&] { loss({.label_smoothing = bad}); }), {"label_smoothing", "nan"}},
+      {refusal([&] { loss({.temperature = 0}); }), {"temperature", "is 0", "above 0"}},
+      {refusal([&] { loss({.temperature = -1}); }), {"temperature", "-1"}},
+      {refusal([&] { loss({.temperature = inf}); }), {"temperature", "inf"}},
+      {refusal([&] { loss({.temperature = bad}); }), {"temperature", "nan"}},
+      {refusal([&] { loss({.softcap = -30}); }), {"softcap", "-30"}},
+      {refusal([&] { loss({.softcap = bad}); }), {"softcap", "nan"}},
+      {refusal([&] { loss({.log_z_penalty = -1}); }), {"log_z_penalty", "-1"}},
+      {refusal([&] { loss({.log_z_penalty = inf}); }), {"log_z_penalty", "inf"}},
+      {refusal([&] { loss({.focal_gamma = -2}); }), {"focal_gamma", "-2"}},
+      {refusal([&] { loss({.focal_gamma = bad}); }), {"focal_gamma", "nan"}},
+      {refusal([&] { loss({.class_weights = negative}); }), {"class_weights[1]", "-2"}},
+      {refusal([&] { loss({.class_weights = nan}); }), {"class_weights[2]", "nan"}},
+      {refusal([&] { loss({.class_weights = infinite}); }), {"class_weights[0]", "inf"}},
+      {refusal([&] { loss({.prior = negative}); }), {"prior[1]", "-2"}},
+      {refusal([&] { loss({.prior = half}); }), {"prior", "0.625", "1"}},
+      {refusal([&] { loss({.reduction = static_cast<perdita::reduction>(9)}); }), {"reduction", "9"}},
+  };
+  for (const wrong& w : all) {
+    INFO(w.message);
+    CHECK(w.message.find("perdita::cross_entropy: ") == 0);
+    CHECK(w.message.find("expected") != w.message.npos);
+    for (const char* part : w.says) {
+      INFO(part);
+      CHECK(w.message.find(part) != w.message.npos);
+    }
+  }
+  // Nearly anything that makes sense is accepted.
+  CHECK_NOTHROW(loss({.label_smoothing = 1}));
+  CHECK_NOTHROW(loss({.label_smoothing = std::nextafter(1.0F, 0.0F)}));
+  CHECK_NOTHROW(loss({.temperature = std::numeric_limits<float>::min()}));
+}
+
+TEST_CASE("cross_entropy: options that do not fit the call", "[cross_entropy]") {
+  const row_major x = some_scores();
+  const std::vector<int> y = some_labels();
+  const std::vector<float> three{1, 1, 1}, third{0.5F, 0.25F, 0.25F};
+  row_major g = row_major::Constant(rows, cols, -5);
+  const auto check = [&](const cross_entropy<float>& loss, const auto& target, std::vector<const char*> says) {
+    const std::string message = refusal([&] { (void)loss(x, target, g); });
+    INFO(message);
+    CHECK(message.find("perdita::cross_entropy: ") == 0);
+    for (const char* part : says)
+      CHECK(message.find(part) != message.npos);
+    CHECK((g.array() == -5).all());
+  };
+  check({{.class_weights = three}}, y, {"class_weights", "3", "21"});
+  check({{.label_smoothing = 0.5F, .prior = third}}, y, {"prior", "3", "21"});
+  check({{.focal_gamma = 2}}, x, {"focal_gamma", "2", "soft"});
+}
+
+TEST_CASE("cross_entropy: the options' memory is copied", "[cross_entropy]") {
+  const row_major x = some_scores();
+  const std::vector<int> y = some_labels();
+  std::vector<float> weights(cols, 2);
+  weights[0] = 0.5F;
+  const cross_entropy<float> loss({.class_weights = weights});
+  const float value = loss(x, y);
+  weights.assign(cols, std::numeric_limits<float>::quiet_NaN());
+  CHECK(loss(x, y) == value);
+}
+
+TEST_CASE("cross_entropy: the mean divides by the weights that count", "[cross_entropy]") {
+  // Two rows with equal scores: each row's value is its weight times log 4.
+  const row_major x = row_major::Zero(3, 4);
+  const std::vector<int> y{0, 1, -100};
+  const std::vector<double> w{3, 5, 100, 100};
+  const Eigen::MatrixXd wide = x.cast<double>();
+  const double log4 = std::log(4.0);
+  using Catch::Matchers::WithinRel;
+  using loss = cross_entropy<double>;
+  CHECK_THAT(loss({.class_weights = w})(wide, y), WithinRel(log4, 1e-15));
+  CHECK_THAT(loss({.class_weights = w, .reduction = perdita::reduction::sum})(wide, y), WithinRel(8 * log4, 1e-15));
+  const std::vector<double> rows_weigh{2, 1, 7};
+  CHECK_THAT(loss({.class_weights = w, .reduction = perdita::reduction::sum})(wide, y, {.row_weights = rows_weigh}),
+             WithinRel(11 * log4, 1e-15));
+  CHECK_THAT(loss({.class_weights = w})(wide, y, {.row_weights = rows_weigh}), WithinRel(log4, 1e-15));
+  CHECK_THAT(loss({.class_weights = w})(wide, y, {.normaliser = 2}), WithinRel(4 * log4, 1e-15));
+  // Soft targets: class weights do not enter the denominator.
+  Eigen::MatrixXd q = Eigen::MatrixXd::Zero(3, 4);
+  q(0, 0) = q(1, 1) = 1;
+  CHECK_THAT(loss({.class_weights = w})(wide, q), WithinRel(8 * log4 / 3, 1e-15));
+  CHECK_THAT(loss({.class_weights = w})(wide, q, {.row_weights = rows_weigh}), WithinRel(11 * log4 / 10, 1e-15));
+}
