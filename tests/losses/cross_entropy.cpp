@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "support/catch.hpp"
+#include "support/numbers.hpp"
 #include "support/row_battery.hpp"
 #include "support/softmax_reference.hpp"
 
@@ -285,9 +286,6 @@ constexpr double inf = std::numeric_limits<double>::infinity();
 constexpr double undefined = std::numeric_limits<double>::quiet_NaN();
 
 } // namespace
-} // namespace perdita_tests
-
-using namespace perdita_tests;
 
 TEMPLATE_TEST_CASE("cross_entropy: the row battery", "[cross_entropy]", float, double) {
   check_row_loss(cross_entropy_descriptor<TestType>());
@@ -373,6 +371,89 @@ TEMPLATE_TEST_CASE("cross_entropy: golden values", "[cross_entropy]", float, dou
   check({}, labels, both, (1.8460412949 + (std::log(std::exp(1.0) + std::exp(0.3) + std::exp(-0.7) + std::exp(0.2)) - 0.2)) / 2, {});
 }
 
+// The second derivatives are those of the reference, by differences of its gradient in 113 bits.
+TEMPLATE_TEST_CASE("cross_entropy: second derivatives", "[cross_entropy]", float, double) {
+  using T = TestType;
+  const cross_entropy_descriptor<T> d;
+  // In epsilons of what an entry is the difference of: 1 − p is formed by subtraction here.
+  constexpr double budget = 16;
+  const wide step = ldexp(wide(1), -20), epsilon = std::numeric_limits<T>::epsilon();
+  std::size_t compared = 0, wrong = 0;
+  double worst = 0;
+  std::string where;
+  for (int setting = 0; setting < d.settings(); ++setting) {
+    const options& o = every_option[static_cast<std::size_t>(setting)];
+    if (o.soft || o.softcap > 0)
+      continue;
+    random_numbers random(7);
+    for (const index cols : {1, 2, 5, 40}) {
+      const index rows = 6;
+      std::vector<T> x, v, diagonal(static_cast<std::size_t>(rows * cols)), product = diagonal, across = diagonal;
+      std::vector<std::int64_t> labels;
+      for (index r = 0; r < rows; ++r) {
+        labels.push_back(static_cast<std::int64_t>(random.below(static_cast<std::uint64_t>(cols))));
+        for (index c = 0; c < cols; ++c) {
+          x.push_back(static_cast<T>(2 * random.normal()));
+          v.push_back(static_cast<T>(random.uniform(-1, 1)));
+        }
+      }
+      const std::vector<T> w = o.weights ? class_weights<T>(cols) : std::vector<T>();
+      const std::vector<T> pi = o.prior ? prior<T>(cols) : std::vector<T>();
+      const perdita::cross_entropy<T> loss({.label_smoothing = static_cast<T>(o.smoothing),
+                                            .prior = pi,
+                                            .class_weights = w,
+                                            .reduction = perdita::reduction::sum,
+                                            .temperature = static_cast<T>(o.temperature),
+                                            .log_z_penalty = static_cast<T>(o.penalty),
+                                            .focal_gamma = static_cast<T>(o.gamma)});
+      const perdita::matrix_view<const T> scores(x.data(), rows, cols), direction(v.data(), rows, cols);
+      loss.hessian_diagonal(scores, labels, perdita::matrix_view<T>(diagonal.data(), rows, cols));
+      loss.hessian_product(scores, labels, direction, perdita::matrix_view<T>(product.data(), rows, cols));
+      for (index r = 0; r < rows; ++r) {
+        row_input row;
+        row.label = static_cast<index>(labels[static_cast<std::size_t>(r)]);
+        for (index c = 0; c < cols; ++c)
+          row.scores.push_back(x[static_cast<std::size_t>(r * cols + c)]);
+        const auto slope = [&](const std::vector<wide>& along, std::size_t c) -> wide {
+          const auto at = [&](int k) -> wide {
+            row_input moved = row;
+            for (std::size_t j = 0; j < along.size(); ++j)
+              moved.scores[j] += along[j] * step * k;
+            return d.expect(setting, moved).gradient[c].value;
+          };
+          return (8 * (at(1) - at(-1)) - (at(2) - at(-2))) / (12 * step);
+        };
+        std::vector<wide> along;
+        wide largest = 1;
+        for (index c = 0; c < cols; ++c)
+          along.push_back(v[static_cast<std::size_t>(r * cols + c)]);
+        std::vector<wide> exact;
+        for (index c = 0; c < cols && (cols <= 5 || c < 8); ++c) {
+          std::vector<wide> axis(static_cast<std::size_t>(cols), wide(0));
+          axis[static_cast<std::size_t>(c)] = 1;
+          exact.push_back(slope(axis, static_cast<std::size_t>(c)));
+          exact.push_back(slope(along, static_cast<std::size_t>(c)));
+          largest = larger(largest, larger(size_of(exact.end()[-1]), size_of(exact.end()[-2])));
+        }
+        for (std::size_t k = 0; k < exact.size(); ++k) {
+          const std::size_t at = static_cast<std::size_t>(r * cols) + k / 2;
+          const T got = k % 2 == 0 ? diagonal[at] : product[at];
+          const wide error = size_of(wide(got) - exact[k]) / (largest * epsilon);
+          ++compared;
+          worst = std::max(worst, static_cast<double>(error));
+          if (!(error <= budget) && wrong++ == 0)
+            where = d.describe(setting) + ", " + std::to_string(cols) + " columns, row " + std::to_string(r) +
+                    (k % 2 == 0 ? ", diagonal " : ", product ") + std::to_string(k / 2) + ": " +
+                    perdita::core::to_text(got) + " for " + text(exact[k]);
+        }
+      }
+    }
+  }
+  INFO(wrong << " of " << compared << " wrong, worst " << worst << " epsilon; first: " << where);
+  CHECK(wrong == 0);
+  CHECK(compared > 1000);
+}
+
 TEST_CASE("cross_entropy: the traits are those of the options", "[cross_entropy]") {
   const cross_entropy_descriptor<double> d;
   using perdita::cross_entropy;
@@ -391,3 +472,5 @@ TEST_CASE("cross_entropy: the traits are those of the options", "[cross_entropy]
 TEMPLATE_TEST_CASE("cross_entropy: threads", "[cross_entropy][threads]", float, double) {
   check_threads(cross_entropy_descriptor<TestType>());
 }
+
+} // namespace perdita_tests

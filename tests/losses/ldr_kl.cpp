@@ -81,9 +81,6 @@ public:
 };
 
 } // namespace
-} // namespace perdita_tests
-
-using namespace perdita_tests;
 
 TEMPLATE_TEST_CASE("ldr_kl: the row battery", "[ldr_kl]", float, double) {
   check_row_loss(ldr_kl_descriptor<TestType>());
@@ -125,3 +122,5 @@ TEST_CASE("ldr_kl: golden values", "[ldr_kl]") {
 TEMPLATE_TEST_CASE("ldr_kl: threads", "[ldr_kl][threads]", float, double) {
   check_threads(ldr_kl_descriptor<TestType>());
 }
+
+} // namespace perdita_tests

@@ -70,9 +70,6 @@ public:
 };
 
 } // namespace
-} // namespace perdita_tests
-
-using namespace perdita_tests;
 
 TEMPLATE_TEST_CASE("sparsemax_loss: the row battery", "[sparsemax]", float, double) {
   check_row_loss(sparsemax_descriptor<TestType>());
@@ -102,3 +99,5 @@ TEMPLATE_TEST_CASE("sparsemax_loss: special rows", "[sparsemax]", float, double)
 TEMPLATE_TEST_CASE("sparsemax_loss: threads", "[sparsemax][threads]", float, double) {
   check_threads(sparsemax_descriptor<TestType>());
 }
+
+} // namespace perdita_tests

@@ -87,9 +87,6 @@ public:
 };
 
 } // namespace
-} // namespace perdita_tests
-
-using namespace perdita_tests;
 
 TEMPLATE_TEST_CASE("z_loss: the row battery", "[z_loss]", float, double) {
   check_row_loss(z_loss_descriptor<TestType>());
@@ -128,3 +125,5 @@ TEST_CASE("z_loss: golden values", "[z_loss]") {
 TEMPLATE_TEST_CASE("z_loss: threads", "[z_loss][threads]", float, double) {
   check_threads(z_loss_descriptor<TestType>());
 }
+
+} // namespace perdita_tests

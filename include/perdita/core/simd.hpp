@@ -317,12 +317,19 @@ struct pack_bits {
 };
 
 namespace detail {
-/// {f(0), f(1), …}: one call per register, always unrolled.
+/// {f(0), f(1), …}: one call per register, unrolled; one per lane, as a loop, for plain scalars
+/// (unrolled, sixteen lanes a step would keep a compiler busy for minutes).
 template <class Result, class F>
 PERDITA_INLINE Result each(F f) {
+#if PERDITA_NO_SIMD
+  Result result;
+  for (std::size_t i = 0; i < result.r.size(); ++i) result.r[i] = f(i);
+  return result;
+#else
   return [&]<std::size_t... I>(std::index_sequence<I...>) __attribute__((always_inline)) {
     return Result{{f(std::integral_constant<std::size_t, I>{})...}};
   }(std::make_index_sequence<std::tuple_size_v<typename Result::registers>>{});
+#endif
 }
 }  // namespace detail
 
@@ -439,9 +446,10 @@ PERDITA_INLINE bool any(const pack_mask<T>& m) {
   for (const auto& x : m.r) result |= reg::any(x);
   return result;
 }
+/// Not as x != x: xsimd's comparison is an ordered one on some instruction sets.
 template <class T>
 PERDITA_INLINE pack_mask<T> is_nan(const pack<T>& a) {
-  return detail::each<pack_mask<T>>([&](auto i) __attribute__((always_inline)) { return a.r[i] != a.r[i]; });
+  return !(a == a);
 }
 
 template <class T>
