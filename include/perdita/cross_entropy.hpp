@@ -86,7 +86,7 @@ struct cross_entropy_formula : row_formula {
     const W hard = p.soft ? zero : row.label_weight * W(1 - p.smoothing);
     W value = weighted(hard, f);
     W rivals = hard * df;  // ∂value/∂u: what the rivals share in proportion to e^z
-    W target = -rivals;
+    W target = zero - rivals;
 
     if constexpr (General) {
       const W b = row.target_side, b_rivals = row.term[2];

@@ -42,8 +42,7 @@ struct log_softmax_formula : row_formula {
     row_outcome<W> out;
     out.value = W(0);
     out.coefficient[0] = row.shift;
-    // With every rival masked there is nothing above the target.
-    out.coefficient[1] = select(row.term[0] == W(0), row.target - row.shift, o.above);
+    out.coefficient[1] = select(row.term[0] == W(0), W(0), o.above);  // all rivals masked
     out.target_gradient = -o.surprise;
     return out;
   }
@@ -109,7 +108,8 @@ using compute_type =
 }  // namespace core
 
 /// result = softmax(scores) by rows: e^{x_j} / Σ_k e^{x_k}. `result` may be the scores. A row
-/// whose scores are all -inf gives zeros; NaN or +inf in a row makes that row NaN.
+/// whose scores are all -inf gives zeros; one +inf takes all; a NaN or a second +inf makes the row
+/// NaN.
 /// Throws std::invalid_argument on a mismatch of shapes.
 template <class X, class Y, class T = core::compute_type<X>>
   requires core::scores_like<X, T> && core::gradient_like<Y, T>

@@ -34,7 +34,7 @@ struct row_formula {
 template <class W>
 struct target_odds {
   W log_rivals;  // log Σ_{j≠y} e^{z_j − shift}
-  W against;     // u; +inf for a masked target, also where its rivals are masked
+  W against;     // u; +inf for a masked target, also where its rivals are masked; NaN for NaN
   W surprise;    // −log p of the target
   W miss, hit;   // 1 − p and p of the target
   W above;       // log Σ e^z − shift, where some rival is above -inf
@@ -45,7 +45,7 @@ struct target_odds {
     const W inf(std::numeric_limits<double>::infinity());
     const auto masked = row.target == -inf;
     log_rivals = log(row.term[0]);
-    against = select(masked, inf, (row.shift - row.target) + log_rivals);
+    against = select(masked, inf + row.term[0], (row.shift - row.target) + log_rivals);
     // softplus(u), σ(u) and σ(−u) from one e^{−|u|}
     const W zero(0), one(1), e = exp(-abs(against)), log_1p = log1p(e);
     const W larger = one / (one + e), smaller = e * larger;

@@ -84,7 +84,8 @@ void store_report(const Formula& formula, const row_job<T>& job, const Summary& 
       if (to[k].data) to[k][rows[i]] = static_cast<T>(v[k][lane[i]]);
     if (job.report.hits.data)
       job.report.hits[rows[i]] =
-          static_cast<unsigned char>(target[lane[i]] > rivals[lane[i]]);
+          static_cast<unsigned char>(target[lane[i]] > rivals[lane[i]] &&
+                                     !std::isnan(v[0][lane[i]]));  // rivals pass NaN over
   }
 }
 
