@@ -89,7 +89,8 @@ TEMPLATE_TEST_CASE("cross_entropy: labels of any integral type", "[cross_entropy
     spread[2 * static_cast<std::size_t>(r)] = y[static_cast<std::size_t>(r)];
   got.value = loss(x, perdita::vector_view<const TestType>(spread.data(), rows, 2), got.gradient);
   CHECK(got == right);
-  got.value = loss(x, perdita::vector_view<const TestType>(&reversed.back(), rows, -1), got.gradient);
+  got.value =
+      loss(x, perdita::vector_view<const TestType>(&reversed.back(), rows, -1), got.gradient);
   CHECK(got == right);
 
   Eigen::Matrix<TestType, Eigen::Dynamic, 1> column(rows);
@@ -182,18 +183,20 @@ TEST_CASE("cross_entropy: images with classes first", "[cross_entropy]") {
     }
   const cross_entropy<float> loss;
   const float value = loss(as_rows, y, slopes);
-  CHECK(loss(perdita::matrix_view<const float>::channels_first(x.data(), images, classes, pixels), y,
-             perdita::matrix_view<float>::channels_first(g.data(), images, classes, pixels)) == value);
+  CHECK(loss(perdita::matrix_view<const float>::channels_first(x.data(), images, classes, pixels),
+             y, perdita::matrix_view<float>::channels_first(g.data(), images, classes, pixels)) ==
+        value);
   bool same = true;
   for (int n = 0; n < images; ++n)
     for (int p = 0; p < pixels; ++p)
       for (int c = 0; c < classes; ++c)
-        same = same && g[static_cast<std::size_t>((n * classes + c) * pixels + p)] == slopes(n * pixels + p, c);
+        same = same && g[static_cast<std::size_t>((n * classes + c) * pixels + p)] ==
+                           slopes(n * pixels + p, c);
   CHECK(same);
 }
 
-TEMPLATE_TEST_CASE("cross_entropy: sixteen-bit scores of every kind", "[cross_entropy]", Eigen::half,
-                   Eigen::bfloat16) {
+TEMPLATE_TEST_CASE("cross_entropy: sixteen-bit scores of every kind", "[cross_entropy]",
+                   Eigen::half, Eigen::bfloat16) {
   using matrix = Eigen::Matrix<TestType, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
   const matrix x = some_scores().cast<TestType>();
   const row_major wide = x.template cast<float>();
@@ -226,15 +229,18 @@ TEMPLATE_TEST_CASE("cross_entropy: sixteen-bit scores of every kind", "[cross_en
 }
 
 TEST_CASE("cross_entropy: the constructor says what it refuses", "[cross_entropy]") {
-  const float bad = std::numeric_limits<float>::quiet_NaN(), inf = std::numeric_limits<float>::infinity();
+  const float bad = std::numeric_limits<float>::quiet_NaN(),
+              inf = std::numeric_limits<float>::infinity();
   using loss = cross_entropy<float>;
   struct wrong {
     std::string message;
     std::vector<const char*> says;
   };
-  const std::vector<float> negative{1, -2, 1}, nan{1, 1, bad}, infinite{inf, 1, 1}, half{0.25F, 0.25F, 0.125F};
+  const std::vector<float> negative{1, -2, 1}, nan{1, 1, bad}, infinite{inf, 1, 1},
+      half{0.25F, 0.25F, 0.125F};
   const std::vector<wrong> all{
-      {refusal([&] { loss({.label_smoothing = -0.125F}); }), {"label_smoothing", "-0.125", "[0, 1]"}},
+      {refusal([&] { loss({.label_smoothing = -0.125F}); }),
+       {"label_smoothing", "-0.125", "[0, 1]"}},
       {refusal([&] { loss({.label_smoothing = 1.5F}); }), {"label_smoothing", "1.5", "[0, 1]"}},
       {refusal([&] { loss({.label_smoothing = bad}); }), {"label_smoothing", "nan"}},
       {refusal([&] { loss({.temperature = 0}); }), {"temperature", "is 0", "above 0"}},
@@ -252,7 +258,8 @@ TEST_CASE("cross_entropy: the constructor says what it refuses", "[cross_entropy
       {refusal([&] { loss({.class_weights = infinite}); }), {"class_weights[0]", "inf"}},
       {refusal([&] { loss({.prior = negative}); }), {"prior[1]", "-2"}},
       {refusal([&] { loss({.prior = half}); }), {"prior", "0.625", "1"}},
-      {refusal([&] { loss({.reduction = static_cast<perdita::reduction>(9)}); }), {"reduction", "9"}},
+      {refusal([&] { loss({.reduction = static_cast<perdita::reduction>(9)}); }),
+       {"reduction", "9"}},
   };
   for (const wrong& w : all) {
     INFO(w.message);
@@ -274,7 +281,8 @@ TEST_CASE("cross_entropy: options that do not fit the call", "[cross_entropy]") 
   const std::vector<int> y = some_labels();
   const std::vector<float> three{1, 1, 1}, third{0.5F, 0.25F, 0.25F};
   row_major g = row_major::Constant(rows, cols, -5);
-  const auto check = [&](const cross_entropy<float>& loss, const auto& target, std::vector<const char*> says) {
+  const auto check = [&](const cross_entropy<float>& loss, const auto& target,
+                         std::vector<const char*> says) {
     const std::string message = refusal([&] { (void)loss(x, target, g); });
     INFO(message);
     CHECK(message.find("perdita::cross_entropy: ") == 0);
@@ -308,15 +316,19 @@ TEST_CASE("cross_entropy: the mean divides by the weights that count", "[cross_e
   using Catch::Matchers::WithinRel;
   using loss = cross_entropy<double>;
   CHECK_THAT(loss({.class_weights = w})(wide, y), WithinRel(log4, 1e-15));
-  CHECK_THAT(loss({.class_weights = w, .reduction = perdita::reduction::sum})(wide, y), WithinRel(8 * log4, 1e-15));
+  CHECK_THAT(loss({.class_weights = w, .reduction = perdita::reduction::sum})(wide, y),
+             WithinRel(8 * log4, 1e-15));
   const std::vector<double> rows_weigh{2, 1, 7};
-  CHECK_THAT(loss({.class_weights = w, .reduction = perdita::reduction::sum})(wide, y, {.row_weights = rows_weigh}),
+  CHECK_THAT(loss({.class_weights = w, .reduction = perdita::reduction::sum})(
+                 wide, y, {.row_weights = rows_weigh}),
              WithinRel(11 * log4, 1e-15));
-  CHECK_THAT(loss({.class_weights = w})(wide, y, {.row_weights = rows_weigh}), WithinRel(log4, 1e-15));
+  CHECK_THAT(loss({.class_weights = w})(wide, y, {.row_weights = rows_weigh}),
+             WithinRel(log4, 1e-15));
   CHECK_THAT(loss({.class_weights = w})(wide, y, {.normaliser = 2}), WithinRel(4 * log4, 1e-15));
   // Soft targets: class weights do not enter the denominator.
   Eigen::MatrixXd q = Eigen::MatrixXd::Zero(3, 4);
   q(0, 0) = q(1, 1) = 1;
   CHECK_THAT(loss({.class_weights = w})(wide, q), WithinRel(8 * log4 / 3, 1e-15));
-  CHECK_THAT(loss({.class_weights = w})(wide, q, {.row_weights = rows_weigh}), WithinRel(11 * log4 / 10, 1e-15));
+  CHECK_THAT(loss({.class_weights = w})(wide, q, {.row_weights = rows_weigh}),
+             WithinRel(11 * log4 / 10, 1e-15));
 }

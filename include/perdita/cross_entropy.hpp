@@ -133,6 +133,7 @@ template <class T, bool Product>
 struct cross_entropy_hessian : row_formula {
   using statistic = std::conditional_t<Product, log_sum_exp_and_mean, log_sum_exp>;
   static constexpr bool proportional = false;
+  static constexpr bool linear = false;
   static constexpr bool has_side = Product;
 
   cross_entropy_formula<T, true> loss;

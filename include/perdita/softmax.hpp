@@ -30,6 +30,7 @@ struct softmax_formula : row_formula {
 struct log_softmax_formula : row_formula {
   using statistic = log_sum_exp;
   static constexpr bool proportional = false;
+  static constexpr bool linear = false;
   static constexpr bool uses_share = false;
   template <class V>
   PERDITA_INLINE V slope(const V& z, const V&, const V&, const V* c) const {
@@ -55,6 +56,7 @@ struct softmax_backward_formula : row_formula {
   using statistic = weighted_sums;
   static constexpr bool excludes_target = false;
   static constexpr bool proportional = false;
+  static constexpr bool linear = false;
   static constexpr bool has_side = true;
   side_cursor<T> side(index) const { return {nullptr, nullptr, nullptr, T(1), T(0)}; }
   template <class V>

@@ -18,6 +18,7 @@ struct sparsemax_formula : row_formula {
   using statistic = simplex_threshold;
   static constexpr bool excludes_target = false;
   static constexpr bool proportional = false;
+  static constexpr bool linear = false;
 
   template <class V>
   PERDITA_INLINE V slope(const V& x, const V&, const V&, const V* c) const {

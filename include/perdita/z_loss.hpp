@@ -18,6 +18,7 @@ struct z_loss_formula : row_formula {
   using statistic = moments;
   static constexpr bool excludes_target = false;
   static constexpr bool proportional = false;
+  static constexpr bool linear = false;
 
   double a, b;
 

@@ -29,14 +29,10 @@ struct options {
 std::vector<options> all_options() {
   using change = void (*)(options&);
   const std::vector<change> each{
-      [](options& o) { o.smoothing = 0.1; },
-      [](options& o) { o.smoothing = 0.3, o.prior = true; },
-      [](options& o) { o.weights = true; },
-      [](options& o) { o.temperature = 0.7; },
-      [](options& o) { o.softcap = 5; },
-      [](options& o) { o.penalty = 0.01; },
-      [](options& o) { o.gamma = 2; },
-      [](options& o) { o.soft = true; },
+      [](options& o) { o.smoothing = 0.1; }, [](options& o) { o.smoothing = 0.3, o.prior = true; },
+      [](options& o) { o.weights = true; },  [](options& o) { o.temperature = 0.7; },
+      [](options& o) { o.softcap = 5; },     [](options& o) { o.penalty = 0.01; },
+      [](options& o) { o.gamma = 2; },       [](options& o) { o.soft = true; },
   };
   std::vector<options> all(1);
   for (std::size_t i = 0; i < each.size(); ++i) {
@@ -70,7 +66,8 @@ std::vector<options> all_options() {
 constexpr int all_with_labels = -1, all_with_soft = -2;
 int setting_of(const std::vector<options>& all, int which) {
   for (std::size_t i = 0; i < all.size(); ++i)
-    if (all[i].prior && all[i].weights && all[i].softcap > 0 && all[i].soft == (which == all_with_soft))
+    if (all[i].prior && all[i].weights && all[i].softcap > 0 &&
+        all[i].soft == (which == all_with_soft))
       return static_cast<int>(i);
   return 0;
 }
@@ -112,7 +109,8 @@ public:
     std::string s;
     const auto say = [&](bool is, const char* what, double x) {
       if (is)
-        s += std::string(s.empty() ? "" : ", ") + what + (x != 0 ? " " + perdita::core::to_text(x) : "");
+        s += std::string(s.empty() ? "" : ", ") + what +
+             (x != 0 ? " " + perdita::core::to_text(x) : "");
     };
     say(o.smoothing > 0, "smoothing", o.smoothing);
     say(o.prior, "prior", 0);
@@ -136,16 +134,16 @@ public:
     const options& o = at(setting);
     const std::vector<T> w = o.weights ? class_weights<T>(cols) : std::vector<T>();
     const std::vector<T> pi = o.prior ? prior<T>(cols) : std::vector<T>();
-    return std::make_unique<row_subject_of<perdita::cross_entropy<T>>>(perdita::cross_entropy<T>(
-        {.label_smoothing = static_cast<T>(o.smoothing),
-         .prior = pi,
-         .class_weights = w,
-         .ignore_index = row_descriptor<T>::ignore_index,
-         .reduction = reduction,
-         .temperature = static_cast<T>(o.temperature),
-         .softcap = static_cast<T>(o.softcap),
-         .log_z_penalty = static_cast<T>(o.penalty),
-         .focal_gamma = static_cast<T>(o.gamma)}));
+    return std::make_unique<row_subject_of<perdita::cross_entropy<T>>>(
+        perdita::cross_entropy<T>({.label_smoothing = static_cast<T>(o.smoothing),
+                                   .prior = pi,
+                                   .class_weights = w,
+                                   .ignore_index = row_descriptor<T>::ignore_index,
+                                   .reduction = reduction,
+                                   .temperature = static_cast<T>(o.temperature),
+                                   .softcap = static_cast<T>(o.softcap),
+                                   .log_z_penalty = static_cast<T>(o.penalty),
+                                   .focal_gamma = static_cast<T>(o.gamma)}));
   }
   wide label_weight(int setting, index label, index) const override {
     return at(setting).weights ? wide(static_cast<T>(class_weight(label))) : wide(1);
@@ -170,7 +168,8 @@ public:
     const softmax_row s(z);
 
     // b_c: the weight of -log p_c beside the label's own term
-    const std::vector<T> w_all = o.weights ? class_weights<T>(static_cast<index>(n)) : std::vector<T>(n, T(1));
+    const std::vector<T> w_all =
+        o.weights ? class_weights<T>(static_cast<index>(n)) : std::vector<T>(n, T(1));
     const std::vector<T> pi_all = o.prior ? prior<T>(static_cast<index>(n)) : std::vector<T>();
     std::vector<wide> b;
     for (std::size_t j = 0; j < n; ++j) {
@@ -180,7 +179,8 @@ public:
     }
     std::size_t y = static_cast<std::size_t>(std::max<index>(row.label, 0));
     if (!row.soft.empty())
-      y = static_cast<std::size_t>(std::max_element(row.soft.begin(), row.soft.end()) - row.soft.begin());
+      y = static_cast<std::size_t>(std::max_element(row.soft.begin(), row.soft.end()) -
+                                   row.soft.begin());
     const wide hard = row.soft.empty() ? wide((1 - epsilon) * wide(w_all[y])) : wide(0);
 
     // Errors of z, and of u = log Σ_{j≠y} e^{z_j} − z_y, in epsilons
@@ -191,18 +191,26 @@ public:
     row_expectation e;
     // value
     const wide p = s.p(y), miss = s.miss(y), surprise = s.surprise(y);
-    const wide focus = gamma > 0 ? wide(miss > 0 ? wide(exp(wide(gamma * log(miss)))) : wide(0)) : wide(1);
+    const wide focus =
+        gamma > 0 ? wide(miss > 0 ? wide(exp(wide(gamma * log(miss)))) : wide(0)) : wide(1);
     wide value = weighted(hard, weighted(focus, surprise));
-    const wide steep = gamma > 0 && miss > 0 ? wide(focus + (p > 0 ? wide(gamma * p * surprise / miss * focus) : wide(0))) : focus;
+    const wide steep =
+        gamma > 0 && miss > 0
+            ? wide(focus + (p > 0 ? wide(gamma * p * surprise / miss * focus) : wide(0)))
+            : focus;
     wide slack = value * value_budget + hard * steep * miss * of_u;
     for (std::size_t j = 0; j < n; ++j) {
       value += weighted(b[j], s.surprise(j));
       if (b[j] > 0 && z[j] > -infinity())
-        slack += b[j] * (value_budget * (size_of(s.surprise(j)) + (j == y ? wide(0) : wide(behind[j] + size_of(s.log_sum_exp - rival)))) +
-                         of_z[j] + noise + of_z[y] * p + miss * of_u);
+        slack +=
+            b[j] * (value_budget *
+                        (size_of(s.surprise(j)) +
+                         (j == y ? wide(0) : wide(behind[j] + size_of(s.log_sum_exp - rival)))) +
+                    of_z[j] + noise + of_z[y] * p + miss * of_u);
     }
     const wide lse = s.log_sum_exp;
-    const wide of_lse = value_budget * larger(size_of(lse), size_of(z[s.top])) + miss * of_u + of_z[y];
+    const wide of_lse =
+        value_budget * larger(size_of(lse), size_of(z[s.top])) + miss * of_u + of_z[y];
     value += weighted(c, wide(lse * lse));
     slack += c * (value_budget * lse * lse + 2 * size_of(lse) * of_lse);
     e.value = {value, is_finite(value) ? slack : wide(0)};
@@ -222,8 +230,9 @@ public:
       const wide g = of_label + spread - pull + of_penalty;
       const wide relative_error =
           slope_budget + (1 + gamma) * of_u + (j == y ? wide(0) : errors.of_share(j));
-      wide allowed = (size_of(of_label) + spread + b[j] * pj) * relative_error + b[j] * slope_budget +
-                     pull * of_u * (j == y ? 1 : 0) + size_of(of_penalty) * relative_error + 2 * c * pj * of_lse;
+      wide allowed = (size_of(of_label) + spread + b[j] * pj) * relative_error +
+                     b[j] * slope_budget + pull * of_u * (j == y ? 1 : 0) +
+                     size_of(of_penalty) * relative_error + 2 * c * pj * of_lse;
       allowed *= steepness[j];
       if (capped) // 1 - tanh² is a difference
         allowed += size_of(g) * 2 * (relative + 2) / temperature;
@@ -232,7 +241,9 @@ public:
 
     // by-products
     e.log_sum_exp = {lse, of_lse};
-    e.target_log_probability = {-surprise, is_finite(surprise) ? wide(surprise * value_budget + miss * of_u) : wide(0), row.soft.empty()};
+    e.target_log_probability = {
+        -surprise, is_finite(surprise) ? wide(surprise * value_budget + miss * of_u) : wide(0),
+        row.soft.empty()};
     wide entropy = 0, of_entropy = 0;
     for (std::size_t j = 0; j < n; ++j)
       if (s.p(j) > 0)
@@ -240,9 +251,11 @@ public:
     for (std::size_t j = 0; j < n; ++j)
       if (s.p(j) > 0)
         of_entropy += s.p(j) * (value_budget * s.surprise(j) +
-                                size_of(s.surprise(j) - entropy) * (behind[j] / 2 + of_z[j] + (j == y ? of_u : wide(0))));
+                                size_of(s.surprise(j) - entropy) *
+                                    (behind[j] / 2 + of_z[j] + (j == y ? of_u : wide(0))));
     if (has_rivals)
-      of_entropy += miss * value_budget * (size_of(lse - rival) + distance) + miss * of_u * (1 + size_of(surprise));
+      of_entropy += miss * value_budget * (size_of(lse - rival) + distance) +
+                    miss * of_u * (1 + size_of(surprise));
     // Where a rival leads, the rest of the entropy is a difference, taken in double.
     of_entropy += ldexp(wide(1), -50) * (1 + distance) / wide(std::numeric_limits<T>::epsilon());
     // The shift of a row of several chunks stays up to 16 below the largest score.
@@ -261,7 +274,10 @@ public:
     const options& o = at(setting);
     const bool plain = o.gamma == 0 && o.softcap == 0 && o.penalty == 0;
     // By hand, to be compared with what the loss says.
-    return {.convex = plain, .smooth = true, .exact_gradient = true, .nonnegative = true,
+    return {.convex = plain,
+            .smooth = true,
+            .exact_gradient = true,
+            .nonnegative = true,
             .shift_invariant = o.softcap == 0 && o.penalty == 0};
   }
 
@@ -313,7 +329,12 @@ TEMPLATE_TEST_CASE("cross_entropy: special rows", "[cross_entropy]", float, doub
       {"NaN beside a mask", plain, {n, -inf, 1}, 2, {}, n, {n, n, n}},
       {"NaN at a masked label's rival", plain, {n, -inf, 1}, 1, {}, n, {n, n, n}},
       {"NaN beside +inf at the label", plain, {n, 0, inf}, 2, {}, n, {n, n, n}},
-      {"masked, focal", focal, {-inf, 0, 0}, 1, {}, std::log(2.0) / 4,
+      {"masked, focal",
+       focal,
+       {-inf, 0, 0},
+       1,
+       {},
+       std::log(2.0) / 4,
        {0, -(0.25 + std::log(2.0) / 2) / 2, (0.25 + std::log(2.0) / 2) / 2}},
       {"label masked, focal", focal, {1, -inf, 0}, 1, {}, inf, {p1, -1, 1 - p1}},
       {"label masked, focal 1/2", sharp_focal, {1, -inf, 0}, 1, {}, inf, {p1, -1, 1 - p1}},
@@ -321,13 +342,43 @@ TEMPLATE_TEST_CASE("cross_entropy: special rows", "[cross_entropy]", float, doub
       {"+inf at the label, focal 1/2", sharp_focal, {0, inf, 1}, 1, {}, 0, {0, 0, 0}},
       {"masked, softcap", softcapped, {0, -inf, 0}, 0, {}, std::log(2.0), {-0.5, 0, 0.5}},
       {"masked, temperature", cold, {0, -inf, 0}, 0, {}, std::log(2.0), {-0.5 / 0.7, 0, 0.5 / 0.7}},
-      {"masked, penalty", penalised, {-std::log(2.0), -inf, -std::log(2.0)}, 0, {}, std::log(2.0), {-0.5, 0, 0.5}},
-      {"masked without weight, soft", soft_targets, {0, -inf, 0}, -1, {0.5, 0, 0.5}, std::log(2.0), {0, 0, 0}},
-      {"masked with weight, soft", soft_targets, {0, -inf, 0}, -1, {0.5, 0.25, 0.25}, inf, {0, -0.25, 0.25}},
-      {"one-hot soft target at a mask", soft_targets, {1, -inf, 0}, -1, {0, 1, 0}, inf, {p1, -1, 1 - p1}},
+      {"masked, penalty",
+       penalised,
+       {-std::log(2.0), -inf, -std::log(2.0)},
+       0,
+       {},
+       std::log(2.0),
+       {-0.5, 0, 0.5}},
+      {"masked without weight, soft",
+       soft_targets,
+       {0, -inf, 0},
+       -1,
+       {0.5, 0, 0.5},
+       std::log(2.0),
+       {0, 0, 0}},
+      {"masked with weight, soft",
+       soft_targets,
+       {0, -inf, 0},
+       -1,
+       {0.5, 0.25, 0.25},
+       inf,
+       {0, -0.25, 0.25}},
+      {"one-hot soft target at a mask",
+       soft_targets,
+       {1, -inf, 0},
+       -1,
+       {0, 1, 0},
+       inf,
+       {p1, -1, 1 - p1}},
       {"all masked, soft", soft_targets, {-inf, -inf}, -1, {0.75, 0.25}, inf, {-0.75, -0.25}},
       {"no soft target", soft_targets, {1, 2, 3}, -1, {0, 0, 0}, 0, {0, 0, 0}},
-      {"masked with smoothing", smoothed, {0, -inf, 0}, 0, {}, inf, {0.5 - 0.9 - 0.1 / 3, -0.1 / 3, 0.5 - 0.1 / 3}},
+      {"masked with smoothing",
+       smoothed,
+       {0, -inf, 0},
+       0,
+       {},
+       inf,
+       {0.5 - 0.9 - 0.1 / 3, -0.1 / 3, 0.5 - 0.1 / 3}},
       {"label without class weight", weighted_classes, {1, 2, 3}, 2, {}, 0, {0, 0, 0}},
       {"masked label without class weight", weighted_classes, {1, 2, -inf}, 2, {}, 0, {0, 0, 0}},
       {"largest numbers", plain, {3e38, -3e38}, 0, {}, 0, {0, 0}},
@@ -343,8 +394,9 @@ TEMPLATE_TEST_CASE("cross_entropy: golden values", "[cross_entropy]", float, dou
   constexpr double value_tolerance = sizeof(T) == 8 ? 1e-9 : 2e-6;
   constexpr double slope_tolerance = sizeof(T) == 8 ? 1e-8 : 2e-6;
   const std::vector<T> x{T(0.5), T(-1.2), T(2), T(0.1)}, second{T(1), T(0.3), T(-0.7), T(0.2)};
-  const auto check = [&](const cross_entropy<T>& loss, const auto& target, const std::vector<T>& scores,
-                         double value, const std::vector<double>& slopes) {
+  const auto check = [&](const cross_entropy<T>& loss, const auto& target,
+                         const std::vector<T>& scores, double value,
+                         const std::vector<double>& slopes) {
     const auto rows = static_cast<std::ptrdiff_t>(scores.size() / 4);
     std::vector<T> g(scores.size());
     const T got = loss(perdita::matrix_view<const T>(scores.data(), rows, 4), target,
@@ -368,7 +420,11 @@ TEMPLATE_TEST_CASE("cross_entropy: golden values", "[cross_entropy]", float, dou
         {-1.01058952, 0.034607065, 0.848998867, 0.126983588});
   std::vector<T> both = x;
   both.insert(both.end(), second.begin(), second.end());
-  check({}, labels, both, (1.8460412949 + (std::log(std::exp(1.0) + std::exp(0.3) + std::exp(-0.7) + std::exp(0.2)) - 0.2)) / 2, {});
+  check({}, labels, both,
+        (1.8460412949 +
+         (std::log(std::exp(1.0) + std::exp(0.3) + std::exp(-0.7) + std::exp(0.2)) - 0.2)) /
+            2,
+        {});
 }
 
 // The second derivatives are those of the reference, by differences of its gradient in 113 bits.
@@ -388,7 +444,8 @@ TEMPLATE_TEST_CASE("cross_entropy: second derivatives", "[cross_entropy]", float
     random_numbers random(7);
     for (const index cols : {1, 2, 5, 40}) {
       const index rows = 6;
-      std::vector<T> x, v, diagonal(static_cast<std::size_t>(rows * cols)), product = diagonal, across = diagonal;
+      std::vector<T> x, v, diagonal(static_cast<std::size_t>(rows * cols)), product = diagonal,
+                                                                            across = diagonal;
       std::vector<std::int64_t> labels;
       for (index r = 0; r < rows; ++r) {
         labels.push_back(static_cast<std::int64_t>(random.below(static_cast<std::uint64_t>(cols))));
@@ -406,9 +463,11 @@ TEMPLATE_TEST_CASE("cross_entropy: second derivatives", "[cross_entropy]", float
                                             .temperature = static_cast<T>(o.temperature),
                                             .log_z_penalty = static_cast<T>(o.penalty),
                                             .focal_gamma = static_cast<T>(o.gamma)});
-      const perdita::matrix_view<const T> scores(x.data(), rows, cols), direction(v.data(), rows, cols);
+      const perdita::matrix_view<const T> scores(x.data(), rows, cols),
+          direction(v.data(), rows, cols);
       loss.hessian_diagonal(scores, labels, perdita::matrix_view<T>(diagonal.data(), rows, cols));
-      loss.hessian_product(scores, labels, direction, perdita::matrix_view<T>(product.data(), rows, cols));
+      loss.hessian_product(scores, labels, direction,
+                           perdita::matrix_view<T>(product.data(), rows, cols));
       for (index r = 0; r < rows; ++r) {
         row_input row;
         row.label = static_cast<index>(labels[static_cast<std::size_t>(r)]);
@@ -442,9 +501,10 @@ TEMPLATE_TEST_CASE("cross_entropy: second derivatives", "[cross_entropy]", float
           ++compared;
           worst = std::max(worst, static_cast<double>(error));
           if (!(error <= budget) && wrong++ == 0)
-            where = d.describe(setting) + ", " + std::to_string(cols) + " columns, row " + std::to_string(r) +
-                    (k % 2 == 0 ? ", diagonal " : ", product ") + std::to_string(k / 2) + ": " +
-                    perdita::core::to_text(got) + " for " + text(exact[k]);
+            where = d.describe(setting) + ", " + std::to_string(cols) + " columns, row " +
+                    std::to_string(r) + (k % 2 == 0 ? ", diagonal " : ", product ") +
+                    std::to_string(k / 2) + ": " + perdita::core::to_text(got) + " for " +
+                    text(exact[k]);
         }
       }
     }

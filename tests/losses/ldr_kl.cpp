@@ -64,8 +64,9 @@ public:
     e.value = {value, l * ((s.surprise(y) + log_classes) * value_budget + s.miss(y) * errors.of_u)};
     for (std::size_t k = 0; k < n; ++k) {
       const wide size = k == y ? s.miss(y) : s.p(k);
-      e.gradient.push_back({k == y ? wide(-size) : size,
-                            size * (slope_budget + errors.of_u + (k == y ? wide(0) : errors.of_share(k)))});
+      e.gradient.push_back(
+          {k == y ? wide(-size) : size,
+           size * (slope_budget + errors.of_u + (k == y ? wide(0) : errors.of_share(k)))});
     }
     const wide lse = plain.log_sum_exp;
     e.log_sum_exp = {lse, value_budget * larger(size_of(lse), size_of(z[plain.top])) +
@@ -110,7 +111,8 @@ TEST_CASE("ldr_kl: golden values", "[ldr_kl]") {
   std::vector<double> g(4);
   const std::vector<int> label{0};
   const double value = perdita::ldr_kl<double>({.lambda = 0.7, .margin = 0.3})(
-      perdita::matrix_view<const double>(x.data(), 1, 4), label, perdita::matrix_view<double>(g.data(), 1, 4));
+      perdita::matrix_view<const double>(x.data(), 1, 4), label,
+      perdita::matrix_view<double>(g.data(), 1, 4));
   using Catch::Matchers::WithinAbs;
   CHECK_THAT(value, WithinAbs(0.929264202062, 1e-9));
   CHECK_THAT(g[0], WithinAbs(-0.933716524, 1e-8));

@@ -20,7 +20,8 @@
 namespace perdita_tests {
 namespace {
 
-template <class T> using row_major = Eigen::Matrix<T, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
+template <class T>
+using row_major = Eigen::Matrix<T, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
 template <class T> using column_major = Eigen::Matrix<T, Eigen::Dynamic, Eigen::Dynamic>;
 
 /// In epsilons: of a probability, of a log-probability; the condition terms come on top.
@@ -75,7 +76,8 @@ TEMPLATE_TEST_CASE("softmax: values of every kind of row", "[softmax]", float, d
         const auto j = static_cast<std::size_t>(c);
         const wide behind = s.z[j] > -infinity() ? wide(s.z[s.top] - s.z[j]) : wide(0);
         // Where one class leads, the others are shares of the rivals: the mean distance counts too.
-        const wide condition = budget + behind + size_of(s.excess) + (cols > 512 ? 16 : 0) + (sizeof(T) == 8 ? behind : wide(0));
+        const wide condition = budget + behind + size_of(s.excess) + (cols > 512 ? 16 : 0) +
+                               (sizeof(T) == 8 ? behind : wide(0));
         const wide allowed = s.p(j) * condition * epsilon + negligible + smallest;
         const bool p_right = size_of(wide(p(r, c)) - s.p(j)) <= allowed;
         bool log_right = false;
@@ -83,13 +85,17 @@ TEMPLATE_TEST_CASE("softmax: values of every kind of row", "[softmax]", float, d
           log_right = log_p(r, c) == -std::numeric_limits<T>::infinity();
         else
           log_right = size_of(wide(log_p(r, c)) + s.surprise(j)) <=
-                      (c == top ? wide(s.excess * (budget + size_of(log(s.rest + smallest)))) : wide((behind + s.excess) * budget)) * epsilon + negligible + smallest;
+                      (c == top ? wide(s.excess * (budget + size_of(log(s.rest + smallest))))
+                                : wide((behind + s.excess) * budget)) *
+                              epsilon +
+                          negligible + smallest;
         compared += 2;
         if (!p_right || !log_right) {
           ++wrong;
-          worst = std::to_string(cols) + " columns, row " + std::to_string(r) + ", column " + std::to_string(c) + ": p " +
-                  perdita::core::to_text(p(r, c)) + " for " + text(s.p(j)) + ", log p " +
-                  perdita::core::to_text(log_p(r, c)) + " for " + text(wide(-s.surprise(j)));
+          worst = std::to_string(cols) + " columns, row " + std::to_string(r) + ", column " +
+                  std::to_string(c) + ": p " + perdita::core::to_text(p(r, c)) + " for " +
+                  text(s.p(j)) + ", log p " + perdita::core::to_text(log_p(r, c)) + " for " +
+                  text(wide(-s.surprise(j)));
         }
       }
     }
@@ -143,16 +149,20 @@ TEMPLATE_TEST_CASE("softmax: backward", "[softmax]", float, double) {
         // From the maps' own outputs, which are what the functions are given.
         const wide pj = p(r, c), lj = log_p(r, c), dj = d(r, c);
         const wide first = pj * (dj - mean);
-        const wide share = log_p(r, c) == -std::numeric_limits<T>::infinity() ? wide(0) : wide(exp(lj));
+        const wide share =
+            log_p(r, c) == -std::numeric_limits<T>::infinity() ? wide(0) : wide(exp(lj));
         const wide second = dj - share * sum;
-        const bool right = size_of(wide(from_p(r, c)) - first) <= pj * (size_of(dj) + size) * budget * 2 * epsilon + smallest &&
-                           size_of(wide(from_log(r, c)) - second) <= (size_of(dj) + share * sum_size) * budget * 2 * epsilon + smallest;
+        const bool right = size_of(wide(from_p(r, c)) - first) <=
+                               pj * (size_of(dj) + size) * budget * 2 * epsilon + smallest &&
+                           size_of(wide(from_log(r, c)) - second) <=
+                               (size_of(dj) + share * sum_size) * budget * 2 * epsilon + smallest;
         ++compared;
         if (!right) {
           ++wrong;
-          worst = std::to_string(cols) + " columns, row " + std::to_string(r) + ", column " + std::to_string(c) + ": " +
-                  perdita::core::to_text(from_p(r, c)) + " for " + text(first) + ", of the logarithm " +
-                  perdita::core::to_text(from_log(r, c)) + " for " + text(second);
+          worst = std::to_string(cols) + " columns, row " + std::to_string(r) + ", column " +
+                  std::to_string(c) + ": " + perdita::core::to_text(from_p(r, c)) + " for " +
+                  text(first) + ", of the logarithm " + perdita::core::to_text(from_log(r, c)) +
+                  " for " + text(second);
         }
       }
     }
@@ -183,7 +193,8 @@ TEMPLATE_TEST_CASE("softmax: special rows", "[softmax]", float, double) {
     for (index r = 0; r < 6; ++r)
       for (index c = 0; c < 3; ++c) {
         INFO("row " << r << ", column " << c << ": " << got(r, c) << " for " << right(r, c));
-        const bool ok = got(r, c) == right(r, c) || (got(r, c) != got(r, c) && right(r, c) != right(r, c)) ||
+        const bool ok = got(r, c) == right(r, c) ||
+                        (got(r, c) != got(r, c) && right(r, c) != right(r, c)) ||
                         std::abs(got(r, c) - right(r, c)) <= std::numeric_limits<T>::epsilon();
         CHECK(ok);
       }

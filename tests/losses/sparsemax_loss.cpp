@@ -57,7 +57,8 @@ public:
     row_expectation e;
     const wide behind = top - x[y];
     const wide value = (squares - size * threshold * threshold + 1) / 2 + behind;
-    e.value = {value, value * value_budget + (sizeof(T) == 8 ? wide(value_budget * (1 + squares)) : wide(1e-8))};
+    e.value = {value, value * value_budget +
+                          (sizeof(T) == 8 ? wide(value_budget * (1 + squares)) : wide(1e-8))};
     for (std::size_t k = 0; k < x.size(); ++k) {
       const wide p = x[k] > -infinity() ? larger(wide(0), wide(x[k] - top - threshold)) : wide(0);
       const bool outside = x[k] == -infinity() || x[k] - top - threshold < -1e-5;

@@ -68,17 +68,19 @@ public:
     const auto standard = [&](std::size_t k) { return wide((row.scores[k] - mean) * inverse); };
     const wide z = flat ? wide(0) : standard(y), u = sharpness * (level - z);
     // An error of z moves u, and the slope of softplus with it.
-    const wide of_u = sharpness * size_of(z) * score_budget + (sizeof(T) == 8 ? size_of(u) : wide(0));
+    const wide of_u =
+        sharpness * size_of(z) * score_budget + (sizeof(T) == 8 ? size_of(u) : wide(0));
 
     row_expectation e;
-    e.value = {softplus(u) / sharpness, softplus(u) / sharpness * value_budget + logistic(u) * of_u / sharpness};
+    e.value = {softplus(u) / sharpness,
+               softplus(u) / sharpness * value_budget + logistic(u) * of_u / sharpness};
     const wide steep = logistic(u) * inverse;
     for (std::size_t k = 0; k < count; ++k) {
       const wide zk = flat ? wide(0) : standard(k);
       const wide own = k == y ? steep : wide(0), even = steep / n, tilt = steep * z * zk / n;
-      e.gradient.push_back({even + tilt - own,
-                            (own + even + size_of(tilt)) * (slope_budget + of_u * logistic(-u)) +
-                                size_of(steep * z / n) * slope_budget});
+      e.gradient.push_back(
+          {even + tilt - own, (own + even + size_of(tilt)) * (slope_budget + of_u * logistic(-u)) +
+                                  size_of(steep * z / n) * slope_budget});
     }
     e.log_sum_exp.reported = e.target_log_probability.reported = false;
     e.entropy.reported = e.penalty.reported = e.hit_reported = false;
@@ -113,7 +115,8 @@ TEST_CASE("z_loss: golden values", "[z_loss]") {
   std::vector<double> g(4);
   const std::vector<int> label{0};
   const double value = perdita::z_loss<double>({.a = 0.5, .b = 2})(
-      perdita::matrix_view<const double>(x.data(), 1, 4), label, perdita::matrix_view<double>(g.data(), 1, 4));
+      perdita::matrix_view<const double>(x.data(), 1, 4), label,
+      perdita::matrix_view<double>(g.data(), 1, 4));
   using Catch::Matchers::WithinAbs;
   CHECK_THAT(value, WithinAbs(2.53129623116, 1e-9));
   CHECK_THAT(g[0], WithinAbs(-0.469088454, 1e-8));

@@ -37,7 +37,8 @@ template <class T> std::vector<T> scores(int64_t rows, int64_t cols) {
   uint64_t state = 1;
   for (int64_t i = 0; i < rows * cols; ++i) {
     state = state * 6364136223846793005U + 1442695040888963407U;
-    x.push_back(static_cast<T>(static_cast<double>(static_cast<int64_t>(state >> 40) - (1 << 23)) * 0x1p-19));
+    x.push_back(static_cast<T>(static_cast<double>(static_cast<int64_t>(state >> 40) - (1 << 23)) *
+                               0x1p-19));
     if (i % 97 == 13)
       x.back() = -std::numeric_limits<T>::infinity();
     if (i / cols == 5) // a confident row
@@ -50,14 +51,17 @@ template <class Loss, class T> uint64_t hash(const Loss& loss, bool soft) {
   fnv1a h;
   for (const int64_t cols : {1, 2, 3, 10, 17, 100, 513, 2050}) {
     const int64_t rows = cols > 1000 ? 7 : 19;
-    std::vector<T> x = scores<T>(rows, cols), gradient(x.size()), across(x.size()), values(static_cast<size_t>(rows));
+    std::vector<T> x = scores<T>(rows, cols), gradient(x.size()), across(x.size()),
+                   values(static_cast<size_t>(rows));
     std::vector<T> lse = values, entropy = values, target(x.size());
     std::vector<int64_t> labels;
     for (int64_t r = 0; r < rows; ++r) {
       labels.push_back(r % 7 == 6 ? -100 : r * 5 % cols);
       x[static_cast<size_t>(r * cols + r * 5 % cols)] = static_cast<T>(r % 4);
       for (int64_t c = 0; c < cols; ++c)
-        target[static_cast<size_t>(r * cols + c)] = static_cast<T>(c == r * 5 % cols ? 0.75 : c % 4 == 1 ? 0.125 : 0);
+        target[static_cast<size_t>(r * cols + c)] = static_cast<T>(c == r * 5 % cols ? 0.75
+                                                                   : c % 4 == 1      ? 0.125
+                                                                                     : 0);
     }
     for (T& q : target)
       q = q == 0 ? T(0) : q;
@@ -72,7 +76,8 @@ template <class Loss, class T> uint64_t hash(const Loss& loss, bool soft) {
     }
     if (!soft) {
       h.add(loss(in, labels, out, call));
-      const perdita::matrix_view<const T> columns_in(x.data(), cols, rows, 1, cols); // classes along rows
+      const perdita::matrix_view<const T> columns_in(x.data(), cols, rows, 1,
+                                                     cols); // classes along rows
       std::vector<int64_t> some;
       for (int64_t c = 0; c < cols; ++c)
         some.push_back(c % rows);
@@ -87,7 +92,8 @@ template <class Loss, class T> uint64_t hash(const Loss& loss, bool soft) {
 
 template <class Loss> void print(const char* name, const Loss& loss, bool soft = false) {
   using T = typename Loss::value_type;
-  std::printf(" %s%zu=%016llx", name, 8 * sizeof(T), static_cast<unsigned long long>(hash<Loss, T>(loss, soft)));
+  std::printf(" %s%zu=%016llx", name, 8 * sizeof(T),
+              static_cast<unsigned long long>(hash<Loss, T>(loss, soft)));
 }
 
 template <class T> void print_all() {
@@ -99,7 +105,9 @@ template <class T> void print_all() {
   print("capped", cross_entropy({.softcap = T(5)}));
   print("penalty", cross_entropy({.log_z_penalty = T(0.01)}));
   print("focal", cross_entropy({.focal_gamma = T(2)}));
-  print("soft", cross_entropy({.label_smoothing = T(0.125), .temperature = T(2), .log_z_penalty = T(0.01)}), true);
+  print("soft",
+        cross_entropy({.label_smoothing = T(0.125), .temperature = T(2), .log_z_penalty = T(0.01)}),
+        true);
   print("ldr", perdita::ldr_kl<T>({.lambda = T(0.7), .margin = T(0.5)}));
   print("z", perdita::z_loss<T>({.a = T(0.5), .b = T(2)}));
   print("sparsemax", perdita::sparsemax_loss<T>());

@@ -40,7 +40,8 @@ namespace {
 int failures = 0;
 
 template <class T, class Loss> void check(const char* name, const Loss& loss) {
-  for (const auto& [rows, cols] : {std::pair<std::int64_t, std::int64_t>(5, 7), {300, 10}, {40, 3000}}) {
+  for (const auto& [rows, cols] :
+       {std::pair<std::int64_t, std::int64_t>(5, 7), {300, 10}, {40, 3000}}) {
     const auto size = static_cast<std::size_t>(rows * cols);
     std::vector<T> x(size, T(0.25)), gradient(size), values(static_cast<std::size_t>(rows));
     std::vector<int> labels(static_cast<std::size_t>(rows), 1);
@@ -50,7 +51,8 @@ template <class T, class Loss> void check(const char* name, const Loss& loss) {
           for (const bool with_workspace : {false, true}) {
             const auto rs = column_major ? 1 : cols, cs = column_major ? rows : 1;
             const perdita::matrix_view<const T> in(x.data(), rows, cols, rs, cs);
-            const perdita::matrix_view<T> out(in_place ? x.data() : gradient.data(), rows, cols, rs, cs);
+            const perdita::matrix_view<T> out(in_place ? x.data() : gradient.data(), rows, cols, rs,
+                                              cs);
             perdita::workspace memory;
             perdita::call_options<T> call{.values = values, .run_on = perdita::serial};
             if (with_workspace)

@@ -41,7 +41,8 @@ public:
     if (memory == MAP_FAILED)
       throw std::bad_alloc();
     map_ = static_cast<unsigned char*>(memory);
-    if (mprotect(map_, page, PROT_NONE) != 0 || mprotect(map_ + page + pages_, page, PROT_NONE) != 0)
+    if (mprotect(map_, page, PROT_NONE) != 0 ||
+        mprotect(map_ + page + pages_, page, PROT_NONE) != 0)
       std::abort();
     area_ = map_ + page;
     std::fill_n(area_, pages_, untouched);

@@ -24,7 +24,9 @@ inline wide smaller(const wide& a, const wide& b) { return a < b ? a : b; }
 inline wide size_of(const wide& x) { return x < 0 ? wide(-x) : x; }
 
 /// 0 · log 0 = 0: a term without weight does not count, whatever the other factor is.
-inline wide weighted(const wide& weight, const wide& x) { return weight == 0 ? wide(0) : wide(weight * x); }
+inline wide weighted(const wide& weight, const wide& x) {
+  return weight == 0 ? wide(0) : wide(weight * x);
+}
 
 inline wide logistic(const wide& x) {
   return x > 0 ? wide(1 / (1 + exp(-x))) : wide(exp(x) / (1 + exp(x)));

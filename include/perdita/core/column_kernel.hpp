@@ -416,7 +416,7 @@ class column_kernel {
         store_report(formula_, job_, s, numbers, lane, raw[h], rivals[h], count);
       if constexpr (Gradient) {
         const W scale = W::load(t.scale + at);
-        (Formula::proportional ? result.image_scale * scale : result.image_scale)
+        (Formula::linear ? result.image_scale * scale : result.image_scale)
             .store(t.image_scale + at);
         narrow_to(result.target_gradient * scale, narrow[0] + h * finish_rows);
         for (int k = 0; k < coefficients; ++k)
@@ -525,7 +525,10 @@ class column_kernel {
             share = multiply_unless_less(exp_shifted(z - shift[p]), cut[p], factor[p]);
           if constexpr (Formula::has_side) b = side_of(side, j, q);
           g = share;
-          if constexpr (!Formula::proportional)
+          if constexpr (!Formula::proportional && Formula::linear)
+            g = formula_.slope(z, share, Formula::has_side ? b * t.gradient_scale[q] : b,
+                               t.coefficient[q]);
+          else if constexpr (!Formula::proportional)
             g = formula_.slope(z, share, b, t.coefficient[q]) * t.gradient_scale[q];
         }
         g = here.replace(g, t.target_gradient[q], j, q);

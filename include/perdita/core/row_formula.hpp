@@ -16,6 +16,7 @@ namespace perdita::inline PERDITA_ABI::core {
 struct row_formula {
   static constexpr bool excludes_target = true;  ///< the sums are over the rivals of the target
   static constexpr bool proportional = true;     ///< slope is share: nothing else is needed
+  static constexpr bool linear = true;           ///< slope is linear in share and side together
   static constexpr bool uses_share = true;       ///< slope() reads its second argument
   static constexpr bool has_side = false;        ///< side(first) gives a number per class
   double label_weight(index) const { return 1; }

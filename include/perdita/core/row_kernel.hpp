@@ -399,7 +399,7 @@ class row_kernel {
       const auto address = reinterpret_cast<std::uintptr_t>(job_.gradient.pointer(row.row, 0));
       e.head = std::min(cols_, static_cast<index>((64 - address % 64) % 64 / sizeof(T)));
     }
-    e.scale = V(carries ? T(1) : static_cast<T>(row.scale));
+    e.scale = V(static_cast<T>(row.scale));
     for (int k = 0; k < coefficients; ++k) e.coefficient[k] = V(row.coefficient[k]);
   }
 
@@ -617,7 +617,11 @@ class row_kernel {
           if constexpr (statistic::has_image && Formula::uses_share)
             share = multiply_unless_less(exp_shifted(z - e.shift), cut, factor);
           if constexpr (Formula::has_side) side = e.side.at(j);
-          out = formula_.slope(z, share, side, c) * e.scale;
+          // The row's scale is in the share already, so that a plain row has the same bits here.
+          if constexpr (Formula::linear)
+            out = formula_.slope(z, share, Formula::has_side ? side * e.scale : side, c);
+          else
+            out = formula_.slope(z, share, side, c) * e.scale;
         }
         if (streaming)
           out.stream(to + j);
@@ -670,7 +674,7 @@ class row_kernel {
       live_row& row = rows[i];
       store_value(job_, row.row, out[0][i], total);
       if constexpr (Gradient) {
-        fill_factors(row, carries ? out[1][i] * row.scale : out[1][i]);
+        fill_factors(row, Formula::linear ? out[1][i] * row.scale : out[1][i]);
         for (int k = 0; k < coefficients; ++k)
           row.coefficient[k] = static_cast<T>(out[3 + k][i]);
         row.target_gradient = static_cast<T>(out[2][i] * row.scale);

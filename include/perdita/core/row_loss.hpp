@@ -6,6 +6,7 @@
 #include <cmath>
 #include <concepts>
 #include <cstdint>
+#include <limits>
 #include <string>
 
 #include "errors.hpp"
@@ -102,10 +103,19 @@ bool check_overlap(const char* name, const row_job<T>& job) {
   return against(job.scores, "scores");
 }
 
+/// Labels too large for the signed type that they are compared in become the largest, which is out
+/// of range too.
 template <class L>
 void read_labels(const void* labels, index stride, index first, index n, std::int64_t* out) {
   const L* from = static_cast<const L*>(labels) + first * stride;
-  for (index i = 0; i < n; ++i) out[i] = static_cast<std::int64_t>(from[i * stride]);
+  for (index i = 0; i < n; ++i) {
+    constexpr auto most = std::numeric_limits<std::int64_t>::max();
+    const L label = from[i * stride];
+    if constexpr (std::is_unsigned_v<L> && sizeof(L) >= sizeof(std::int64_t))
+      out[i] = label > static_cast<L>(most) ? most : static_cast<std::int64_t>(label);
+    else
+      out[i] = static_cast<std::int64_t>(label);
+  }
 }
 
 }  // namespace core
