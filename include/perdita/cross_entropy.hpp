@@ -55,19 +55,18 @@ struct cross_entropy_formula : row_formula {
     const V capped = tanh(x * V(static_cast<T>(1 / p.cap))) * V(static_cast<T>(p.cap));
     return select(x == masked, masked, capped * scale);
   }
-  /// ∂z/∂x at z
+  /// temperature · ∂z/∂x at z
   template <class V>
   PERDITA_INLINE V steepness(const V& z) const {
     using S = typename V::value_type;
-    const V scale(static_cast<S>(p.inverse_temperature));
-    if (p.cap == 0) return scale;
+    if (p.cap == 0) return V(1);
     const V t = z * V(static_cast<S>(1 / (p.inverse_temperature * p.cap)));
-    const V masked(-std::numeric_limits<S>::infinity());
-    return select(z == masked, scale, fnma(t, t, V(1)) * scale);
+    return select(z == V(-std::numeric_limits<S>::infinity()), V(1), fnma(t, t, V(1)));
   }
   template <class V>
   PERDITA_INLINE V slope(const V& z, const V& share, const V& b, const V*) const {
-    return (share - b) * steepness(z);
+    const V pull = b * V(static_cast<T>(p.inverse_temperature));
+    return select(b == V(0), share, share - pull) * steepness(z);
   }
 
   template <class Row>
@@ -105,7 +104,11 @@ struct cross_entropy_formula : row_formula {
     out.value = value;
     out.image_scale = per_rival(rivals, row);
     out.target_gradient = target;
-    if constexpr (General) out.target_gradient = target * steepness(row.target);
+    if constexpr (General) {
+      const W slower(p.inverse_temperature);
+      out.image_scale = out.image_scale * slower;
+      out.target_gradient = target * slower * steepness(row.target);
+    }
     return out;
   }
 

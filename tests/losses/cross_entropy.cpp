@@ -198,7 +198,9 @@ public:
         gamma > 0 && miss > 0
             ? wide(focus + (p > 0 ? wide(gamma * p * surprise / miss * focus) : wide(0)))
             : focus;
-    wide slack = value * value_budget + hard * steep * miss * of_u;
+    // A power is the exponential of a product: γ log(1 − p) carries its own size into the error.
+    const wide of_power = gamma > 0 && miss > 0 ? wide(2 * gamma * size_of(log(miss))) : wide(0);
+    wide slack = value * (value_budget + of_power) + hard * steep * miss * of_u;
     for (std::size_t j = 0; j < n; ++j) {
       value += weighted(b[j], s.surprise(j));
       if (b[j] > 0 && z[j] > -infinity())
@@ -229,7 +231,7 @@ public:
       const wide of_label = j == y ? wide(-hard * steep * miss) : wide(hard * steep * pj);
       const wide g = of_label + spread - pull + of_penalty;
       const wide relative_error =
-          slope_budget + (1 + gamma) * of_u + (j == y ? wide(0) : errors.of_share(j));
+          slope_budget + of_power + (1 + gamma) * of_u + (j == y ? wide(0) : errors.of_share(j));
       wide allowed = (size_of(of_label) + spread + b[j] * pj) * relative_error +
                      b[j] * slope_budget + pull * of_u * (j == y ? 1 : 0) +
                      size_of(of_penalty) * relative_error + 2 * c * pj * of_lse;

@@ -2,7 +2,7 @@
 #pragma once
 
 // Every promise that all losses of one row of scores make, tested from a descriptor alone. The
-// battery is compiled once, in row_battery.cpp.
+// battery is compiled once for each compute type, in row_battery*.cpp.
 //
 // With PERDITA_TEST_REPORT set in the environment, the accuracy tests print the worst errors found.
 

@@ -1,0 +1,306 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+// Batches of rows of every kind, what the reference says of them, and the comparison with what a
+// loss answered.
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <limits>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "catch.hpp"
+#include "numbers.hpp"
+#include "row_run.hpp"
+
+namespace perdita_tests {
+
+// ---- how answers are judged
+
+/// Counts comparisons and keeps the worst one.
+class tally {
+public:
+  explicit tally(std::string title) : title_(std::move(title)) {}
+
+  template <class T, class Where>
+  void compare(const wide& expected, const wide& allowed, T got, const char* what, Where where) {
+    ++compared_;
+    bool ok = true;
+    if (is_nan(expected)) {
+      ok = got != got;
+    } else if (!is_finite(expected)) {
+      ok = got == (expected > 0 ? std::numeric_limits<T>::infinity()
+                                : -std::numeric_limits<T>::infinity());
+    } else if (!std::isfinite(got)) {
+      // Overflow is rounding where it is as near as any number of the type.
+      ok = size_of(expected) + allowed >= wide(std::numeric_limits<T>::max()) && got == got &&
+           (got > 0) == (expected > 0);
+    } else {
+      const wide error = size_of(wide(got) - expected);
+      ok = error <= allowed;
+      if (error > 0) {
+        const double ratio = static_cast<double>(wide(error / allowed));
+        if (!(ratio <= worst_)) {
+          worst_ = ratio;
+          worst_at_ = std::string(what) + " " + where();
+        }
+      }
+    }
+    if (!ok && wrong_++ < shown())
+      complaints_ += "\n  " + std::string(what) + " " + where() + ": " +
+                     perdita::core::to_text(got) + ", expected " + text(expected) + " +- " +
+                     text(allowed);
+  }
+  void require(bool ok, const std::string& what) {
+    ++compared_;
+    if (!ok && wrong_++ < shown())
+      complaints_ += "\n  " + what;
+  }
+  template <class T>
+  void identical(const outcome<T>& expected, const outcome<T>& got, const std::string& what,
+                 bool totals = true) {
+    const auto& e = expected;
+    if (totals)
+      require(same(e.total, got.total), what + ": value " + perdita::core::to_text(got.total) +
+                                            ", expected " + perdita::core::to_text(e.total));
+    if (!got.gradient.empty())
+      require(same(e.gradient, got.gradient),
+              what + ": gradient" + first(e.gradient, got.gradient));
+    for (std::size_t k = 0; k < 5; ++k)
+      if (!got.by_products[k].empty() && !e.by_products[k].empty())
+        require(same(e.by_products[k], got.by_products[k]),
+                what + ": " + by_product_names[k] + first(e.by_products[k], got.by_products[k]));
+    if (!got.hits.empty())
+      require(e.hits == got.hits, what + ": hits");
+    require(got.trespass.empty(), what + " touched" + got.trespass);
+  }
+  /// Among ordinary rows most answers are not zero; where they are, the test tests nothing.
+  void ordinary(const wide& expected) {
+    ++ordinary_;
+    if (expected == 0)
+      ++zeros_;
+  }
+  enum measure { of_value, of_slope, of_largest_slope };
+  void add_ulp(measure what, double ulp) { ulp_[what] = std::max(ulp_[what], ulp); }
+
+  void check() const {
+    if (std::getenv("PERDITA_TEST_REPORT"))
+      std::printf(
+          "%-70s %9zu compared, worst %5.2f of the allowance (%s); "
+          "ordinary rows: value %.2f ulp, slopes %.2f ulp, %.2f epsilon of the row's largest\n",
+          title_.c_str(), compared_, worst_, worst_at_.c_str(), ulp_[of_value], ulp_[of_slope],
+          ulp_[of_largest_slope]);
+    INFO(title_ << ": " << wrong_ << " of " << compared_ << " comparisons failed" << complaints_);
+    CHECK(wrong_ == 0);
+    CHECK(compared_ > 0);
+    CHECK(10 * zeros_ <= 3 * ordinary_);
+  }
+
+private:
+  static std::size_t shown() { return std::getenv("PERDITA_TEST_REPORT") ? 100 : 5; }
+  template <class T>
+  static std::string first(const std::vector<T>& expected, const std::vector<T>& got) {
+    if (expected.size() != got.size())
+      return ": " + std::to_string(got.size()) + " numbers, not " + std::to_string(expected.size());
+    for (std::size_t i = 0; i < got.size(); ++i)
+      if (!same(expected[i], got[i])) {
+        char line[128];
+        std::snprintf(line, sizeof line, "[%zu] is %a, expected %a", i, static_cast<double>(got[i]),
+                      static_cast<double>(expected[i]));
+        return line;
+      }
+    return "";
+  }
+
+  std::string title_, complaints_, worst_at_;
+  std::size_t compared_ = 0, wrong_ = 0, ordinary_ = 0, zeros_ = 0;
+  double worst_ = 0, ulp_[3] = {0, 0, 0};
+};
+
+template <class T> double ulps(const wide& expected, T got) {
+  if (!is_finite(expected) || expected == 0 || !std::isfinite(got))
+    return 0;
+  int exponent = 0;
+  frexp(expected, &exponent);
+  exponent = std::max(exponent, std::numeric_limits<T>::min_exponent);
+  return static_cast<double>(
+      wide(ldexp(wide(size_of(wide(got) - expected)), std::numeric_limits<T>::digits - exponent)));
+}
+
+/// A slope below this share of the largest one of its row may be exactly zero.
+template <class T> wide negligible_share() { return ldexp(wide(1), sizeof(T) == 4 ? -99 : -990); }
+
+template <class T>
+void judge(const row_descriptor<T>& d, int setting, perdita::reduction how, const problem<T>& p,
+           const std::vector<row_expectation>& rows, const outcome<T>& got,
+           const std::vector<bool>& ordinary, tally& t) {
+  const wide epsilon = std::numeric_limits<T>::epsilon();
+  const wide smallest = std::numeric_limits<T>::min();
+  wide weights = 0;
+  const auto weight_of = [&](index r) {
+    return p.row_weights.empty() ? wide(1) : wide(p.row_weights[static_cast<std::size_t>(r)]);
+  };
+  for (index r = 0; r < p.rows; ++r)
+    if (!p.ignored(r))
+      weights +=
+          weight_of(r) *
+          (d.soft(setting)
+               ? wide(1)
+               : d.label_weight(setting, static_cast<index>(p.labels[static_cast<std::size_t>(r)]),
+                                p.cols));
+  wide share = 1;
+  if (how == perdita::reduction::mean)
+    share = p.normaliser != 0 ? wide(1 / wide(p.normaliser))
+            : weights != 0    ? wide(1 / weights)
+                              : wide(0);
+
+  wide total = 0, slack = 0;
+  for (index r = 0; r < p.rows; ++r) {
+    const auto i = static_cast<std::size_t>(r);
+    const row_expectation& e = rows[i];
+    const bool counts = !p.ignored(r);
+    const wide weight = weight_of(r);
+    const auto here = [&] {
+      return "of row " + std::to_string(r) + " of " + std::to_string(p.rows) + " x " +
+             std::to_string(p.cols);
+    };
+    if (counts && share != 0) {
+      total += e.value.value * weight * share;
+      slack += (e.value.slack + size_of(e.value.value)) * weight * share;
+    }
+    const auto by_product = [&](std::size_t k, const expected_number& x, const wide& factor) {
+      if (got.by_products[k].empty() || !x.reported)
+        return;
+      t.compare(counts ? wide(x.value * factor) : wide(0),
+                counts ? wide((x.slack + size_of(x.value)) * factor * epsilon + smallest) : wide(0),
+                got.by_products[k][i], by_product_names[k], here);
+    };
+    by_product(0, e.value, weight);
+    by_product(1, e.log_sum_exp, 1);
+    by_product(2, e.target_log_probability, 1);
+    by_product(3, e.entropy, 1);
+    by_product(4, e.penalty, 1);
+    if (!got.hits.empty() && e.hit_reported)
+      t.require(got.hits[i] == (counts && e.hit ? 1 : 0), "hit of row " + std::to_string(r));
+    if (ordinary[i] && counts)
+      t.add_ulp(tally::of_value, got.by_products[0].empty()
+                                     ? 0
+                                     : ulps(wide(e.value.value * weight), got.by_products[0][i]));
+
+    wide factor = counts ? wide(weight * share * wide(p.scale)) : wide(0);
+    if (!p.upstream.empty())
+      factor *= wide(p.upstream[i]);
+    wide most = 0;
+    for (const expected_number& g : e.gradient)
+      if (is_finite(g.value))
+        most = larger(most, size_of(g.value));
+    const wide floor = most * negligible_share<T>();
+    if (got.gradient.empty())
+      continue;
+    for (index c = 0; c < p.cols; ++c) {
+      const expected_number& g = e.gradient[static_cast<std::size_t>(c)];
+      const wide expected = counts ? wide(g.value * factor) : wide(0);
+      const wide size = size_of(factor);
+      const wide allowed =
+          counts ? wide(((g.slack + size_of(g.value) * 2) * epsilon + floor) * size + smallest)
+                 : wide(0);
+      const T answer = got.gradient[static_cast<std::size_t>(r * p.cols + c)];
+      t.compare(expected, allowed, answer, "gradient",
+                [&] { return here() + ", column " + std::to_string(c); });
+      if (ordinary[i] && counts && share != 0) {
+        if (!d.sparse())
+          t.ordinary(expected);
+        t.add_ulp(tally::of_slope, size_of(g.value) > most / 1000 ? ulps(expected, answer) : 0);
+        if (most * size > 0)
+          t.add_ulp(tally::of_largest_slope,
+                    static_cast<double>(
+                        wide(size_of(wide(answer) - expected) / (most * size * epsilon))));
+      }
+    }
+  }
+  if (how != perdita::reduction::none)
+    t.compare(total, wide((slack + size_of(total)) * epsilon + smallest), got.total, "total",
+              [&] { return "over " + std::to_string(p.rows) + " x " + std::to_string(p.cols); });
+}
+
+// ---- problems
+
+template <class T>
+problem<T> make_problem(const row_descriptor<T>& d, int setting, index cols,
+                        const std::vector<row_kind>& kinds, kept storage, random_numbers& random) {
+  problem<T> p;
+  p.rows = static_cast<index>(kinds.size());
+  p.cols = cols;
+  p.storage = storage;
+  for (const row_kind kind : kinds) {
+    const auto label = static_cast<index>(random.below(static_cast<std::uint64_t>(cols)));
+    for (const double x : make_scores(kind, cols, label, random))
+      p.scores.push_back(rounded(storage, static_cast<T>(x)));
+    if (d.soft(setting))
+      for (const double q : make_distribution(kind, cols, label, random))
+        p.soft.push_back(rounded(storage, static_cast<T>(q)));
+    else
+      p.labels.push_back(label);
+  }
+  return p;
+}
+
+template <class T>
+std::vector<row_kind> legal_kinds(const row_descriptor<T>& d, int setting, index cols) {
+  std::vector<row_kind> kinds;
+  for (int k = 0; k < static_cast<int>(row_kind::count); ++k)
+    if (d.legal(setting, static_cast<row_kind>(k), cols))
+      kinds.push_back(static_cast<row_kind>(k));
+  return kinds;
+}
+template <class T>
+std::vector<row_kind> ordinary_kinds(const row_descriptor<T>& d, int setting, index cols,
+                                     index rows) {
+  std::vector<row_kind> wanted, kinds;
+  for (const row_kind kind : {row_kind::normal, row_kind::normal_wide, row_kind::gap_5})
+    if (d.legal(setting, kind, cols))
+      wanted.push_back(kind);
+  for (index r = 0; r < rows && !wanted.empty(); ++r)
+    kinds.push_back(wanted[static_cast<std::size_t>(r) % wanted.size()]);
+  return kinds;
+}
+inline bool is_ordinary(row_kind kind) {
+  return kind == row_kind::normal || kind == row_kind::normal_wide || kind == row_kind::gap_5;
+}
+
+template <class T>
+std::vector<row_expectation> expect_rows(const row_descriptor<T>& d, int setting,
+                                         const problem<T>& p) {
+  std::vector<row_expectation> rows;
+  for (index r = 0; r < p.rows; ++r)
+    rows.push_back(d.expect(setting, p.row(r)));
+  return rows;
+}
+
+/// Row weights, some of them 0; upstream slopes of both signs.
+template <class T> void add_weights(problem<T>& p, random_numbers& random) {
+  for (index r = 0; r < p.rows; ++r) {
+    p.row_weights.push_back(r % 5 == 3 ? T(0) : static_cast<T>(random.uniform(0.25, 4)));
+    p.upstream.push_back(static_cast<T>(random.uniform(-2, 2)));
+  }
+}
+template <class T> void ignore_some(problem<T>& p) {
+  if (p.soft.empty())
+    for (std::size_t r = 1; r < p.labels.size(); r += 4)
+      p.labels[r] = row_descriptor<T>::ignore_index;
+}
+
+template <class T> std::string title(const row_descriptor<T>& d, int setting) {
+  return d.name() + (sizeof(T) == 4 ? "<float> " : "<double> ") + d.describe(setting);
+}
+
+inline constexpr std::array<perdita::reduction, 3> reductions{
+    perdita::reduction::none, perdita::reduction::mean, perdita::reduction::sum};
+
+} // namespace perdita_tests
