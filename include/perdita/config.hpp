@@ -32,9 +32,10 @@
 #define PERDITA_ALLOW_FAST_MATH 0
 #endif
 
-#if (defined(__FAST_MATH__) || (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__)) && \
+#if (defined(__FAST_MATH__) || (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__)) &&         \
     !PERDITA_ALLOW_FAST_MATH
-#error "perdita: -ffast-math breaks NaN, infinities and the accuracy of every loss; compile without it, or define PERDITA_ALLOW_FAST_MATH=1 and accept wrong results"
+#error                                                                                             \
+    "perdita: -ffast-math breaks NaN, infinities and the accuracy of every loss; compile without it, or define PERDITA_ALLOW_FAST_MATH=1 and accept wrong results"
 #endif
 
 // What the code is compiled for, spelt into every symbol.
@@ -70,7 +71,7 @@
 
 #define PERDITA_JOIN(major, isa, contract, execution) v##major##_##isa##_##contract##_##execution
 #define PERDITA_EXPAND(...) PERDITA_JOIN(__VA_ARGS__)
-#define PERDITA_ABI \
+#define PERDITA_ABI                                                                                \
   PERDITA_EXPAND(PERDITA_VERSION_MAJOR, PERDITA_ISA, PERDITA_CONTRACT, PERDITA_EXECUTION)
 
 #if defined(__GNUC__)

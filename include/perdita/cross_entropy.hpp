@@ -16,19 +16,17 @@ namespace perdita::inline PERDITA_ABI {
 namespace core {
 
 /// The numbers of a cross-entropy that its formula needs, all sizes settled.
-template <class T>
-struct cross_entropy_parameters {
+template <class T> struct cross_entropy_parameters {
   double smoothing = 0, focal_gamma = 0, log_z_penalty = 0, cap = 0, inverse_temperature = 1;
   const std::vector<T>* class_weights = nullptr;
-  side_cursor<T> side;  // at class 0
+  side_cursor<T> side; // at class 0
   bool soft = false;
 };
 
 /// Cross-entropy as an algebra: value and slope are functions of target_odds. Where there is a soft
 /// target instead of a label, the class that it favours is the target. General adds
 /// Σ_c b_c (log Σ e^z − z_c): soft targets, and label smoothing with b_c = ε π_c w_c.
-template <class T, bool General>
-struct cross_entropy_formula : row_formula {
+template <class T, bool General> struct cross_entropy_formula : row_formula {
   using statistic = std::conditional_t<General, log_sum_exp_and_moments, log_sum_exp>;
   static constexpr bool proportional = !General;
   static constexpr bool has_side = General;
@@ -36,8 +34,7 @@ struct cross_entropy_formula : row_formula {
   cross_entropy_parameters<T> p;
 
   double label_weight(index y) const {
-    return p.class_weights->empty() ? 1.0
-                                    : static_cast<double>((*p.class_weights)[std::size_t(y)]);
+    return p.class_weights->empty() ? 1.0 : static_cast<double>((*p.class_weights)[std::size_t(y)]);
   }
   side_cursor<T> side(index first) const {
     side_cursor<T> s = p.side;
@@ -46,20 +43,21 @@ struct cross_entropy_formula : row_formula {
   }
 
   /// z = cap tanh(x / cap) / temperature; a masked score stays -inf.
-  template <class V>
-  PERDITA_INLINE V score(const V& x) const {
-    if constexpr (!General) return x;
+  template <class V> PERDITA_INLINE V score(const V& x) const {
+    if constexpr (!General)
+      return x;
     const V scale(static_cast<T>(p.inverse_temperature));
-    if (p.cap == 0) return x * scale;
+    if (p.cap == 0)
+      return x * scale;
     const V masked(-std::numeric_limits<T>::infinity());
     const V capped = tanh(x * V(static_cast<T>(1 / p.cap))) * V(static_cast<T>(p.cap));
     return select(x == masked, masked, capped * scale);
   }
   /// temperature · ∂z/∂x at z
-  template <class V>
-  PERDITA_INLINE V steepness(const V& z) const {
+  template <class V> PERDITA_INLINE V steepness(const V& z) const {
     using S = typename V::value_type;
-    if (p.cap == 0) return V(1);
+    if (p.cap == 0)
+      return V(1);
     const V t = z * V(static_cast<S>(1 / (p.inverse_temperature * p.cap)));
     return select(z == V(-std::numeric_limits<S>::infinity()), V(1), fnma(t, t, V(1)));
   }
@@ -69,8 +67,7 @@ struct cross_entropy_formula : row_formula {
     return select(b == V(0), share, share - pull) * steepness(z);
   }
 
-  template <class Row>
-  auto finish(const Row& row) const {
+  template <class Row> auto finish(const Row& row) const {
     using W = decltype(row.target);
     const W zero(0), inf(std::numeric_limits<double>::infinity());
     const target_odds o(row);
@@ -84,7 +81,7 @@ struct cross_entropy_formula : row_formula {
     }
     const W hard = p.soft ? zero : row.label_weight * W(1 - p.smoothing);
     W value = weighted(hard, f);
-    W rivals = hard * df;  // ∂value/∂u: what the rivals share in proportion to e^z
+    W rivals = hard * df; // ∂value/∂u: what the rivals share in proportion to e^z
     W target = zero - rivals;
 
     if constexpr (General) {
@@ -112,13 +109,12 @@ struct cross_entropy_formula : row_formula {
     return out;
   }
 
-  template <class Row>
-  auto report(const Row& row) const {
+  template <class Row> auto report(const Row& row) const {
     const target_odds o(row);
     using W = decltype(o.hit);
     row_report<W> r = softmax_report(row);
     r.penalty = W(p.log_z_penalty) * o.log_sum_exp * o.log_sum_exp;
-    if constexpr (General) {  // Σ_c p_c (lse − z_c)
+    if constexpr (General) { // Σ_c p_c (lse − z_c)
       const W rivals = select(row.term[0] == W(0), W(0), o.above - row.term[3] / row.term[0]);
       r.entropy = weighted(o.hit, o.surprise) + weighted(o.miss, rivals);
     }
@@ -132,35 +128,31 @@ struct cross_entropy_formula : row_formula {
 ///   A = (1−ε) w_y f'(n) + ε Σ π_c w_c + 2c log Σ e^z,   F = (1−ε) w_y f''(n)
 ///
 /// and temperature divides it by its square. Product: H v, where v comes as the soft target does.
-template <class T, bool Product>
-struct cross_entropy_hessian : row_formula {
+template <class T, bool Product> struct cross_entropy_hessian : row_formula {
   using statistic = std::conditional_t<Product, log_sum_exp_and_mean, log_sum_exp>;
   static constexpr bool proportional = false;
   static constexpr bool linear = false;
   static constexpr bool has_side = Product;
 
   cross_entropy_formula<T, true> loss;
-  double smoothed_weight;  // ε Σ π_c w_c
+  double smoothed_weight; // ε Σ π_c w_c
 
   double label_weight(index y) const { return loss.label_weight(y); }
   side_cursor<T> side(index) const { return {nullptr, nullptr, nullptr, T(1), T(0)}; }
-  template <class V>
-  PERDITA_INLINE V score(const V& x) const {
-    return loss.score(x);
-  }
+  template <class V> PERDITA_INLINE V score(const V& x) const { return loss.score(x); }
   template <class V>
   PERDITA_INLINE V slope(const V&, const V& share, const V& v, const V* c) const {
-    if constexpr (Product) return share * fma(v, c[0], c[1]);
+    if constexpr (Product)
+      return share * fma(v, c[0], c[1]);
     return share * fma(share, c[1], c[0]);
   }
-  template <class Row>
-  auto finish(const Row& row) const {
+  template <class Row> auto finish(const Row& row) const {
     const target_odds o(row);
     using W = decltype(o.hit);
     const W zero(0), one(1), two(2);
     const auto& p = loss.p;
     const W hard = row.label_weight * W(1 - p.smoothing);
-    W first = one, second = zero;  // f', and (1 − p) f''
+    W first = one, second = zero; // f', and (1 − p) f''
     if (p.focal_gamma > 0) {
       const W gamma(p.focal_gamma), focus = exp(gamma * log(o.miss));
       const W ratio = select(o.miss == zero, one, o.surprise / o.miss);
@@ -177,8 +169,8 @@ struct cross_entropy_hessian : row_formula {
     out.image_scale = per_rival(o.miss, row);
     if constexpr (Product) {
       const W v = row.target_side;
-      const W apart = per_rival(row.term[1], row) - v;  // mean of v over the rivals, minus v_y
-      const W mean = v + weighted(o.miss, apart);       // pᵀv
+      const W apart = per_rival(row.term[1], row) - v; // mean of v over the rivals, minus v_y
+      const W mean = v + weighted(o.miss, apart);      // pᵀv
       out.coefficient[0] = a;
       out.coefficient[1] = (t * c - a) * mean + f * apart;
       out.target_gradient =
@@ -193,7 +185,7 @@ struct cross_entropy_hessian : row_formula {
   }
 };
 
-}  // namespace core
+} // namespace core
 
 /// Cross-entropy of a softmax, with everything that is usually asked of it.
 ///
@@ -217,19 +209,18 @@ struct cross_entropy_hessian : row_formula {
 ///
 ///   perdita::cross_entropy<float> loss({.label_smoothing = 0.1f});
 ///   float value = loss(logits, labels, d_logits);
-template <class T = float>
-class cross_entropy : public row_loss<cross_entropy<T>, T> {
- public:
+template <class T = float> class cross_entropy : public row_loss<cross_entropy<T>, T> {
+public:
   struct options {
-    T label_smoothing = 0;              ///< ε in [0, 1]
-    vector_view<const T> prior{};       ///< π: where smoothing leads; uniform if not given
-    vector_view<const T> class_weights{};  ///< w ≥ 0; all 1 if not given. Both are copied.
-    std::int64_t ignore_index = -100;   ///< rows with this label do not count
+    T label_smoothing = 0;                ///< ε in [0, 1]
+    vector_view<const T> prior{};         ///< π: where smoothing leads; uniform if not given
+    vector_view<const T> class_weights{}; ///< w ≥ 0; all 1 if not given. Both are copied.
+    std::int64_t ignore_index = -100;     ///< rows with this label do not count
     perdita::reduction reduction = perdita::reduction::mean;
-    T temperature = 1;    ///< > 0
-    T softcap = 0;        ///< > 0, or 0 for none
-    T log_z_penalty = 0;  ///< c ≥ 0
-    T focal_gamma = 0;    ///< γ ≥ 0; for labels only
+    T temperature = 1;   ///< > 0
+    T softcap = 0;       ///< > 0, or 0 for none
+    T log_z_penalty = 0; ///< c ≥ 0
+    T focal_gamma = 0;   ///< γ ≥ 0; for labels only
   };
   static constexpr const char* name = "cross_entropy";
   static constexpr bool takes_soft_targets = true;
@@ -241,8 +232,8 @@ class cross_entropy : public row_loss<cross_entropy<T>, T> {
     const auto finite_from_0 = [](T x) { return x >= 0 && std::isfinite(x); };
     require(o.label_smoothing >= 0 && o.label_smoothing <= 1, name, "label_smoothing",
             o.label_smoothing, "a number in [0, 1]");
-    require(o.temperature > 0 && std::isfinite(o.temperature), name, "temperature",
-            o.temperature, "a finite number above 0");
+    require(o.temperature > 0 && std::isfinite(o.temperature), name, "temperature", o.temperature,
+            "a finite number above 0");
     require(finite_from_0(o.softcap), name, "softcap", o.softcap, "a finite number, 0 for none");
     require(finite_from_0(o.log_z_penalty), name, "log_z_penalty", o.log_z_penalty,
             "a finite number, 0 or more");
@@ -251,10 +242,11 @@ class cross_entropy : public row_loss<cross_entropy<T>, T> {
     core::require_reduction(name, o.reduction);
     copy(o.class_weights, "class_weights", class_weights_);
     copy(o.prior, "prior", prior_);
-    options_.class_weights = {};  // the caller's memory is not kept
+    options_.class_weights = {}; // the caller's memory is not kept
     options_.prior = {};
     double total = prior_.empty() ? 1 : 0;
-    for (T x : prior_) total += static_cast<double>(x);
+    for (T x : prior_)
+      total += static_cast<double>(x);
     require(std::fabs(total - 1) <= 1e-3, name, "the sum of prior", total, "1");
     require(class_weights_.empty() || prior_.empty() || class_weights_.size() == prior_.size(),
             name, "size of prior", prior_.size(), "the size of class_weights");
@@ -262,8 +254,8 @@ class cross_entropy : public row_loss<cross_entropy<T>, T> {
     const auto epsilon = static_cast<double>(o.label_smoothing);
     for (std::size_t c = 0; c < classes; ++c) {
       const double w = label_weight(static_cast<index>(c));
-      const double pi = prior_.empty() ? 1 / static_cast<double>(classes)
-                                       : static_cast<double>(prior_[c]);
+      const double pi =
+          prior_.empty() ? 1 / static_cast<double>(classes) : static_cast<double>(prior_[c]);
       bias_.push_back(static_cast<T>(epsilon * pi * w));
       weight_.push_back(static_cast<T>((1 - epsilon) * w));
     }
@@ -277,20 +269,20 @@ class cross_entropy : public row_loss<cross_entropy<T>, T> {
   /// The diagonal of each row's Hessian, into `result`: ∂²ℓ/∂x_j², with the row weights, scales
   /// and reduction of the gradient. Labels only, and no softcap.
   template <class X, core::labels_like Y, class G>
-    requires core::scores_like<X, T> && core::gradient_like<G, T>
+  requires core::scores_like<X, T> && core::gradient_like<G, T>
   void hessian_diagonal(X&& scores, Y&& labels, G&& result,
                         const call_options<T>& call = {}) const {
-    auto job = second_order(core::as_matrix(scores), core::as_vector(labels),
-                            core::as_matrix(result));
+    auto job =
+        second_order(core::as_matrix(scores), core::as_vector(labels), core::as_matrix(result));
     run_second_order<false>(job, call);
   }
   /// Each row's Hessian times that row of `v`, into `result`. Labels only, and no softcap.
   template <class X, core::labels_like Y, class M, class G>
-    requires core::scores_like<X, T> && core::scores_like<M, T> && core::gradient_like<G, T>
+  requires core::scores_like<X, T> && core::scores_like<M, T> && core::gradient_like<G, T>
   void hessian_product(X&& scores, Y&& labels, M&& v, G&& result,
                        const call_options<T>& call = {}) const {
-    auto job = second_order(core::as_matrix(scores), core::as_vector(labels),
-                            core::as_matrix(result));
+    auto job =
+        second_order(core::as_matrix(scores), core::as_vector(labels), core::as_matrix(result));
     const auto direction = core::as_matrix(v);
     this->check_size("rows of v", direction.rows, job.scores.rows);
     this->check_size("columns of v", direction.cols, job.scores.cols);
@@ -307,7 +299,7 @@ class cross_entropy : public row_loss<cross_entropy<T>, T> {
             .shift_invariant = options_.softcap == 0 && options_.log_z_penalty == 0};
   }
 
- private:
+private:
   friend row_loss<cross_entropy<T>, T>;
 
   static void copy(vector_view<const T> from, const char* what, std::vector<T>& to) {
@@ -369,15 +361,15 @@ class cross_entropy : public row_loss<cross_entropy<T>, T> {
       double smoothed = static_cast<double>(options_.label_smoothing);
       if (!bias_.empty()) {
         smoothed = 0;
-        for (T b : bias_) smoothed += static_cast<double>(b);
+        for (T b : bias_)
+          smoothed += static_cast<double>(b);
       }
       f(core::cross_entropy_hessian<T, Product>{{}, {{}, parameters(settled)}, smoothed});
     });
   }
 
   /// Calls f with the formula that serves the job: the plain one unless something needs more.
-  template <class F>
-  void visit(const core::row_job<T>& job, F f) const {
+  template <class F> void visit(const core::row_job<T>& job, F f) const {
     const auto p = parameters(job);
     if (!p.soft && p.smoothing == 0 && p.cap == 0 && options_.temperature == 1 &&
         !job.report.entropy.data)
@@ -388,7 +380,7 @@ class cross_entropy : public row_loss<cross_entropy<T>, T> {
 
   options options_;
   std::vector<T> class_weights_, prior_;
-  std::vector<T> bias_, weight_;  // ε π w and (1 − ε) w, where they are not uniform
+  std::vector<T> bias_, weight_; // ε π w and (1 − ε) w, where they are not uniform
 };
 
-}  // namespace perdita::inline PERDITA_ABI
+} // namespace perdita::inline PERDITA_ABI

@@ -14,18 +14,15 @@ namespace core {
 
 /// With u = log Σ_{k≠y} e^{(x_k + c)/λ} − x_y/λ:  ℓ = λ (softplus(u) − log K),  ∂ℓ/∂u = λ σ(u),
 /// and the scores enter u as x/λ. The margin is a constant of u, so the sums need not know it.
-template <class T>
-struct ldr_kl_formula : row_formula {
+template <class T> struct ldr_kl_formula : row_formula {
   using statistic = log_sum_exp;
 
   double lambda, margin;
 
-  template <class V>
-  PERDITA_INLINE V score(const V& x) const {
+  template <class V> PERDITA_INLINE V score(const V& x) const {
     return x / V(static_cast<typename V::value_type>(lambda));
   }
-  template <class Row>
-  auto finish(const Row& row) const {
+  template <class Row> auto finish(const Row& row) const {
     const target_odds o(row);
     using W = decltype(o.hit);
     const W u = o.against + W(margin / lambda);
@@ -36,13 +33,10 @@ struct ldr_kl_formula : row_formula {
     out.target_gradient = -miss;
     return out;
   }
-  template <class Row>
-  auto report(const Row& row) const {
-    return softmax_report(row);
-  }
+  template <class Row> auto report(const Row& row) const { return softmax_report(row); }
 };
 
-}  // namespace core
+} // namespace core
 
 /// LDR-KL, the label-distributionally-robust loss with a KL regulariser:
 ///
@@ -56,12 +50,11 @@ struct ldr_kl_formula : row_formula {
 /// By-products log_sum_exp, target_log_probability and hits are those of softmax(x/λ).
 /// Source: Zhu, Ying, Yang, "Label distributionally robust losses for multi-class classification",
 /// ICML 2023. (Their script first normalises the scores; that is the caller's here.)
-template <class T = float>
-class ldr_kl : public row_loss<ldr_kl<T>, T> {
- public:
+template <class T = float> class ldr_kl : public row_loss<ldr_kl<T>, T> {
+public:
   struct options {
-    T lambda = 1;  ///< λ > 0: how far the distribution over labels may lean
-    T margin = 0;  ///< c
+    T lambda = 1; ///< λ > 0: how far the distribution over labels may lean
+    T margin = 0; ///< c
     std::int64_t ignore_index = -100;
     perdita::reduction reduction = perdita::reduction::mean;
   };
@@ -83,14 +76,13 @@ class ldr_kl : public row_loss<ldr_kl<T>, T> {
   }
   const options& settings() const { return options_; }
 
- private:
+private:
   friend row_loss<ldr_kl<T>, T>;
-  template <class F>
-  void visit(const core::row_job<T>&, F f) const {
-    f(core::ldr_kl_formula<T>{{}, static_cast<double>(options_.lambda),
-                              static_cast<double>(options_.margin)});
+  template <class F> void visit(const core::row_job<T>&, F f) const {
+    f(core::ldr_kl_formula<T>{
+        {}, static_cast<double>(options_.lambda), static_cast<double>(options_.margin)});
   }
   options options_;
 };
 
-}  // namespace perdita::inline PERDITA_ABI
+} // namespace perdita::inline PERDITA_ABI

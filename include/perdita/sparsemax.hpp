@@ -20,15 +20,13 @@ struct sparsemax_formula : row_formula {
   static constexpr bool proportional = false;
   static constexpr bool linear = false;
 
-  template <class V>
-  PERDITA_INLINE V slope(const V& x, const V&, const V&, const V* c) const {
+  template <class V> PERDITA_INLINE V slope(const V& x, const V&, const V&, const V* c) const {
     return max(V(0), (x - c[0]) - c[1]);
   }
-  template <class Row>
-  auto finish(const Row& row) const {
+  template <class Row> auto finish(const Row& row) const {
     using W = decltype(row.target);
     const W zero(0), one(1), size = row.term[0];
-    const auto masked = size == zero;  // every score is -inf
+    const auto masked = size == zero; // every score is -inf
     const W threshold = select(masked, zero, (row.term[1] - one) / size);
     const W z = row.target - row.shift;
     row_outcome<W> out;
@@ -41,7 +39,7 @@ struct sparsemax_formula : row_formula {
   }
 };
 
-}  // namespace core
+} // namespace core
 
 /// The sparsemax loss, the Fenchel-Young loss of ½‖p‖² on the simplex:
 ///
@@ -55,9 +53,8 @@ struct sparsemax_formula : row_formula {
 /// Cost: two reads of a row, the second from cache, and its gradient. The row must be held whole.
 /// Source: Martins and Astudillo, "From softmax to sparsemax", ICML 2016; Blondel, Martins and
 /// Niculae, "Learning with Fenchel-Young losses", JMLR 2020.
-template <class T = float>
-class sparsemax_loss : public row_loss<sparsemax_loss<T>, T> {
- public:
+template <class T = float> class sparsemax_loss : public row_loss<sparsemax_loss<T>, T> {
+public:
   struct options {
     std::int64_t ignore_index = -100;
     perdita::reduction reduction = perdita::reduction::mean;
@@ -77,13 +74,12 @@ class sparsemax_loss : public row_loss<sparsemax_loss<T>, T> {
   }
   const options& settings() const { return options_; }
 
- private:
+private:
   friend row_loss<sparsemax_loss<T>, T>;
-  template <class F>
-  void visit(const core::row_job<T>&, F f) const {
+  template <class F> void visit(const core::row_job<T>&, F f) const {
     f(core::sparsemax_formula{});
   }
   options options_;
 };
 
-}  // namespace perdita::inline PERDITA_ABI
+} // namespace perdita::inline PERDITA_ABI

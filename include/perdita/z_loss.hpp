@@ -22,15 +22,13 @@ struct z_loss_formula : row_formula {
 
   double a, b;
 
-  template <class V>
-  PERDITA_INLINE V slope(const V& x, const V&, const V&, const V* c) const {
+  template <class V> PERDITA_INLINE V slope(const V& x, const V&, const V&, const V* c) const {
     return fma(x - c[2], c[0], c[1]);
   }
-  template <class Row>
-  auto finish(const Row& row) const {
+  template <class Row> auto finish(const Row& row) const {
     using W = decltype(row.target);
     const W zero(0), n = row.classes;
-    const W offset = row.term[1] / n;  // μ − shift
+    const W offset = row.term[1] / n; // μ − shift
     const W variance = max(zero, (row.term[2] - row.term[1] * offset) / n);
     const W inverse = select(variance == zero, zero, W(1) / sqrt(variance));
     const W z = ((row.target - row.shift) - offset) * inverse;
@@ -46,12 +44,13 @@ struct z_loss_formula : row_formula {
   }
 };
 
-}  // namespace core
+} // namespace core
 
 /// Z-loss: softplus of the target's standard score, invariant to shift and scale of the scores:
 ///
 ///   ℓ = (1/a) log(1 + e^{a (b − z_y)}),  z_k = (x_k − μ)/σ,  μ and σ² the row's mean and variance
-///   ∂ℓ/∂x_k = −σ(a (b − z_y))/σ · (δ_ky − 1/K − z_y z_k / K)          (σ(·): the logistic function)
+///   ∂ℓ/∂x_k = −σ(a (b − z_y))/σ · (δ_ky − 1/K − z_y z_k / K)          (σ(·): the logistic
+///   function)
 ///
 /// Not to be confused with the penalty (log Σ e^x)², which is cross_entropy's log_z_penalty.
 /// |z_y| ≤ √(K−1). The gradient sums to 0, is orthogonal to the scores and scales as 1/σ.
@@ -60,12 +59,11 @@ struct z_loss_formula : row_formula {
 /// Shapes, reductions, errors: as cross_entropy. No by-products but `values`.
 /// Source: de Brébisson and Vincent, "The Z-loss: a shift and scale invariant classification loss
 /// belonging to the spherical family", 2016.
-template <class T = float>
-class z_loss : public row_loss<z_loss<T>, T> {
- public:
+template <class T = float> class z_loss : public row_loss<z_loss<T>, T> {
+public:
   struct options {
-    T a = 1;  ///< > 0: sharpness
-    T b = 0;  ///< the standard score that the target is pulled above
+    T a = 1; ///< > 0: sharpness
+    T b = 0; ///< the standard score that the target is pulled above
     std::int64_t ignore_index = -100;
     perdita::reduction reduction = perdita::reduction::mean;
   };
@@ -73,7 +71,7 @@ class z_loss : public row_loss<z_loss<T>, T> {
   static constexpr bool takes_soft_targets = false;
   static constexpr bool has_softmax = false;
   static constexpr loss_traits traits{.convex = false,
-                                      .smooth = false,  // where all scores are equal
+                                      .smooth = false, // where all scores are equal
                                       .exact_gradient = true,
                                       .nonnegative = true,
                                       .shift_invariant = true};
@@ -86,13 +84,12 @@ class z_loss : public row_loss<z_loss<T>, T> {
   }
   const options& settings() const { return options_; }
 
- private:
+private:
   friend row_loss<z_loss<T>, T>;
-  template <class F>
-  void visit(const core::row_job<T>&, F f) const {
+  template <class F> void visit(const core::row_job<T>&, F f) const {
     f(core::z_loss_formula{{}, static_cast<double>(options_.a), static_cast<double>(options_.b)});
   }
   options options_;
 };
 
-}  // namespace perdita::inline PERDITA_ABI
+} // namespace perdita::inline PERDITA_ABI

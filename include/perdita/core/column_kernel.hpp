@@ -16,31 +16,27 @@
 namespace perdita::inline PERDITA_ABI::core {
 
 /// Lanes are better rows than classes.
-template <class T>
-bool prefers_columns(const row_job<T>& job) {
+template <class T> bool prefers_columns(const row_job<T>& job) {
   const bool short_rows = job.scores.cols < 2 * static_cast<index>(lanes<T>);
   return short_rows || (job.scores.row_stride == 1 && job.scores.col_stride != 1);
 }
 
-template <class Formula, class T, bool Gradient>
-class column_kernel {
+template <class Formula, class T, bool Gradient> class column_kernel {
   using V = pack<T>;
   using W = pack<double>;
   using statistic = typename Formula::statistic;
   static constexpr index width = static_cast<index>(lanes<T>);
-  static constexpr index packs = 4;  // of rows, in a tile
+  static constexpr index packs = 4; // of rows, in a tile
   static constexpr index tile_rows = packs * width;
   static constexpr index halves = wide_lanes<T>::parts;
   static constexpr index panel_columns = 2048;
   static constexpr index prefetch_columns = 64;
 
- public:
+public:
   static constexpr index rows_at_once = tile_rows;
 
   column_kernel(const Formula& formula, const row_job<T>& job, std::byte* scratch)
-      : formula_(formula),
-        job_(job),
-        cols_(job.scores.cols),
+      : formula_(formula), job_(job), cols_(job.scores.cols),
         carries_(Gradient && Formula::proportional && statistic::has_image &&
                  cols_ <= panel_columns) {
     carver memory(scratch);
@@ -53,7 +49,8 @@ class column_kernel {
     stage_soft_ = job.soft ? memory.take<T>(panel) : nullptr;
     stage_row_ = memory.take<T>(static_cast<std::size_t>(chunk_columns + tile_rows));
     scratch_bytes_ = memory.used();
-    if (scratch) new (tile_) tile;
+    if (scratch)
+      new (tile_) tile;
   }
 
   static std::size_t scratch_bytes(const Formula& formula, const row_job<T>& job) {
@@ -68,10 +65,11 @@ class column_kernel {
       run_tile(r, n, total);
       r += n;
     }
-    if (job_.streaming) stream_fence();
+    if (job_.streaming)
+      stream_fence();
   }
 
- private:
+private:
   /// Which columns of a chunk hold some row's target, and which one each row's.
   struct marks {
     unsigned char any[chunk_columns];
@@ -91,10 +89,10 @@ class column_kernel {
     alignas(64) T raw_target[tile_rows];
     bool counts[tile_rows];
     V shift[packs], rivals[packs], seen[packs];
-    V keep[packs];  // 0 in the lanes of rows that do not count
+    V keep[packs]; // 0 in the lanes of rows that do not count
     V factor[packs], cut[packs], gradient_scale[packs], target_gradient[packs];
     V coefficient[packs][coefficients];
-    marks target_at[2];  // of this chunk and of the next
+    marks target_at[2]; // of this chunk and of the next
     wide_lanes<T> sums[statistic::terms][lanes<T>][packs];
   };
 
@@ -102,12 +100,9 @@ class column_kernel {
   T* staged(index column) const {
     return stage_ + (carries_ ? column : column % (2 * chunk_columns)) * tile_rows;
   }
-  marks& targets(index column) const {
-    return tile_->target_at[column / chunk_columns % 2];
-  }
+  marks& targets(index column) const { return tile_->target_at[column / chunk_columns % 2]; }
   /// Whole packs of rows of numbers that may be used where they lie.
-  template <bool M>
-  bool whole(const matrix_data<T, M>& m) const {
+  template <bool M> bool whole(const matrix_data<T, M>& m) const {
     return m.direct() && m.row_stride == 1 && tile_->rows % width == 0;
   }
 
@@ -134,10 +129,12 @@ class column_kernel {
         const index r = t.first + std::min(i, t.rows - 1);
         if (m.direct() && m.col_stride == 1) {
           const T* from = m.pointer(r, column);
-          for (index j = 0; j < n; ++j) stage[j * tile_rows + i] = from[j];
+          for (index j = 0; j < n; ++j)
+            stage[j * tile_rows + i] = from[j];
         } else {
           m.read(r, column, n, stage_row_);
-          for (index j = 0; j < n; ++j) stage[j * tile_rows + i] = stage_row_[j];
+          for (index j = 0; j < n; ++j)
+            stage[j * tile_rows + i] = stage_row_[j];
         }
       }
     }
@@ -151,31 +148,36 @@ class column_kernel {
     begin();
     prepare(0);
     for (index c = 0; c < cols_; c += chunk_columns) {
-      for (index p = 0; p < t.row_packs; ++p) choose_shift(p, c, chunk_size(c));
+      for (index p = 0; p < t.row_packs; ++p)
+        choose_shift(p, c, chunk_size(c));
       const bool overlaps =
           chunk_size(c + chunk_columns) == chunk_columns && whole(job_.scores) && !job_.soft;
       const bool ahead = statistic::look_is_maximum && overlaps;
       take_targets(c);
-      if (ahead) mark(c + chunk_columns, chunk_columns);
+      if (ahead)
+        mark(c + chunk_columns, chunk_columns);
       by_packs([&]<index Packs>(std::integral_constant<index, Packs>, index p) {
         if (ahead)
           absorb<true, Packs>(c, chunk_columns, p);
         else
           absorb<false, Packs>(c, chunk_size(c), p);
       });
-      if (!ahead && c + chunk_columns < cols_) prepare(c + chunk_columns);
+      if (!ahead && c + chunk_columns < cols_)
+        prepare(c + chunk_columns);
     }
-    for (index p = 0; p < t.row_packs; ++p) finish(p, total);
+    for (index p = 0; p < t.row_packs; ++p)
+      finish(p, total);
     if constexpr (Gradient)
       for (index c = 0; c < cols_; c += chunk_columns)
         emit(c, chunk_size(c));
   }
 
   /// f(number of packs, first pack): a full tile at once, others pack by pack.
-  template <class F>
-  void by_packs(F f) {
-    if (tile_->row_packs == packs) return f(std::integral_constant<index, packs>{}, index{0});
-    for (index p = 0; p < tile_->row_packs; ++p) f(std::integral_constant<index, 1>{}, p);
+  template <class F> void by_packs(F f) {
+    if (tile_->row_packs == packs)
+      return f(std::integral_constant<index, packs>{}, index{0});
+    for (index p = 0; p < tile_->row_packs; ++p)
+      f(std::integral_constant<index, 1>{}, p);
   }
 
   index chunk_size(index column) const { return std::min(chunk_columns, cols_ - column); }
@@ -184,22 +186,26 @@ class column_kernel {
     tile& t = *tile_;
     t.some_ignored = false;
     alignas(64) T keep[tile_rows];
-    if (job_.labels) job_.read_labels(t.first, t.rows, t.label);
+    if (job_.labels)
+      job_.read_labels(t.first, t.rows, t.label);
     for (index i = 0; i < t.row_packs * width; ++i) {
       const index r = t.first + std::min(i, t.rows - 1);
       t.counts[i] = i < t.rows && job_.counts(r, job_.labels ? t.label[i] : 0);
       keep[i] = t.counts[i] ? T(1) : T(0);
       t.some_ignored = t.some_ignored || !t.counts[i];
-      if (!t.counts[i]) t.label[i] = 0;
-      if (!job_.labels) t.label[i] = favourite(r);
+      if (!t.counts[i])
+        t.label[i] = 0;
+      if (!job_.labels)
+        t.label[i] = favourite(r);
       t.label_weight[i] = job_.labels ? formula_.label_weight(static_cast<index>(t.label[i])) : 0;
       t.scale[i] = job_.row_scale(r);
       t.target_side[i] = 0;
       if constexpr (Formula::has_side) {
         T q = 0;
-        if (job_.soft) job_.soft.read(r, static_cast<index>(t.label[i]), 1, &q);
-        t.target_side[i] = target_side(formula_, static_cast<index>(t.label[i]), q,
-                                       static_cast<bool>(job_.soft));
+        if (job_.soft)
+          job_.soft.read(r, static_cast<index>(t.label[i]), 1, &q);
+        t.target_side[i] =
+            target_side(formula_, static_cast<index>(t.label[i]), q, static_cast<bool>(job_.soft));
       }
     }
     for (index p = 0; p < t.row_packs; ++p) {
@@ -209,7 +215,8 @@ class column_kernel {
     }
     for (auto& term : t.sums)
       for (index i = 0; i < std::min(width, cols_); ++i)
-        for (index p = 0; p < t.row_packs; ++p) term[i][p].clear();
+        for (index p = 0; p < t.row_packs; ++p)
+          term[i][p].clear();
   }
 
   /// Where there is no label, the class that the soft target favours takes its place, and where
@@ -239,18 +246,22 @@ class column_kernel {
       const index j = static_cast<index>(t.label[i]) - column;
       const bool here = j >= 0 && j < n;
       relative[i] = here ? static_cast<T>(j) : T(-1);
-      if (here) m.any[j] = 1;
+      if (here)
+        m.any[j] = 1;
     }
-    for (index p = 0; p < t.row_packs; ++p) m.column[p] = V::load(relative + p * width);
+    for (index p = 0; p < t.row_packs; ++p)
+      m.column[p] = V::load(relative + p * width);
   }
 
   /// Stages a chunk and looks at it.
   void prepare(index column) {
     const index n = chunk_size(column);
     fetch(job_.scores, column, n, staged(column));
-    if (job_.soft) fetch(job_.soft, column, n, stage_soft_);
+    if (job_.soft)
+      fetch(job_.soft, column, n, stage_soft_);
     mark(column, n);
-    for (index p = 0; p < tile_->row_packs; ++p) tile_->seen[p] = look(p, column, n);
+    for (index p = 0; p < tile_->row_packs; ++p)
+      tile_->seen[p] = look(p, column, n);
   }
 
   /// Keeps the scores of the targets that lie in a staged chunk.
@@ -259,14 +270,14 @@ class column_kernel {
     const T* x = staged(column);
     for (index i = 0; i < t.row_packs * width; ++i) {
       const index j = static_cast<index>(t.label[i]) - column;
-      if (j >= 0 && j < chunk_size(column)) t.raw_target[i] = x[j * tile_rows + i];
+      if (j >= 0 && j < chunk_size(column))
+        t.raw_target[i] = x[j * tile_rows + i];
     }
   }
 
   /// Adds a chunk of some packs of rows, from p0 on, to the sums; with Ahead, stages and looks at
   /// the next chunk in the same loop, so that memory and arithmetic overlap.
-  template <bool Ahead, index Packs>
-  PERDITA_NOINLINE void absorb(index column, index n, index p0) {
+  template <bool Ahead, index Packs> PERDITA_NOINLINE void absorb(index column, index n, index p0) {
     tile& t = *tile_;
     const V nothing = statistic::template look_at_nothing<V>();
     const index next = column + chunk_columns, step = job_.scores.col_stride;
@@ -286,9 +297,11 @@ class column_kernel {
     V part[lanes<T>][statistic::terms][Packs];
     for (index i = 0; i < std::min(width, n); ++i)
       for (auto& term : part[i])
-        for (V& sum : term) sum = V(0);
+        for (V& sum : term)
+          sum = V(0);
     side_cursor<T> side;
-    if constexpr (Formula::has_side) side = formula_.side(column);
+    if constexpr (Formula::has_side)
+      side = formula_.side(column);
     for (index j = 0; j < n; ++j) {
       auto& sums = part[j % width];
       for (index p = 0; p < Packs; ++p) {
@@ -302,29 +315,37 @@ class column_kernel {
         T* at = x + j * tile_rows + p * width;
         V z = formula_.score(V::load(at));
         V b(0);
-        if constexpr (Formula::has_side) b = side_of(side, j, p0 + p);
+        if constexpr (Formula::has_side)
+          b = side_of(side, j, p0 + p);
         if constexpr (Formula::excludes_target) {
           z = here.replace(z, statistic::absent(shift[p]), j, p0 + p);
-          if constexpr (Formula::has_side) b = here.replace(b, V(0), j, p0 + p);
+          if constexpr (Formula::has_side)
+            b = here.replace(b, V(0), j, p0 + p);
         }
         V sum[statistic::terms];
-        for (int k = 0; k < statistic::terms; ++k) sum[k] = sums[k][p];
+        for (int k = 0; k < statistic::terms; ++k)
+          sum[k] = sums[k][p];
         const V image = statistic::absorb(sum, z, shift[p], b);
-        for (int k = 0; k < statistic::terms; ++k) sums[k][p] = sum[k];
+        for (int k = 0; k < statistic::terms; ++k)
+          sums[k][p] = sum[k];
         if constexpr (Gradient)
-          if (carries_) image.store(at);
+          if (carries_)
+            image.store(at);
       }
     }
     for (index p = 0; p < Packs; ++p) {
-      if constexpr (Ahead) t.seen[p0 + p] = seen[p];
+      if constexpr (Ahead)
+        t.seen[p0 + p] = seen[p];
       for (index i = 0; i < std::min(n, width); ++i)
-        for (int k = 0; k < statistic::terms; ++k) t.sums[k][i][p0 + p].add(part[i][k][p]);
+        for (int k = 0; k < statistic::terms; ++k)
+          t.sums[k][i][p0 + p].add(part[i][k][p]);
     }
   }
 
   V side_of(const side_cursor<T>& side, index j, index p) const {
     const V b(side.bias ? side.bias[j] : side.uniform_bias);
-    if (!job_.soft) return b;
+    if (!job_.soft)
+      return b;
     const V w(side.weight ? side.weight[j] : side.uniform_weight);
     return fma(V::load(stage_soft_ + j * tile_rows + p * width), w, b);
   }
@@ -336,30 +357,36 @@ class column_kernel {
     const marks& here = targets(column);
     constexpr index sums = statistic::look_is_maximum ? 1 : width;
     V seen[sums];
-    for (V& s : seen) s = nothing;
+    for (V& s : seen)
+      s = nothing;
     for (index j = 0; j < n; ++j) {
       V z = V::load(x + j * tile_rows);
-      if constexpr (Formula::excludes_target) z = here.replace(z, nothing, j, p);
+      if constexpr (Formula::excludes_target)
+        z = here.replace(z, nothing, j, p);
       seen[j % sums] = statistic::look(seen[j % sums], z);
     }
     for (index half = sums / 2; half > 0; half /= 2)
-      for (index i = 0; i < half; ++i) seen[i] = seen[i] + seen[i + half];
+      for (index i = 0; i < half; ++i)
+        seen[i] = seen[i] + seen[i + half];
     return seen[0];
   }
 
   void choose_shift(index p, index column, index n) {
     tile& t = *tile_;
     const V seen = t.seen[p];
-    if constexpr (statistic::look_is_maximum) t.rivals[p] = max(seen, t.rivals[p]);
+    if constexpr (statistic::look_is_maximum)
+      t.rivals[p] = max(seen, t.rivals[p]);
     const V shift = statistic::choose(formula_.score(seen), t.shift[p], n);
     if (column > 0 && any(!(shift == t.shift[p]))) {
       W by[halves];
       widen(t.shift[p], shift, by);
       for (index i = 0; i < width; ++i) {
         wide_lanes<T> sums[statistic::terms];
-        for (int k = 0; k < statistic::terms; ++k) sums[k] = t.sums[k][i][p];
+        for (int k = 0; k < statistic::terms; ++k)
+          sums[k] = t.sums[k][i][p];
         rebase_lanes<statistic>(sums, by);
-        for (int k = 0; k < statistic::terms; ++k) t.sums[k][i][p] = sums[k];
+        for (int k = 0; k < statistic::terms; ++k)
+          t.sums[k][i][p] = sums[k];
       }
     }
     t.shift[p] = shift;
@@ -370,15 +397,18 @@ class column_kernel {
     alignas(64) T narrow[lanes<T>];
     a.store(narrow);
     alignas(64) double d[lanes<T>];
-    for (index i = 0; i < width; ++i) d[i] = static_cast<double>(narrow[i]);
-    for (index h = 0; h < halves; ++h) wide[h] = W::load(d + h * finish_rows);
+    for (index i = 0; i < width; ++i)
+      d[i] = static_cast<double>(narrow[i]);
+    for (index h = 0; h < halves; ++h)
+      wide[h] = W::load(d + h * finish_rows);
   }
   /// a − b in double
   static void widen(const V& a, const V& b, W* difference) {
     W other[halves];
     widen(a, difference);
     widen(b, other);
-    for (index h = 0; h < halves; ++h) difference[h] = difference[h] - other[h];
+    for (index h = 0; h < halves; ++h)
+      difference[h] = difference[h] - other[h];
   }
 
   void finish(index p, exact_sum& total) {
@@ -398,7 +428,8 @@ class column_kernel {
       s.target_side = W::load(t.target_side + at);
       s.label_weight = W::load(t.label_weight + at);
       s.classes = W(static_cast<double>(cols_));
-      for (int k = 0; k < statistic::terms; ++k) s.term[k] = total_of(t.sums[k], p, h);
+      for (int k = 0; k < statistic::terms; ++k)
+        s.term[k] = total_of(t.sums[k], p, h);
       const row_outcome<W> result = formula_.finish(s);
       alignas(64) double value[finish_rows];
       result.value.store(value);
@@ -425,9 +456,11 @@ class column_kernel {
     }
     if constexpr (Gradient) {
       t.target_gradient[p] = V::load(narrow[0]);
-      for (int k = 0; k < coefficients; ++k) t.coefficient[p][k] = V::load(narrow[1 + k]);
+      for (int k = 0; k < coefficients; ++k)
+        t.coefficient[p][k] = V::load(narrow[1 + k]);
       alignas(64) T scale[lanes<T>];
-      for (index i = 0; i < width; ++i) scale[i] = static_cast<T>(t.scale[p * width + i]);
+      for (index i = 0; i < width; ++i)
+        scale[i] = static_cast<T>(t.scale[p * width + i]);
       t.gradient_scale[p] = V::load(scale);
     }
   }
@@ -435,7 +468,8 @@ class column_kernel {
   static void narrow_to(const W& wide, T* out) {
     alignas(64) double d[finish_rows];
     wide.store(d);
-    for (index i = 0; i < finish_rows; ++i) out[i] = static_cast<T>(d[i]);
+    for (index i = 0; i < finish_rows; ++i)
+      out[i] = static_cast<T>(d[i]);
   }
 
   /// Σ over the classes' sums, halves onto halves, as sum_lanes() does with lanes.
@@ -444,9 +478,11 @@ class column_kernel {
       return i < cols_ ? sums[i][p].folded(static_cast<int>(h)) : W(0);
     };
     W sum[lanes<T>];
-    for (index i = 0; i < width; ++i) sum[i] = of(i);
+    for (index i = 0; i < width; ++i)
+      sum[i] = of(i);
     for (index half = width / 2; half > 0; half /= 2)
-      for (index i = 0; i < half; ++i) sum[i] = sum[i] + sum[i + half];
+      for (index i = 0; i < half; ++i)
+        sum[i] = sum[i] + sum[i + half];
     return sum[0];
   }
 
@@ -466,7 +502,7 @@ class column_kernel {
 
   /// Where a chunk of the gradient comes from and goes to.
   struct route {
-    const T* x;  // scores, or images
+    const T* x; // scores, or images
     T* out;
     index x_step, out_step;
     bool reads, streamed;
@@ -476,12 +512,16 @@ class column_kernel {
     tile& t = *tile_;
     const auto& m = job_.gradient;
     route r;
-    r.reads = !carries_ && whole(job_.scores);  // scores from where they lie
+    r.reads = !carries_ && whole(job_.scores); // scores from where they lie
     T* stage = staged(column);
-    if (!carries_ && !r.reads) fetch(job_.scores, column, n, stage);
-    if (!carries_ && job_.soft) fetch(job_.soft, column, n, stage_soft_);
-    if (cols_ > chunk_columns) mark(column, n);
-    for (index p = 0; p < t.row_packs; ++p) set_chunk(p, column);
+    if (!carries_ && !r.reads)
+      fetch(job_.scores, column, n, stage);
+    if (!carries_ && job_.soft)
+      fetch(job_.soft, column, n, stage_soft_);
+    if (cols_ > chunk_columns)
+      mark(column, n);
+    for (index p = 0; p < t.row_packs; ++p)
+      set_chunk(p, column);
     r.x = r.reads ? job_.scores.pointer(t.first, column) : stage;
     r.x_step = r.reads ? job_.scores.col_stride : tile_rows;
     const bool in_place = whole(m) && !job_.accumulate;
@@ -492,7 +532,8 @@ class column_kernel {
     by_packs([&]<index Packs>(std::integral_constant<index, Packs>, index p) {
       emit_packs<Packs>(r, column, n, p);
     });
-    if (!in_place) put(stage, column, n);
+    if (!in_place)
+      put(stage, column, n);
   }
 
   template <index Packs>
@@ -503,7 +544,8 @@ class column_kernel {
     T* out = r.out + p0 * width;
     const index x_step = r.x_step, out_step = r.out_step;
     side_cursor<T> side;
-    if constexpr (Formula::has_side) side = formula_.side(column);
+    if constexpr (Formula::has_side)
+      side = formula_.side(column);
     V factor[Packs], cut[Packs], shift[Packs];
     for (index p = 0; p < Packs; ++p) {
       factor[p] = t.factor[p0 + p];
@@ -514,7 +556,8 @@ class column_kernel {
       for (index p = 0; p < Packs; ++p) {
         const index q = p0 + p;
         const T* from = x + j * x_step + p * width;
-        if (r.reads) prefetch(from + prefetch_columns * x_step);
+        if (r.reads)
+          prefetch(from + prefetch_columns * x_step);
         V g = V::load(from);
         if (Formula::proportional && statistic::has_image && carries_) {
           g = multiply_unless_less(g, cut[p], factor[p]);
@@ -523,7 +566,8 @@ class column_kernel {
           V share(0), b(0);
           if constexpr (statistic::has_image && Formula::uses_share)
             share = multiply_unless_less(exp_shifted(z - shift[p]), cut[p], factor[p]);
-          if constexpr (Formula::has_side) b = side_of(side, j, q);
+          if constexpr (Formula::has_side)
+            b = side_of(side, j, q);
           g = share;
           if constexpr (!Formula::proportional && Formula::linear)
             g = formula_.slope(z, share, Formula::has_side ? b * t.gradient_scale[q] : b,
@@ -532,7 +576,8 @@ class column_kernel {
             g = formula_.slope(z, share, b, t.coefficient[q]) * t.gradient_scale[q];
         }
         g = here.replace(g, t.target_gradient[q], j, q);
-        if (t.some_ignored) g = select(t.keep[q] == V(0), V(0), g);
+        if (t.some_ignored)
+          g = select(t.keep[q] == V(0), V(0), g);
         T* to = out + j * out_step + p * width;
         if (r.streamed)
           g.stream(to);
@@ -553,10 +598,12 @@ class column_kernel {
       const index step = by_column ? m.row_stride : m.col_stride;
       if (m.direct() && step == 1 && !job_.accumulate && !by_column) {
         T* to = reinterpret_cast<T*>(at);
-        for (index i = 0; i < size; ++i) to[i] = stage[i * tile_rows + k];
+        for (index i = 0; i < size; ++i)
+          to[i] = stage[i * tile_rows + k];
         continue;
       }
-      if (job_.accumulate) m.reader(at, step, size, stage_row_);
+      if (job_.accumulate)
+        m.reader(at, step, size, stage_row_);
       for (index i = 0; i < size; ++i) {
         const T g = by_column ? stage[k * tile_rows + i] : stage[i * tile_rows + k];
         stage_row_[i] = job_.accumulate ? stage_row_[i] + g : g;
@@ -571,8 +618,8 @@ class column_kernel {
   bool carries_;
   std::size_t scratch_bytes_ = 0;
   tile* tile_ = nullptr;
-  V* shifts_ = nullptr;  // of every chunk and pack of rows
+  V* shifts_ = nullptr; // of every chunk and pack of rows
   T *stage_ = nullptr, *stage_soft_ = nullptr, *stage_row_ = nullptr;
 };
 
-}  // namespace perdita::inline PERDITA_ABI::core
+} // namespace perdita::inline PERDITA_ABI::core

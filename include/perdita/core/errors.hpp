@@ -12,8 +12,7 @@
 
 namespace perdita::inline PERDITA_ABI::core {
 
-template <class N>
-PERDITA_NOINLINE std::string to_text(N value) {
+template <class N> PERDITA_NOINLINE std::string to_text(N value) {
   if constexpr (std::is_integral_v<N>) {
     return std::to_string(value);
   } else {
@@ -59,4 +58,4 @@ PERDITA_INLINE void require(bool holds, const char* loss, const char* argument, 
   fail(loss, std::string(argument) + "[" + std::to_string(index) + "]", got, expected);
 }
 
-}  // namespace perdita::inline PERDITA_ABI::core
+} // namespace perdita::inline PERDITA_ABI::core

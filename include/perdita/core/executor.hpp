@@ -15,15 +15,14 @@ namespace perdita::inline PERDITA_ABI {
 
 /// A numbered piece of work: task(i) may run on any thread, once for each i. Does not own.
 class task {
- public:
+public:
   template <class F>
-    requires(!std::same_as<std::remove_cvref_t<F>, task>)
-  task(F& f)
+  requires(!std::same_as<std::remove_cvref_t<F>, task>) task(F& f)
       : object_(&f),
         call_([](const void* object, std::size_t i) { (*static_cast<const F*>(object))(i); }) {}
   void operator()(std::size_t i) const { call_(object_, i); }
 
- private:
+private:
   const void* object_;
   void (*call_)(const void*, std::size_t);
 };
@@ -31,7 +30,8 @@ class task {
 /// Runs every task on the calling thread.
 struct serial_executor {
   void operator()(std::size_t n, task work) const {
-    for (std::size_t i = 0; i < n; ++i) work(i);
+    for (std::size_t i = 0; i < n; ++i)
+      work(i);
   }
   std::size_t concurrency() const { return 1; }
 };
@@ -41,7 +41,8 @@ inline constexpr serial_executor serial{};
 /// Runs the tasks on OpenMP's threads; the default where the program is compiled with OpenMP.
 struct openmp_executor {
   void operator()(std::size_t n, task work) const {
-    if (n < 2) return serial(n, work);
+    if (n < 2)
+      return serial(n, work);
 #pragma omp parallel for schedule(dynamic, 1)
     for (std::ptrdiff_t i = 0; i < static_cast<std::ptrdiff_t>(n); ++i)
       work(static_cast<std::size_t>(i));
@@ -56,19 +57,17 @@ inline constexpr openmp_executor openmp{};
 /// A member concurrency(), where there is one, says how many may run at once (else 32 are assumed);
 /// it bounds the scratch memory. Results never depend on any of this. Does not own the callable.
 class executor {
- public:
+public:
   executor()
 #if defined(_OPENMP)
-      : executor(openmp) {
-  }
+      : executor(openmp){}
 #else
       : executor(serial) {
   }
 #endif
-  template <class Run>
-    requires(!std::same_as<std::remove_cvref_t<Run>, executor> &&
-             std::invocable<const Run&, std::size_t, task>)
-  executor(const Run& run)
+        template <class Run>
+  requires(!std::same_as<std::remove_cvref_t<Run>, executor> &&
+           std::invocable<const Run&, std::size_t, task>) executor(const Run& run)
       : object_(&run), call_([](const void* object, std::size_t n, task work) {
           (*static_cast<const Run*>(object))(n, work);
         }) {
@@ -78,10 +77,10 @@ class executor {
   void operator()(std::size_t n, task work) const { call_(object_, n, work); }
   std::size_t concurrency() const { return concurrency_ > 0 ? concurrency_ : 1; }
 
- private:
+private:
   const void* object_;
   void (*call_)(const void*, std::size_t, task);
   std::size_t concurrency_ = 32;
 };
 
-}  // namespace perdita::inline PERDITA_ABI
+} // namespace perdita::inline PERDITA_ABI

@@ -9,21 +9,20 @@
 namespace perdita::inline PERDITA_ABI::core {
 
 template <class Formula>
-concept resident_formula = requires { Formula::statistic::resident; };
+concept resident_formula = requires {
+  Formula::statistic::resident;
+};
 
-template <class Formula, class T, bool Gradient>
-class resident_kernel {
+template <class Formula, class T, bool Gradient> class resident_kernel {
   using V = pack<T>;
   using statistic = typename Formula::statistic;
   static constexpr index width = static_cast<index>(lanes<T>);
 
- public:
+public:
   static constexpr index rows_at_once = 1;
 
   resident_kernel(const Formula& formula, const row_job<T>& job, std::byte* scratch)
-      : formula_(formula),
-        job_(job),
-        cols_(job.scores.cols),
+      : formula_(formula), job_(job), cols_(job.scores.cols),
         scores_in_place_(job.scores.direct() && job.scores.col_stride == 1),
         gradient_in_place_(job.gradient.direct() && job.gradient.col_stride == 1 &&
                            !job.accumulate) {
@@ -50,11 +49,12 @@ class resident_kernel {
         else
           ignore(r);
       }
-      if (count > 0) batch(rows, count, total);
+      if (count > 0)
+        batch(rows, count, total);
     }
   }
 
- private:
+private:
   void ignore(index r) {
     if (Gradient && !job_.accumulate) {
       std::fill_n(out_, cols_, T(0));
@@ -72,7 +72,8 @@ class resident_kernel {
       const auto s = statistic::solve(x[i], cols_, candidates_);
       in[0][i] = s.shift;
       in[1][i] = static_cast<double>(x[i][job_.label(rows[i])]);
-      for (int k = 0; k < statistic::terms; ++k) in[2 + k][i] = s.term[k];
+      for (int k = 0; k < statistic::terms; ++k)
+        in[2 + k][i] = s.term[k];
     }
     row_summary<statistic> s;
     s.shift = W::load(in[0]);
@@ -80,17 +81,20 @@ class resident_kernel {
     s.target_side = W(0);
     s.label_weight = W(1);
     s.classes = W(static_cast<double>(cols_));
-    for (int k = 0; k < statistic::terms; ++k) s.term[k] = W::load(in[2 + k]);
+    for (int k = 0; k < statistic::terms; ++k)
+      s.term[k] = W::load(in[2 + k]);
     const row_outcome<W> result = formula_.finish(s);
     alignas(64) double out[2 + coefficients][finish_rows];
     result.value.store(out[0]);
     result.target_gradient.store(out[1]);
-    for (int k = 0; k < coefficients; ++k) result.coefficient[k].store(out[2 + k]);
+    for (int k = 0; k < coefficients; ++k)
+      result.coefficient[k].store(out[2 + k]);
     for (index i = 0; i < count; ++i) {
       store_value(job_, rows[i], out[0][i], total);
       if constexpr (Gradient) {
         V c[coefficients];
-        for (int k = 0; k < coefficients; ++k) c[k] = V(static_cast<T>(out[2 + k][i]));
+        for (int k = 0; k < coefficients; ++k)
+          c[k] = V(static_cast<T>(out[2 + k][i]));
         emit(rows[i], x[i], c, out[1][i]);
       }
     }
@@ -101,23 +105,25 @@ class resident_kernel {
     const index step = cols_ + width;
     for (index i = 0; i < count; ++i)
       x[i] = scores_in_place_ ? job_.scores.pointer(rows[i], 0) : panel_ + i * step;
-    if (scores_in_place_) return;
+    if (scores_in_place_)
+      return;
     if (job_.scores.row_stride != 1) {
-      for (index i = 0; i < count; ++i) job_.scores.read(rows[i], 0, cols_, panel_ + i * step);
+      for (index i = 0; i < count; ++i)
+        job_.scores.read(rows[i], 0, cols_, panel_ + i * step);
       return;
     }
     for (index c = 0; c < cols_; ++c)
-      for (index i = 0; i < count; ++i) job_.scores.read(rows[i], c, 1, panel_ + i * step + c);
+      for (index i = 0; i < count; ++i)
+        job_.scores.read(rows[i], c, 1, panel_ + i * step + c);
   }
 
   void emit(index r, const T* x, const V* c, double target) {
     const V scale(static_cast<T>(job_.row_scale(r)));
     T* out = gradient_in_place_ ? job_.gradient.pointer(r, 0) : out_;
-    const auto slope = [&](const V& z) {
-      return formula_.slope(z, V(0), V(0), c) * scale;
-    };
+    const auto slope = [&](const V& z) { return formula_.slope(z, V(0), V(0), c) * scale; };
     index j = 0;
-    for (; j + width <= cols_; j += width) slope(V::load(x + j)).store(out + j);
+    for (; j + width <= cols_; j += width)
+      slope(V::load(x + j)).store(out + j);
     if (j < cols_) {
       alignas(64) T tail[lanes<T>] = {};
       std::copy(x + j, x + cols_, tail);
@@ -125,10 +131,12 @@ class resident_kernel {
       std::copy(tail, tail + (cols_ - j), out + j);
     }
     out[job_.label(r)] = static_cast<T>(target * job_.row_scale(r));
-    if (gradient_in_place_) return;
+    if (gradient_in_place_)
+      return;
     if (job_.accumulate) {
       job_.gradient.reader(job_.gradient.at(r, 0), job_.gradient.col_stride, cols_, sum_);
-      for (j = 0; j < cols_; ++j) out_[j] += sum_[j];
+      for (j = 0; j < cols_; ++j)
+        out_[j] += sum_[j];
     }
     job_.gradient.write(r, 0, cols_, out_);
   }
@@ -142,4 +150,4 @@ class resident_kernel {
   T *panel_ = nullptr, *out_ = nullptr, *sum_ = nullptr;
 };
 
-}  // namespace perdita::inline PERDITA_ABI::core
+} // namespace perdita::inline PERDITA_ABI::core

@@ -14,16 +14,13 @@ namespace perdita::inline PERDITA_ABI::core {
 ///   slope(z, share, side, c)    ∂value/∂score, with share = image_scale e^{z - shift} and the
 ///                               outcome's coefficients c
 struct row_formula {
-  static constexpr bool excludes_target = true;  ///< the sums are over the rivals of the target
-  static constexpr bool proportional = true;     ///< slope is share: nothing else is needed
-  static constexpr bool linear = true;           ///< slope is linear in share and side together
-  static constexpr bool uses_share = true;       ///< slope() reads its second argument
-  static constexpr bool has_side = false;        ///< side(first) gives a number per class
+  static constexpr bool excludes_target = true; ///< the sums are over the rivals of the target
+  static constexpr bool proportional = true;    ///< slope is share: nothing else is needed
+  static constexpr bool linear = true;          ///< slope is linear in share and side together
+  static constexpr bool uses_share = true;      ///< slope() reads its second argument
+  static constexpr bool has_side = false;       ///< side(first) gives a number per class
   double label_weight(index) const { return 1; }
-  template <class V>
-  PERDITA_INLINE V score(const V& x) const {
-    return x;
-  }
+  template <class V> PERDITA_INLINE V score(const V& x) const { return x; }
 };
 
 /// A target among its rivals, from a log-sum-exp over the rivals: with the log-odds against it
@@ -32,17 +29,15 @@ struct row_formula {
 ///   −log p_y = softplus(u),  1 − p_y = σ(u),  ∂u/∂z_j = e^{z_j} / Σ_{k≠y} e^{z_k},  ∂u/∂z_y = −1,
 ///
 /// so that a confident row keeps its digits: nothing is subtracted from 1.
-template <class W>
-struct target_odds {
-  W log_rivals;  // log Σ_{j≠y} e^{z_j − shift}
-  W against;     // u; +inf for a masked target, also where its rivals are masked; NaN for NaN
-  W surprise;    // −log p of the target
-  W miss, hit;   // 1 − p and p of the target
-  W above;       // log Σ e^z − shift, where some rival is above -inf
+template <class W> struct target_odds {
+  W log_rivals; // log Σ_{j≠y} e^{z_j − shift}
+  W against;    // u; +inf for a masked target, also where its rivals are masked; NaN for NaN
+  W surprise;   // −log p of the target
+  W miss, hit;  // 1 − p and p of the target
+  W above;      // log Σ e^z − shift, where some rival is above -inf
   W log_sum_exp;
 
-  template <class Row>
-  explicit target_odds(const Row& row) {
+  template <class Row> explicit target_odds(const Row& row) {
     const W inf(std::numeric_limits<double>::infinity());
     const auto masked = row.target == -inf;
     log_rivals = log(row.term[0]);
@@ -62,23 +57,20 @@ template <class Row>
 target_odds(const Row&) -> target_odds<std::remove_cvref_t<decltype(std::declval<Row>().target)>>;
 
 /// weight * x, where nothing infinite counts with weight 0.
-template <class W>
-PERDITA_INLINE W weighted(const W& weight, const W& x) {
+template <class W> PERDITA_INLINE W weighted(const W& weight, const W& x) {
   return select(weight == W(0), W(0), weight * x);
 }
 
 /// numerator / Σ of the rivals' images; 0 where every rival is masked.
-template <class Row, class W>
-PERDITA_INLINE W per_rival(const W& numerator, const Row& row) {
+template <class Row, class W> PERDITA_INLINE W per_rival(const W& numerator, const Row& row) {
   return select(row.term[0] == W(0), W(0), numerator / row.term[0]);
 }
 
 /// The by-products of a softmax.
-template <class Row>
-auto softmax_report(const Row& row) {
+template <class Row> auto softmax_report(const Row& row) {
   const target_odds o(row);
   using W = decltype(o.hit);
   return row_report<W>{o.log_sum_exp, -o.surprise, W(0), W(0)};
 }
 
-}  // namespace perdita::inline PERDITA_ABI::core
+} // namespace perdita::inline PERDITA_ABI::core

@@ -18,34 +18,30 @@ inline constexpr index finish_rows = lanes<double>;
 
 /// What a formula's finish() gets: a row in each lane. For statistics over the rivals the target
 /// is not in the sums.
-template <class Statistic, class W = pack<double>>
-struct row_summary : summary<Statistic, W> {
-    W target;         ///< score of the target
-  W target_side;    ///< side number of the target
-  W label_weight;   ///< class weight of the target
+template <class Statistic, class W = pack<double>> struct row_summary : summary<Statistic, W> {
+  W target;       ///< score of the target
+  W target_side;  ///< side number of the target
+  W label_weight; ///< class weight of the target
   W classes;
 };
 
 /// What it returns, all before weights and reductions.
-template <class W = pack<double>>
-struct row_outcome {
+template <class W = pack<double>> struct row_outcome {
   static constexpr int coefficients = 3;
   W value;
-  W image_scale = W(0);                                    ///< share: image_scale e^{z - shift}
-  W coefficient[coefficients] = {W(0), W(0), W(0)};        ///< whatever else slope() needs
-  W target_gradient;  ///< ∂value/∂score of the target, all of it
+  W image_scale = W(0);                             ///< share: image_scale e^{z - shift}
+  W coefficient[coefficients] = {W(0), W(0), W(0)}; ///< whatever else slope() needs
+  W target_gradient;                                ///< ∂value/∂score of the target, all of it
 };
 inline constexpr int coefficients = row_outcome<>::coefficients;
 
 /// By-products of a row, in the same units as the value.
-template <class W = pack<double>>
-struct row_report {
+template <class W = pack<double>> struct row_report {
   W log_sum_exp, target_log_probability, entropy, penalty;
 };
 
 /// Where a row's by-products go; null for those not wanted.
-template <class T>
-struct report_views {
+template <class T> struct report_views {
   vector_view<T> values, log_sum_exp, target_log_probability, entropy, penalty;
   vector_view<unsigned char> hits;
   bool any() const {
@@ -54,19 +50,18 @@ struct report_views {
   }
 };
 
-template <class T>
-struct row_job {
+template <class T> struct row_job {
   const char* name = "";
   matrix_data<T> scores;
-  matrix_data<T, true> gradient;  ///< no data: value only
-  matrix_data<T> soft;            ///< soft targets, or no data
+  matrix_data<T, true> gradient; ///< no data: value only
+  matrix_data<T> soft;           ///< soft targets, or no data
   const void* labels = nullptr;
   void (*label_reader)(const void*, index, index, index, std::int64_t*) = nullptr;
   index label_stride = 1;
   std::int64_t ignore_index = 0;
   bool accumulate = false;
-  bool streaming = false;  ///< the gradient goes past the caches
-  double scale = 1;        ///< of every gradient: loss scale, and 1/denominator for the mean
+  bool streaming = false; ///< the gradient goes past the caches
+  double scale = 1;       ///< of every gradient: loss scale, and 1/denominator for the mean
   vector_view<const T> row_weights, upstream;
   report_views<T> report;
 
@@ -110,16 +105,14 @@ struct exact_sum {
   }
   double value() const {
     const double total = sum + error;
-    return total == total ? total : sum;  // inf - inf in the error is not the sum's doing
+    return total == total ? total : sum; // inf - inf in the error is not the sum's doing
   }
 };
 
 /// One number per lane of a pack<T>, in double or, for T = double, in a double and its error.
-template <class T>
-struct wide_lanes;
+template <class T> struct wide_lanes;
 
-template <>
-struct wide_lanes<float> {
+template <> struct wide_lanes<float> {
   static constexpr int parts = 2;
   pack<double> part[parts];
 
@@ -136,20 +129,19 @@ struct wide_lanes<float> {
   double total() const { return sum_lanes(part[0] + part[1]); }
 };
 
-template <>
-struct wide_lanes<double> {
+template <> struct wide_lanes<double> {
   static constexpr int parts = 1;
   pack<double> part, error;
 
   void clear() { part = error = pack<double>(0); }
-  PERDITA_INLINE void add(const pack<double>& x) {  // Knuth's two-sum
+  PERDITA_INLINE void add(const pack<double>& x) { // Knuth's two-sum
     const pack<double> t = part + x, back = t - part;
     error += (part - (t - back)) + (x - back);
     part = t;
   }
   pack<double> folded(int) const {
     const pack<double> sum = part + error;
-    return select(is_nan(sum), part, sum);  // an infinite sum has a NaN for its error
+    return select(is_nan(sum), part, sum); // an infinite sum has a NaN for its error
   }
   void replace(int, const pack<double>& x, const pack_mask<double>& where) {
     part = select(where, x, part);
@@ -163,11 +155,13 @@ template <class Statistic, class T>
 void rebase_lanes(wide_lanes<T>* sums, const pack<double>* delta) {
   for (int p = 0; p < wide_lanes<T>::parts; ++p) {
     pack<double> t[Statistic::terms];
-    for (int k = 0; k < Statistic::terms; ++k) t[k] = sums[k].folded(p);
+    for (int k = 0; k < Statistic::terms; ++k)
+      t[k] = sums[k].folded(p);
     Statistic::rebase(t, delta[p]);
     const auto moved = !(delta[p] == pack<double>(0));
-    for (int k = 0; k < Statistic::terms; ++k) sums[k].replace(p, t[k], moved);
+    for (int k = 0; k < Statistic::terms; ++k)
+      sums[k].replace(p, t[k], moved);
   }
 }
 
-}  // namespace perdita::inline PERDITA_ABI::core
+} // namespace perdita::inline PERDITA_ABI::core

@@ -19,8 +19,7 @@
 namespace perdita::inline PERDITA_ABI::core {
 
 /// Side numbers of the classes from some column on: bias + weight * soft target.
-template <class T>
-struct side_cursor {
+template <class T> struct side_cursor {
   const T* soft = nullptr;
   const T* weight = nullptr;
   const T* bias = nullptr;
@@ -28,13 +27,15 @@ struct side_cursor {
 
   PERDITA_INLINE pack<T> at(index i) const {
     const pack<T> b = bias ? pack<T>::load(bias + i) : pack<T>(uniform_bias);
-    if (!soft) return b;
+    if (!soft)
+      return b;
     const pack<T> w = weight ? pack<T>::load(weight + i) : pack<T>(uniform_weight);
     return fma(pack<T>::load(soft + i), w, b);
   }
   void move(index columns) {
     for (const T** p : {&soft, &weight, &bias})
-      if (*p) *p += columns;
+      if (*p)
+        *p += columns;
   }
 };
 
@@ -45,8 +46,8 @@ double target_side(const Formula& formula, index label, T soft, bool has_soft) {
     const side_cursor<T> s = formula.side(label);
     const auto weight = static_cast<double>(s.weight ? *s.weight : s.uniform_weight);
     const auto bias = static_cast<double>(s.bias ? *s.bias : s.uniform_bias);
-    return has_soft ? static_cast<double>(static_cast<T>(std::fma(
-                          static_cast<double>(soft), weight, bias)))
+    return has_soft ? static_cast<double>(
+                          static_cast<T>(std::fma(static_cast<double>(soft), weight, bias)))
                     : bias;
   }
   return 0;
@@ -57,7 +58,8 @@ template <class T>
 void store_value(const row_job<T>& job, index r, double value, exact_sum& total) {
   const double weighted = value * job.row_weight(r);
   total.add(weighted);
-  if (job.report.values.data) job.report.values[r] = static_cast<T>(weighted);
+  if (job.report.values.data)
+    job.report.values[r] = static_cast<T>(weighted);
 }
 
 /// Runs a finished batch through the formula's report and stores what was asked for of the rows
@@ -81,26 +83,26 @@ void store_report(const Formula& formula, const row_job<T>& job, const Summary& 
                                job.report.entropy, job.report.penalty};
   for (index i = 0; i < count; ++i) {
     for (int k = 0; k < 4; ++k)
-      if (to[k].data) to[k][rows[i]] = static_cast<T>(v[k][lane[i]]);
+      if (to[k].data)
+        to[k][rows[i]] = static_cast<T>(v[k][lane[i]]);
     if (job.report.hits.data)
-      job.report.hits[rows[i]] =
-          static_cast<unsigned char>(target[lane[i]] > rivals[lane[i]] &&
-                                     !std::isnan(v[0][lane[i]]));  // rivals pass NaN over
+      job.report.hits[rows[i]] = static_cast<unsigned char>(
+          target[lane[i]] > rivals[lane[i]] && !std::isnan(v[0][lane[i]])); // rivals pass NaN over
   }
 }
 
 /// By-products of a row that does not count.
-template <class T>
-void store_ignored_report(const row_job<T>& job, index r) {
+template <class T> void store_ignored_report(const row_job<T>& job, index r) {
   for (const auto& v : {job.report.values, job.report.log_sum_exp,
                         job.report.target_log_probability, job.report.entropy, job.report.penalty})
-    if (v.data) v[r] = T(0);
-  if (job.report.hits.data) job.report.hits[r] = 0;
+    if (v.data)
+      v[r] = T(0);
+  if (job.report.hits.data)
+    job.report.hits[r] = 0;
 }
 
 /// Gradient and by-products of a row that does not count.
-template <class T>
-void store_ignored(const row_job<T>& job, index r, T* zeros) {
+template <class T> void store_ignored(const row_job<T>& job, index r, T* zeros) {
   if (job.has_gradient() && !job.accumulate) {
     std::fill_n(zeros, std::min(chunk_columns, job.scores.cols), T(0));
     for (index c = 0; c < job.scores.cols; c += chunk_columns)
@@ -110,8 +112,7 @@ void store_ignored(const row_job<T>& job, index r, T* zeros) {
 }
 
 /// One chunk of columns at a time of one row's sums and of another row's gradient.
-template <class Formula, class T, bool Gradient>
-class row_kernel {
+template <class Formula, class T, bool Gradient> class row_kernel {
   using V = pack<T>;
   using statistic = typename Formula::statistic;
   static constexpr index width = static_cast<index>(lanes<T>);
@@ -119,14 +120,12 @@ class row_kernel {
   static constexpr bool carries = Gradient && Formula::proportional && statistic::has_image;
   static constexpr index prefetch_distance = 16384 / static_cast<index>(sizeof(T));
 
- public:
+public:
   static constexpr index rows_at_once = 1;
   static index group_size(index cols) { return cols <= 2048 ? finish_rows : 1; }
 
   row_kernel(const Formula& formula, const row_job<T>& job, std::byte* scratch)
-      : formula_(formula),
-        job_(job),
-        cols_(job.scores.cols),
+      : formula_(formula), job_(job), cols_(job.scores.cols),
         chunks_((cols_ + chunk_columns - 1) / chunk_columns),
         scores_in_place_(job.scores.direct() && job.scores.col_stride == 1),
         soft_in_place_(job.soft.direct() && job.soft.col_stride == 1),
@@ -160,50 +159,52 @@ class row_kernel {
       for (index k = 0; k < std::max(count, previous_count); ++k)
         advance(k < count ? &current[k] : nullptr, k < previous_count ? &previous[k] : nullptr,
                 k + 1 < count ? &current[k + 1] : nullptr);
-      if (count > 0) finish(current, count, total);
+      if (count > 0)
+        finish(current, count, total);
       previous_count = Gradient ? count : 0;
       std::swap(current, previous);
     }
-    if (job_.streaming) stream_fence();
+    if (job_.streaming)
+      stream_fence();
   }
 
- private:
+private:
   /// A row between its first column and its gradient.
   struct live_row {
     index row, label;
     double target, raw_target, target_side, label_weight, scale;
     T shift;
-    V look;        // what the first chunk's shift is picked from
+    V look; // what the first chunk's shift is picked from
     bool looked;
-    T rivals;      // the largest raw score but the target's
-    bool shifted;  // not all chunks have the same shift
+    T rivals;     // the largest raw score but the target's
+    bool shifted; // not all chunks have the same shift
     wide_lanes<T> sums[statistic::terms];
-    T* shifts;   // of every chunk
-    T* factors;  // of every chunk: from image to share
-    T* image;    // scratch; null where the images stay in the row
+    T* shifts;  // of every chunk
+    T* factors; // of every chunk: from image to share
+    T* image;   // scratch; null where the images stay in the row
     T coefficient[coefficients];
     T target_gradient;
-    alignas(64) T tail[lanes<T>];  // images of the last, partial pack of a row that has no room
+    alignas(64) T tail[lanes<T>]; // images of the last, partial pack of a row that has no room
   };
 
   struct absorb_cursor {
     const T* x;
     T* image;
-    const T* next;  // what to look at meanwhile
+    const T* next; // what to look at meanwhile
     side_cursor<T> side;
-    index hole, next_hole;  // the pack with the target in it, or -1
+    index hole, next_hole; // the pack with the target in it, or -1
     T hole_lane, next_hole_lane;
     V shift, seen;
     V sum[statistic::terms];
   };
 
   struct emit_cursor {
-    const T* from;  // images, or scores where the formula needs them
+    const T* from; // images, or scores where the formula needs them
     T* to;
     side_cursor<T> side;
     V factor, cut, shift, scale;
     V coefficient[coefficients];
-    index head;  // columns before the first aligned pack of a streamed row
+    index head; // columns before the first aligned pack of a streamed row
     bool streaming, straddles;
   };
 
@@ -216,7 +217,8 @@ class row_kernel {
       T* image = carries && !images_in_row_
                      ? memory.take<T>(static_cast<std::size_t>(cols_ + 2 * width))
                      : nullptr;
-      if (!real) continue;
+      if (!real)
+        continue;
       live_row* row = new (&rows_[k]) live_row;
       row->shifts = shifts;
       row->factors = factors;
@@ -227,13 +229,12 @@ class row_kernel {
       *stage = memory.take<T>(static_cast<std::size_t>(chunk_columns + 2 * width));
   }
 
-  index chunk_size(index c) const {
-    return std::min(chunk_columns, cols_ - c * chunk_columns);
-  }
+  index chunk_size(index c) const { return std::min(chunk_columns, cols_ - c * chunk_columns); }
   // ---- sources
 
   const T* scores(index r, index first, index n, T* stage) const {
-    if (scores_in_place_) return job_.scores.pointer(r, first);
+    if (scores_in_place_)
+      return job_.scores.pointer(r, first);
     job_.scores.read(r, first, n, stage);
     return stage;
   }
@@ -242,7 +243,8 @@ class row_kernel {
     if constexpr (Formula::has_side) {
       result = formula_.side(first);
       if (job_.soft) {
-        if (!soft_in_place_) job_.soft.read(r, first, n, stage);
+        if (!soft_in_place_)
+          job_.soft.read(r, first, n, stage);
         result.soft = soft_in_place_ ? job_.soft.pointer(r, first) : stage;
       }
     }
@@ -285,9 +287,11 @@ class row_kernel {
       job_.scores.read(r, row.label, 1, &x);
     row.raw_target = static_cast<double>(x);
     row.target = static_cast<double>(first_lane(formula_.score(V(x))));
-    if (job_.soft) job_.soft.read(r, row.label, 1, &q);
+    if (job_.soft)
+      job_.soft.read(r, row.label, 1, &q);
     row.target_side = target_side(formula_, row.label, q, static_cast<bool>(job_.soft));
-    for (auto& s : row.sums) s.clear();
+    for (auto& s : row.sums)
+      s.clear();
     row.shift = first_lane(statistic::template first_shift<V>());
     row.rivals = -std::numeric_limits<T>::infinity();
     row.shifted = false;
@@ -309,9 +313,11 @@ class row_kernel {
         from.read(r, first, n, stage_soft_);
       V seen(most);
       index j = 0;
-      for (; j + width <= n; j += width) seen = max(V::load(q + j), seen);
+      for (; j + width <= n; j += width)
+        seen = max(V::load(q + j), seen);
       T chunk_most = max_lanes(seen);
-      for (; j < n; ++j) chunk_most = q[j] > chunk_most ? q[j] : chunk_most;
+      for (; j < n; ++j)
+        chunk_most = q[j] > chunk_most ? q[j] : chunk_most;
       if (chunk_most > most) {
         most = chunk_most;
         best = first + static_cast<index>(std::find(q, q + n, most) - q);
@@ -321,7 +327,8 @@ class row_kernel {
   }
 
   index hole_in(const live_row& row, index first, index n) const {
-    if constexpr (!Formula::excludes_target) return -1;
+    if constexpr (!Formula::excludes_target)
+      return -1;
     return row.label >= first && row.label < first + n ? row.label - first : -1;
   }
 
@@ -337,7 +344,8 @@ class row_kernel {
         z = V::load(x + j);
       } else {
         pad(x + j, std::min(width, n - j), first_lane(nothing), padded);
-        if (hole >= j && hole < j + width) padded[hole - j] = first_lane(nothing);
+        if (hole >= j && hole < j + width)
+          padded[hole - j] = first_lane(nothing);
         z = V::load(padded);
       }
       seen = statistic::look(seen, z);
@@ -353,12 +361,13 @@ class row_kernel {
     } else {
       look = sum_lanes(seen);
     }
-    const T shift = first_lane(
-        statistic::choose(formula_.score(V(look)), V(row.shift), chunk_size(c)));
+    const T shift =
+        first_lane(statistic::choose(formula_.score(V(look)), V(row.shift), chunk_size(c)));
     if (!(shift == row.shift)) {
       pack<double> delta[2];
       delta[0] = delta[1] = static_cast<double>(row.shift) - static_cast<double>(shift);
-      if (c > 0) rebase_lanes<statistic>(row.sums, delta);
+      if (c > 0)
+        rebase_lanes<statistic>(row.sums, delta);
       row.shifted = c > 0;
       row.shift = shift;
     }
@@ -366,7 +375,8 @@ class row_kernel {
   }
 
   T* image_of(live_row& row, index column) const {
-    if constexpr (!carries) return nullptr;
+    if constexpr (!carries)
+      return nullptr;
     return row.image ? row.image + column : job_.gradient.pointer(row.row, column);
   }
 
@@ -379,7 +389,8 @@ class row_kernel {
     if (a.hole == n / width) {
       const auto lane = static_cast<index>(a.hole_lane);
       padded[lane] = absent;
-      if constexpr (Formula::has_side) side.bias[lane] = side.weight[lane] = 0;
+      if constexpr (Formula::has_side)
+        side.bias[lane] = side.weight[lane] = 0;
     }
     a.x = a.next = padded;
     a.side = side.cursor;
@@ -393,14 +404,16 @@ class row_kernel {
 
   /// Prepares the row's first chunk. A streamed row starts at its first aligned address.
   void open(const live_row& row, emit_cursor& e) const {
-    e.streaming = job_.streaming && gradient_in_place_ && (carries || scores_in_place_) && (!job_.soft || soft_in_place_);
+    e.streaming = job_.streaming && gradient_in_place_ && (carries || scores_in_place_) &&
+                  (!job_.soft || soft_in_place_);
     e.head = 0;
     if (e.streaming) {
       const auto address = reinterpret_cast<std::uintptr_t>(job_.gradient.pointer(row.row, 0));
       e.head = std::min(cols_, static_cast<index>((64 - address % 64) % 64 / sizeof(T)));
     }
     e.scale = V(static_cast<T>(row.scale));
-    for (int k = 0; k < coefficients; ++k) e.coefficient[k] = V(row.coefficient[k]);
+    for (int k = 0; k < coefficients; ++k)
+      e.coefficient[k] = V(row.coefficient[k]);
   }
 
   void set_chunk(const live_row& row, emit_cursor& e, index c) const {
@@ -416,7 +429,8 @@ class row_kernel {
     const index n = std::min(chunk_columns, cols_ - first);
     set_chunk(row, e, c);
     e.straddles = false;
-    if (n <= 0) return 0;
+    if (n <= 0)
+      return 0;
     e.from = carries ? image_of(row, first) : scores(row.row, first, n, stage_emit_);
     e.to = gradient_in_place_ ? job_.gradient.pointer(row.row, first) : stage_gradient_;
     e.side = side(row.row, first, n, stage_soft_emit_);
@@ -453,10 +467,12 @@ class row_kernel {
       emit_cursor head = e;
       head.from -= e.head;
       head.to -= e.head;
-      if constexpr (Formula::has_side) head.side.move(-e.head);
+      if constexpr (Formula::has_side)
+        head.side.move(-e.head);
       emit_partial(row, head, 0, e.head);
     }
-    if (n <= 0) return;
+    if (n <= 0)
+      return;
     if (e.straddles) {
       emit_cursor both = e, next = e;
       set_chunk(row, next, c + 1);
@@ -467,12 +483,15 @@ class row_kernel {
       absorb_cursor none;
       step<false, true>(n / width - 1, n / width, none, both);
     }
-    if (n % width) emit_partial(row, e, n / width * width, n % width);
-    if (gradient_in_place_) return;
+    if (n % width)
+      emit_partial(row, e, n / width * width, n % width);
+    if (gradient_in_place_)
+      return;
     if (job_.accumulate) {
       job_.gradient.reader(job_.gradient.at(row.row, first), job_.gradient.col_stride, n,
                            stage_sum_);
-      for (index j = 0; j < n; ++j) stage_gradient_[j] += stage_sum_[j];
+      for (index j = 0; j < n; ++j)
+        stage_gradient_[j] += stage_sum_[j];
     }
     job_.gradient.write(row.row, first, n, stage_gradient_);
   }
@@ -492,15 +511,16 @@ class row_kernel {
       seen = a->looked ? a->look : look_at(*a, x, 0, chunk_size(0), 0, nothing);
     }
     T target = 0;
-    if constexpr (Gradient) if (e) {
-      open(*e, emitting);
-      target = e->target_gradient;
-      if (job_.accumulate) {
-        T before;
-        job_.gradient.reader(job_.gradient.at(e->row, e->label), 1, 1, &before);
-        target += before;
+    if constexpr (Gradient)
+      if (e) {
+        open(*e, emitting);
+        target = e->target_gradient;
+        if (job_.accumulate) {
+          T before;
+          job_.gradient.reader(job_.gradient.at(e->row, e->label), 1, 1, &before);
+          target += before;
+        }
       }
-    }
     for (index c = 0; c < chunks_; ++c) {
       const index first = c * chunk_columns, n = chunk_size(c);
       const bool last = c + 1 == chunks_;
@@ -523,17 +543,22 @@ class row_kernel {
         absorbing.side = side(a->row, first, n, stage_soft_);
         absorbing.shift = V(a->shift);
         absorbing.seen = nothing;
-        for (V& sum : absorbing.sum) sum = V(0);
+        for (V& sum : absorbing.sum)
+          sum = V(0);
         absorb_packs = n / width;
       }
       index both = 0;
       if constexpr (Gradient) {
-        if (e) emit_packs = aim(*e, emitting, c);
+        if (e)
+          emit_packs = aim(*e, emitting, c);
         both = std::min(absorb_packs, emit_packs);
-        if (both > 0) step<true, true>(0, both, absorbing, emitting);
-        if (emit_packs > both) step<false, true>(both, emit_packs, absorbing, emitting);
+        if (both > 0)
+          step<true, true>(0, both, absorbing, emitting);
+        if (emit_packs > both)
+          step<false, true>(both, emit_packs, absorbing, emitting);
       }
-      if (absorb_packs > both) step<true, false>(both, absorb_packs, absorbing, emitting);
+      if (absorb_packs > both)
+        step<true, false>(both, absorb_packs, absorbing, emitting);
       if (a) {
         if (next) {
           const bool saw = absorbing.next == next;
@@ -544,15 +569,19 @@ class row_kernel {
             next_row->looked = true;
           }
         }
-        if (n % width) absorb_tail(*a, absorbing, first, n);
-        for (int k = 0; k < statistic::terms; ++k) a->sums[k].add(absorbing.sum[k]);
+        if (n % width)
+          absorb_tail(*a, absorbing, first, n);
+        for (int k = 0; k < statistic::terms; ++k)
+          a->sums[k].add(absorbing.sum[k]);
         x = next;
       }
       if constexpr (Gradient)
-        if (e) flush(*e, emitting, c);
+        if (e)
+          flush(*e, emitting, c);
     }
     if constexpr (Gradient)
-      if (e) job_.gradient.writer(job_.gradient.at(e->row, e->label), 1, 1, &target);
+      if (e)
+        job_.gradient.writer(job_.gradient.at(e->row, e->label), 1, 1, &target);
   }
 
   static void set_hole(index hole, index& pack_number, T& lane) {
@@ -570,7 +599,8 @@ class row_kernel {
     index hole = -1, next_hole = -1;
     bool streaming = false;
     if constexpr (Absorb) {
-      for (int k = 0; k < statistic::terms; ++k) sum[k] = a.sum[k];
+      for (int k = 0; k < statistic::terms; ++k)
+        sum[k] = a.sum[k];
       seen = a.seen;
       shift = a.shift;
       x = a.x;
@@ -585,7 +615,8 @@ class row_kernel {
       from = e.from;
       to = e.to;
       streaming = e.streaming;
-      for (int k = 0; k < coefficients; ++k) c[k] = e.coefficient[k];
+      for (int k = 0; k < coefficients; ++k)
+        c[k] = e.coefficient[k];
     }
     for (index i = begin; i < end; ++i) {
       const index j = i * width;
@@ -593,14 +624,16 @@ class row_kernel {
         prefetch(x + j + prefetch_distance);
         V z = formula_.score(V::load(x + j));
         V side(0);
-        if constexpr (Formula::has_side) side = a.side.at(j);
+        if constexpr (Formula::has_side)
+          side = a.side.at(j);
         if (i == hole) [[unlikely]] {
           const auto here = iota<T>() == V(a.hole_lane);
           z = select(here, statistic::absent(shift), z);
           side = select(here, V(0), side);
         }
         const V image = statistic::absorb(sum, z, shift, side);
-        if constexpr (carries) image.store(image_to + j);
+        if constexpr (carries)
+          image.store(image_to + j);
         V look = V::load(next + j);
         if (i == next_hole) [[unlikely]]
           look = select(iota<T>() == V(a.next_hole_lane), nothing, look);
@@ -616,7 +649,8 @@ class row_kernel {
           V share(0), side(0);
           if constexpr (statistic::has_image && Formula::uses_share)
             share = multiply_unless_less(exp_shifted(z - e.shift), cut, factor);
-          if constexpr (Formula::has_side) side = e.side.at(j);
+          if constexpr (Formula::has_side)
+            side = e.side.at(j);
           // The row's scale is in the share already, so that a plain row has the same bits here.
           if constexpr (Formula::linear)
             out = formula_.slope(z, share, Formula::has_side ? side * e.scale : side, c);
@@ -630,7 +664,8 @@ class row_kernel {
       }
     }
     if constexpr (Absorb) {
-      for (int k = 0; k < statistic::terms; ++k) a.sum[k] = sum[k];
+      for (int k = 0; k < statistic::terms; ++k)
+        a.sum[k] = sum[k];
       a.seen = seen;
     }
   }
@@ -653,8 +688,10 @@ class row_kernel {
       in[3][i] = row.label_weight;
       in[4][i] = static_cast<double>(row.rivals);
       in[5][i] = row.raw_target;
-      for (int k = 0; k < statistic::terms; ++k) in[6 + k][i] = row.sums[k].total();
-      if constexpr (statistic::counts) in[6][i] -= static_cast<double>(padding);
+      for (int k = 0; k < statistic::terms; ++k)
+        in[6 + k][i] = row.sums[k].total();
+      if constexpr (statistic::counts)
+        in[6][i] -= static_cast<double>(padding);
     }
     row_summary<statistic> s;
     s.shift = W::load(in[0]);
@@ -662,12 +699,14 @@ class row_kernel {
     s.target_side = W::load(in[2]);
     s.label_weight = W::load(in[3]);
     s.classes = W(static_cast<double>(cols_));
-    for (int k = 0; k < statistic::terms; ++k) s.term[k] = W::load(in[6 + k]);
+    for (int k = 0; k < statistic::terms; ++k)
+      s.term[k] = W::load(in[6 + k]);
     const row_outcome<W> result = formula_.finish(s);
     result.value.store(out[0]);
     result.image_scale.store(out[1]);
     result.target_gradient.store(out[2]);
-    for (int k = 0; k < coefficients; ++k) result.coefficient[k].store(out[3 + k]);
+    for (int k = 0; k < coefficients; ++k)
+      result.coefficient[k].store(out[3 + k]);
     if (job_.report.any())
       store_report(formula_, job_, s, numbers, lane, W::load(in[5]), W::load(in[4]), count);
     for (index i = 0; i < count; ++i) {
@@ -693,7 +732,8 @@ class row_kernel {
       for (index i = 0; i < n; ++i)
         d[i] = static_cast<double>(row.shifts[c + i]) - static_cast<double>(row.shift);
       (exp(pack<double>::load(d)) * scale).store(d);
-      for (index i = 0; i < n; ++i) row.factors[c + i] = static_cast<T>(d[i]);
+      for (index i = 0; i < n; ++i)
+        row.factors[c + i] = static_cast<T>(d[i]);
     }
   }
 
@@ -708,4 +748,4 @@ class row_kernel {
   T *stage_soft_ = nullptr, *stage_soft_emit_ = nullptr;
 };
 
-}  // namespace perdita::inline PERDITA_ABI::core
+} // namespace perdita::inline PERDITA_ABI::core

@@ -22,8 +22,7 @@ namespace perdita::inline PERDITA_ABI {
 enum class reduction { none, mean, sum };
 
 /// Everything that changes a call but not the mathematics. The same names for every loss.
-template <class T>
-struct call_options {
+template <class T> struct call_options {
   /// One factor per row, of value and gradient; counts in the mean's denominator. 0 removes a row.
   vector_view<const T> row_weights{};
   /// ∂(what is minimised)/∂(value of the row): multiplies the gradient of each row only.
@@ -36,15 +35,15 @@ struct call_options {
   bool accumulate = false;
 
   /// By-products, one number per row (0 for ignored rows). No view, no cost.
-  vector_view<T> values{};                  ///< value times row weight
-  vector_view<T> log_sum_exp{};             ///< of the transformed scores
-  vector_view<T> target_log_probability{};  ///< log p of the label
-  vector_view<T> entropy{};                 ///< -Σ p log p, in nats
-  vector_view<T> penalty{};                 ///< the penalty's part of the value
-  vector_view<unsigned char> hits{};        ///< 1 where the label's score is above all others
+  vector_view<T> values{};                 ///< value times row weight
+  vector_view<T> log_sum_exp{};            ///< of the transformed scores
+  vector_view<T> target_log_probability{}; ///< log p of the label
+  vector_view<T> entropy{};                ///< -Σ p log p, in nats
+  vector_view<T> penalty{};                ///< the penalty's part of the value
+  vector_view<unsigned char> hits{};       ///< 1 where the label's score is above all others
 
   executor run_on{};
-  workspace* memory = nullptr;  ///< scratch to reuse; without it a call allocates once
+  workspace* memory = nullptr; ///< scratch to reuse; without it a call allocates once
 };
 
 namespace core {
@@ -71,8 +70,7 @@ struct extent {
   std::uintptr_t begin, end;
 };
 /// The bytes between the first and the last element of a matrix.
-template <class T, bool M>
-extent bytes_of(const matrix_data<T, M>& m) {
+template <class T, bool M> extent bytes_of(const matrix_data<T, M>& m) {
   index low = 0, high = 0;
   const index planes = m.plane_rows > 0 ? m.rows / m.plane_rows : 1;
   for (const index reach : {(m.plane_rows - 1) * m.row_stride, (m.cols - 1) * m.col_stride,
@@ -84,9 +82,9 @@ extent bytes_of(const matrix_data<T, M>& m) {
 }
 
 /// The gradient may be the scores themselves (true) or memory apart from them and the target.
-template <class T>
-bool check_overlap(const char* name, const row_job<T>& job) {
-  if (job.scores.rows * job.scores.cols == 0) return false;
+template <class T> bool check_overlap(const char* name, const row_job<T>& job) {
+  if (job.scores.rows * job.scores.cols == 0)
+    return false;
   const auto& g = job.gradient;
   const extent mine = bytes_of(g);
   const auto against = [&](const matrix_data<T>& m, const char* what) {
@@ -99,7 +97,8 @@ bool check_overlap(const char* name, const row_job<T>& job) {
            ", expected either the very same elements or memory apart");
     return same;
   };
-  if (job.soft) against(job.soft, "target");
+  if (job.soft)
+    against(job.soft, "target");
   return against(job.scores, "scores");
 }
 
@@ -118,7 +117,7 @@ void read_labels(const void* labels, index stride, index first, index n, std::in
   }
 }
 
-}  // namespace core
+} // namespace core
 
 /// Base of every loss of one row of scores and a target. Derived declares
 ///
@@ -132,36 +131,34 @@ void read_labels(const void* labels, index stride, index first, index n, std::in
 /// denominator (1), and check(job), which fails if the loss cannot take such a job;
 ///
 /// and a formula (core/row_formula.hpp) declares the algebra.
-template <class Derived, class T>
-class row_loss {
- public:
+template <class Derived, class T> class row_loss {
+public:
   using value_type = T;
 
   /// The reduced value. `scores` is rows × classes, of T (or 16-bit storage where T is float);
   /// `target` is one label per row, of any integral type, or rows × classes soft targets.
   template <class X, class Y>
-    requires core::scores_like<X, T>
-  T operator()(X&& scores, Y&& target, const call_options<T>& call = {}) const {
+  requires core::scores_like<X, T> T operator()(X&& scores, Y&& target,
+                                                const call_options<T>& call = {}) const {
     return run<false>(core::as_matrix(scores), target, matrix_view<T>(), call);
   }
 
   /// The reduced value, and its gradient with respect to the scores, written (or added) to
   /// `gradient`: a buffer of its own, or the scores themselves.
   template <class X, class Y, class G>
-    requires core::scores_like<X, T> && core::gradient_like<G, T>
-  T operator()(X&& scores, Y&& target, G&& gradient, const call_options<T>& call = {}) const {
+  requires core::scores_like<X, T> && core::gradient_like<G, T>
+      T operator()(X&& scores, Y&& target, G&& gradient, const call_options<T>& call = {}) const {
     const auto g = core::as_matrix(gradient);
     core::require(g.data != nullptr || g.rows * g.cols == 0, self().name, "gradient", 0,
                   "a pointer to memory");
     return run<true>(core::as_matrix(scores), target, g, call);
   }
 
- protected:
+protected:
   /// Checks a job, settles its scale and runs it with the formula that visit(job, f) hands to f.
   template <bool Gradient, class Visit>
   T evaluate(core::row_job<T>& job, const call_options<T>& call, Visit visit) const;
-  template <class L>
-  void set_labels(core::row_job<T>& job, vector_view<L> labels) const {
+  template <class L> void set_labels(core::row_job<T>& job, vector_view<L> labels) const {
     check_size("labels", labels.size, job.scores.rows);
     job.labels = labels.data ? static_cast<const void*>(labels.data) : this;
     job.label_reader = &core::read_labels<std::remove_const_t<L>>;
@@ -176,7 +173,7 @@ class row_loss {
   double label_weight(index) const { return 1; }
   void check(const core::row_job<T>&) const {}
 
- private:
+private:
   const Derived& self() const { return static_cast<const Derived&>(*this); }
 
   template <bool Gradient, class S, class Y, class G>
@@ -197,8 +194,8 @@ class row_loss {
       check_size("target columns", soft.cols, scores.cols);
       job.soft = core::matrix_data<T>(soft);
     }
-    return evaluate<Gradient>(
-        job, call, [this](const auto& settled, auto f) { self().visit(settled, f); });
+    return evaluate<Gradient>(job, call,
+                              [this](const auto& settled, auto f) { self().visit(settled, f); });
   }
 
   double check_and_weigh(const core::row_job<T>& job, const call_options<T>& call,
@@ -207,8 +204,7 @@ class row_loss {
 
 template <class Derived, class T>
 double row_loss<Derived, T>::check_and_weigh(const core::row_job<T>& job,
-                                             const call_options<T>& call,
-                                             bool has_gradient) const {
+                                             const call_options<T>& call, bool has_gradient) const {
   const index rows = job.scores.rows, cols = job.scores.cols;
   const char* name = self().name;
   if (has_gradient) {
@@ -220,7 +216,8 @@ double row_loss<Derived, T>::check_and_weigh(const core::row_job<T>& job,
                  ": accumulate is true, expected false where the gradient overwrites the scores");
   }
   const auto per_row = [&](const char* what, const auto& v) {
-    if (v.data || v.size > 0) check_size(what, v.size, rows);
+    if (v.data || v.size > 0)
+      check_size(what, v.size, rows);
   };
   per_row("row_weights", call.row_weights);
   per_row("upstream", call.upstream);
@@ -236,19 +233,23 @@ double row_loss<Derived, T>::check_and_weigh(const core::row_job<T>& job,
                  ": a by-product of a softmax is asked for, expected none but values");
   core::require(call.normaliser >= 0 && std::isfinite(call.normaliser), name, "normaliser",
                 call.normaliser, "a finite number above 0, or 0 for the reduction's own");
-  if (rows > 0) core::require(cols > 0, name, "columns", cols, "at least 1 class");
-  if (cols > 0) self().check(job);
+  if (rows > 0)
+    core::require(cols > 0, name, "columns", cols, "at least 1 class");
+  if (cols > 0)
+    self().check(job);
 
   core::exact_sum weights;
   constexpr index batch = 256;
   std::int64_t labels[batch];
   for (index first = 0; first < rows; first += batch) {
     const index n = std::min(batch, rows - first);
-    if (job.labels) job.read_labels(first, n, labels);
+    if (job.labels)
+      job.read_labels(first, n, labels);
     for (index i = 0; i < n; ++i) {
       double weight = 1;
       if (job.labels) {
-        if (labels[i] == job.ignore_index) continue;
+        if (labels[i] == job.ignore_index)
+          continue;
         if (labels[i] < 0 || labels[i] >= cols) [[unlikely]]
           core::fail_at(name, "labels", first + i, core::to_text(labels[i]),
                         "0 to " + core::to_text(cols - 1) + ", or ignore_index " +
@@ -273,7 +274,8 @@ T row_loss<Derived, T>::evaluate(core::row_job<T>& job, const call_options<T>& c
   job.report = {call.values,  call.log_sum_exp, call.target_log_probability,
                 call.entropy, call.penalty,     call.hits};
   const double weights = check_and_weigh(job, call, Gradient);
-  if (job.scores.rows == 0) return 0;
+  if (job.scores.rows == 0)
+    return 0;
 
   double share = 1;
   if (options.reduction == reduction::mean) {
@@ -288,4 +290,4 @@ T row_loss<Derived, T>::evaluate(core::row_job<T>& job, const call_options<T>& c
   return static_cast<T>(share == 0 ? 0 : total * share);
 }
 
-}  // namespace perdita::inline PERDITA_ABI
+} // namespace perdita::inline PERDITA_ABI

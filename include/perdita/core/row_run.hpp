@@ -16,7 +16,7 @@ namespace perdita::inline PERDITA_ABI::core {
 inline index block_rows(index rows, index cols, index tile) {
   const auto up = [](index a, index b) { return (a + b - 1) / b; };
   const index worth = up(65536, cols), shared = std::clamp<index>(rows / 16, 1, 8);
-  if (tile > 1)  // lanes are rows: whole tiles, or halves of them where there are few
+  if (tile > 1) // lanes are rows: whole tiles, or halves of them where there are few
     return up(std::max(worth, up(rows, 4096)), rows > tile ? tile : up(tile, 2)) *
            (rows > tile ? tile : up(tile, 2));
   const index n = std::max({worth, shared, up(rows, 4096)});
@@ -28,7 +28,8 @@ template <class Kernel, class Formula, class T>
 double run_blocks(const Formula& formula, const row_job<T>& job, const executor& run_on,
                   workspace* memory) {
   const auto up64 = [](std::size_t bytes) { return (bytes + 63) / 64 * 64; };
-  const index rows = job.scores.rows, block = block_rows(rows, job.scores.cols, Kernel::rows_at_once);
+  const index rows = job.scores.rows,
+              block = block_rows(rows, job.scores.cols, Kernel::rows_at_once);
   const index blocks = (rows + block - 1) / block;
   const auto workers = std::min(static_cast<std::size_t>(blocks), run_on.concurrency());
   const std::size_t scratch = up64(Kernel::scratch_bytes(formula, job));
@@ -46,7 +47,8 @@ double run_blocks(const Formula& formula, const row_job<T>& job, const executor&
   };
   run_on(workers, work);
   exact_sum sum;
-  for (index b = 0; b < blocks; ++b) sum.add(sums[b]);
+  for (index b = 0; b < blocks; ++b)
+    sum.add(sums[b]);
   return sum.value();
 }
 
@@ -66,4 +68,4 @@ double run_rows(const Formula& formula, row_job<T>& job, const executor& run_on,
     return run_blocks<row_kernel<Formula, T, Gradient>>(formula, job, run_on, memory);
 }
 
-}  // namespace perdita::inline PERDITA_ABI::core
+} // namespace perdita::inline PERDITA_ABI::core

@@ -37,14 +37,12 @@
 
 namespace perdita::inline PERDITA_ABI::core {
 
-template <class T>
-inline constexpr std::size_t lanes = 64 / sizeof(T);
+template <class T> inline constexpr std::size_t lanes = 64 / sizeof(T);
 
-template <class T>
-using bits_of = std::conditional_t<sizeof(T) == 4, std::int32_t, std::int64_t>;
+template <class T> using bits_of = std::conditional_t<sizeof(T) == 4, std::int32_t, std::int64_t>;
 
 /// Whether fma() rounds once.
-#if PERDITA_NO_SIMD || defined(__AVX512F__) || (defined(__FMA__) && defined(__AVX__)) || \
+#if PERDITA_NO_SIMD || defined(__AVX512F__) || (defined(__FMA__) && defined(__AVX__)) ||           \
     defined(__aarch64__)
 inline constexpr bool fused = true;
 #else
@@ -57,8 +55,7 @@ namespace reg {
 
 /// Rounds a product before anything is added to it: without this a compiler may contract
 /// a * b + c on one machine and not on another.
-template <class R>
-PERDITA_INLINE R rounded(R r) {
+template <class R> PERDITA_INLINE R rounded(R r) {
 #if defined(__GNUC__) && (defined(__x86_64__) || defined(__i386__))
 #if defined(__AVX512F__)
   asm("" : "+v"(r));
@@ -73,8 +70,7 @@ PERDITA_INLINE R rounded(R r) {
 
 #if PERDITA_NO_SIMD
 
-template <class T>
-struct types {
+template <class T> struct types {
   using value = T;
   using integer = bits_of<T>;
   using mask = bool;
@@ -112,11 +108,9 @@ PERDITA_INLINE float lookup(const float* table, std::int32_t index) { return tab
 
 #else
 
-template <class T>
-using batch = xsimd::batch<T>;
+template <class T> using batch = xsimd::batch<T>;
 
-template <class T>
-struct types {
+template <class T> struct types {
   using value = batch<T>;
   using integer = batch<bits_of<T>>;
   using mask = typename batch<T>::batch_bool_type;
@@ -127,8 +121,7 @@ template <class T> PERDITA_INLINE batch<T> set(T a) { return batch<T>(a); }
 template <class T> PERDITA_INLINE batch<T> load(const T* p) { return batch<T>::load_unaligned(p); }
 template <class T> PERDITA_INLINE void store(T* p, const batch<T>& a) { a.store_unaligned(p); }
 
-template <class T>
-PERDITA_INLINE batch<T> multiply(const batch<T>& a, const batch<T>& b) {
+template <class T> PERDITA_INLINE batch<T> multiply(const batch<T>& a, const batch<T>& b) {
   batch<T> product = a * b;
   product.data = rounded(product.data);
   return product;
@@ -137,29 +130,37 @@ PERDITA_INLINE batch<T> multiply(const batch<T>& a, const batch<T>& b) {
 // xsimd before 11 does not fuse on AVX-512, and its max() and min() treat NaN by a rule that
 // changed in 14; on x86 the instructions themselves say what is meant.
 #if defined(__AVX512F__)
-PERDITA_INLINE batch<float> fma(const batch<float>& a, const batch<float>& b, const batch<float>& c) {
+PERDITA_INLINE batch<float> fma(const batch<float>& a, const batch<float>& b,
+                                const batch<float>& c) {
   return _mm512_fmadd_ps(a.data, b.data, c.data);
 }
-PERDITA_INLINE batch<double> fma(const batch<double>& a, const batch<double>& b, const batch<double>& c) {
+PERDITA_INLINE batch<double> fma(const batch<double>& a, const batch<double>& b,
+                                 const batch<double>& c) {
   return _mm512_fmadd_pd(a.data, b.data, c.data);
 }
-PERDITA_INLINE batch<float> fnma(const batch<float>& a, const batch<float>& b, const batch<float>& c) {
+PERDITA_INLINE batch<float> fnma(const batch<float>& a, const batch<float>& b,
+                                 const batch<float>& c) {
   return _mm512_fnmadd_ps(a.data, b.data, c.data);
 }
-PERDITA_INLINE batch<double> fnma(const batch<double>& a, const batch<double>& b, const batch<double>& c) {
+PERDITA_INLINE batch<double> fnma(const batch<double>& a, const batch<double>& b,
+                                  const batch<double>& c) {
   return _mm512_fnmadd_pd(a.data, b.data, c.data);
 }
 #elif defined(__FMA__) && defined(__AVX__)
-PERDITA_INLINE batch<float> fma(const batch<float>& a, const batch<float>& b, const batch<float>& c) {
+PERDITA_INLINE batch<float> fma(const batch<float>& a, const batch<float>& b,
+                                const batch<float>& c) {
   return _mm256_fmadd_ps(a.data, b.data, c.data);
 }
-PERDITA_INLINE batch<double> fma(const batch<double>& a, const batch<double>& b, const batch<double>& c) {
+PERDITA_INLINE batch<double> fma(const batch<double>& a, const batch<double>& b,
+                                 const batch<double>& c) {
   return _mm256_fmadd_pd(a.data, b.data, c.data);
 }
-PERDITA_INLINE batch<float> fnma(const batch<float>& a, const batch<float>& b, const batch<float>& c) {
+PERDITA_INLINE batch<float> fnma(const batch<float>& a, const batch<float>& b,
+                                 const batch<float>& c) {
   return _mm256_fnmadd_ps(a.data, b.data, c.data);
 }
-PERDITA_INLINE batch<double> fnma(const batch<double>& a, const batch<double>& b, const batch<double>& c) {
+PERDITA_INLINE batch<double> fnma(const batch<double>& a, const batch<double>& b,
+                                  const batch<double>& c) {
   return _mm256_fnmadd_pd(a.data, b.data, c.data);
 }
 #elif defined(__aarch64__)
@@ -183,55 +184,87 @@ PERDITA_INLINE batch<T> fnma(const batch<T>& a, const batch<T>& b, const batch<T
 #endif
 
 #if defined(__AVX512F__)
-PERDITA_INLINE batch<float> maximum(const batch<float>& a, const batch<float>& b) { return _mm512_max_ps(a.data, b.data); }
-PERDITA_INLINE batch<double> maximum(const batch<double>& a, const batch<double>& b) { return _mm512_max_pd(a.data, b.data); }
-PERDITA_INLINE batch<float> minimum(const batch<float>& a, const batch<float>& b) { return _mm512_min_ps(a.data, b.data); }
-PERDITA_INLINE batch<double> minimum(const batch<double>& a, const batch<double>& b) { return _mm512_min_pd(a.data, b.data); }
+PERDITA_INLINE batch<float> maximum(const batch<float>& a, const batch<float>& b) {
+  return _mm512_max_ps(a.data, b.data);
+}
+PERDITA_INLINE batch<double> maximum(const batch<double>& a, const batch<double>& b) {
+  return _mm512_max_pd(a.data, b.data);
+}
+PERDITA_INLINE batch<float> minimum(const batch<float>& a, const batch<float>& b) {
+  return _mm512_min_ps(a.data, b.data);
+}
+PERDITA_INLINE batch<double> minimum(const batch<double>& a, const batch<double>& b) {
+  return _mm512_min_pd(a.data, b.data);
+}
 PERDITA_INLINE void stream(float* p, const batch<float>& a) { _mm512_stream_ps(p, a.data); }
 PERDITA_INLINE void stream(double* p, const batch<double>& a) { _mm512_stream_pd(p, a.data); }
 #elif defined(__AVX__)
-PERDITA_INLINE batch<float> maximum(const batch<float>& a, const batch<float>& b) { return _mm256_max_ps(a.data, b.data); }
-PERDITA_INLINE batch<double> maximum(const batch<double>& a, const batch<double>& b) { return _mm256_max_pd(a.data, b.data); }
-PERDITA_INLINE batch<float> minimum(const batch<float>& a, const batch<float>& b) { return _mm256_min_ps(a.data, b.data); }
-PERDITA_INLINE batch<double> minimum(const batch<double>& a, const batch<double>& b) { return _mm256_min_pd(a.data, b.data); }
+PERDITA_INLINE batch<float> maximum(const batch<float>& a, const batch<float>& b) {
+  return _mm256_max_ps(a.data, b.data);
+}
+PERDITA_INLINE batch<double> maximum(const batch<double>& a, const batch<double>& b) {
+  return _mm256_max_pd(a.data, b.data);
+}
+PERDITA_INLINE batch<float> minimum(const batch<float>& a, const batch<float>& b) {
+  return _mm256_min_ps(a.data, b.data);
+}
+PERDITA_INLINE batch<double> minimum(const batch<double>& a, const batch<double>& b) {
+  return _mm256_min_pd(a.data, b.data);
+}
 PERDITA_INLINE void stream(float* p, const batch<float>& a) { _mm256_stream_ps(p, a.data); }
 PERDITA_INLINE void stream(double* p, const batch<double>& a) { _mm256_stream_pd(p, a.data); }
 #elif defined(__SSE2__)
-PERDITA_INLINE batch<float> maximum(const batch<float>& a, const batch<float>& b) { return _mm_max_ps(a.data, b.data); }
-PERDITA_INLINE batch<double> maximum(const batch<double>& a, const batch<double>& b) { return _mm_max_pd(a.data, b.data); }
-PERDITA_INLINE batch<float> minimum(const batch<float>& a, const batch<float>& b) { return _mm_min_ps(a.data, b.data); }
-PERDITA_INLINE batch<double> minimum(const batch<double>& a, const batch<double>& b) { return _mm_min_pd(a.data, b.data); }
+PERDITA_INLINE batch<float> maximum(const batch<float>& a, const batch<float>& b) {
+  return _mm_max_ps(a.data, b.data);
+}
+PERDITA_INLINE batch<double> maximum(const batch<double>& a, const batch<double>& b) {
+  return _mm_max_pd(a.data, b.data);
+}
+PERDITA_INLINE batch<float> minimum(const batch<float>& a, const batch<float>& b) {
+  return _mm_min_ps(a.data, b.data);
+}
+PERDITA_INLINE batch<double> minimum(const batch<double>& a, const batch<double>& b) {
+  return _mm_min_pd(a.data, b.data);
+}
 PERDITA_INLINE void stream(float* p, const batch<float>& a) { _mm_stream_ps(p, a.data); }
 PERDITA_INLINE void stream(double* p, const batch<double>& a) { _mm_stream_pd(p, a.data); }
 #else
-template <class T> PERDITA_INLINE batch<T> maximum(const batch<T>& a, const batch<T>& b) { return xsimd::select(a > b, a, b); }
-template <class T> PERDITA_INLINE batch<T> minimum(const batch<T>& a, const batch<T>& b) { return xsimd::select(a < b, a, b); }
+template <class T> PERDITA_INLINE batch<T> maximum(const batch<T>& a, const batch<T>& b) {
+  return xsimd::select(a > b, a, b);
+}
+template <class T> PERDITA_INLINE batch<T> minimum(const batch<T>& a, const batch<T>& b) {
+  return xsimd::select(a < b, a, b);
+}
 template <class T> PERDITA_INLINE void stream(T* p, const batch<T>& a) { store(p, a); }
 #endif
 
 template <class M, class T>
-PERDITA_INLINE batch<T> select(const M& m, const batch<T>& a, const batch<T>& b) { return xsimd::select(m, a, b); }
+PERDITA_INLINE batch<T> select(const M& m, const batch<T>& a, const batch<T>& b) {
+  return xsimd::select(m, a, b);
+}
 template <class T> PERDITA_INLINE batch<T> square_root(const batch<T>& a) { return xsimd::sqrt(a); }
 template <class T> PERDITA_INLINE batch<T> absolute(const batch<T>& a) { return xsimd::abs(a); }
 // The unary minus of xsimd 8 is 0 - a, which loses the sign of zero.
-template <class T> PERDITA_INLINE batch<T> negative(const batch<T>& a) { return a ^ batch<T>(T(-0.0)); }
+template <class T> PERDITA_INLINE batch<T> negative(const batch<T>& a) {
+  return a ^ batch<T>(T(-0.0));
+}
 template <class M> PERDITA_INLINE bool any(const M& m) { return xsimd::any(m); }
 template <class M> PERDITA_INLINE M both(const M& a, const M& b) { return a & b; }
 template <class M> PERDITA_INLINE M either(const M& a, const M& b) { return a | b; }
 
-template <class T>
-PERDITA_INLINE auto as_bits(const batch<T>& a) {
+template <class T> PERDITA_INLINE auto as_bits(const batch<T>& a) {
   using integer = batch<bits_of<T>>;
   return integer(std::bit_cast<typename integer::register_type>(a.data));
 }
-template <class I>
-PERDITA_INLINE auto from_bits(const batch<I>& a) {
+template <class I> PERDITA_INLINE auto from_bits(const batch<I>& a) {
   using real = batch<std::conditional_t<sizeof(I) == 4, float, double>>;
   return real(std::bit_cast<typename real::register_type>(a.data));
 }
 template <int N, class I> PERDITA_INLINE batch<I> shift_left(const batch<I>& a) { return a << N; }
 template <int N, class I> PERDITA_INLINE batch<I> shift_right(const batch<I>& a) { return a >> N; }
-template <class I> PERDITA_INLINE batch<I> add_bits(const batch<I>& a, const batch<I>& b) { return a + b; }
+template <class I> PERDITA_INLINE batch<I> add_bits(const batch<I>& a, const batch<I>& b) {
+  return a + b;
+}
 
 /// table[index & 15], lane by lane; the table is 64-byte aligned.
 PERDITA_INLINE batch<float> lookup(const float* table, const batch<std::int32_t>& index) {
@@ -246,7 +279,8 @@ PERDITA_INLINE batch<float> lookup(const float* table, const batch<std::int32_t>
   alignas(64) std::int32_t i[n];
   alignas(64) float value[n];
   index.store_aligned(i);
-  for (std::size_t k = 0; k < n; ++k) value[k] = table[i[k] & 15];
+  for (std::size_t k = 0; k < n; ++k)
+    value[k] = table[i[k] & 15];
   return batch<float>::load_aligned(value);
 #endif
 }
@@ -297,21 +331,18 @@ PERDITA_INLINE Real fma_unless_less(const Real& x, const Real& cut, const Real& 
   }
 }
 
-}  // namespace reg
+} // namespace reg
 
-template <class T>
-struct pack;
+template <class T> struct pack;
 
 /// One truth value per lane of a pack<T>.
-template <class T>
-struct pack_mask {
+template <class T> struct pack_mask {
   using registers = std::array<typename reg::types<T>::mask, lanes<T> / reg::types<T>::size>;
   registers r;
 };
 
 /// Integers of the width of T, one per lane: only what the vector maths needs.
-template <class T>
-struct pack_bits {
+template <class T> struct pack_bits {
   using registers = std::array<typename reg::types<T>::integer, lanes<T> / reg::types<T>::size>;
   registers r;
 };
@@ -319,23 +350,23 @@ struct pack_bits {
 namespace detail {
 /// {f(0), f(1), …}: one call per register, unrolled; one per lane, as a loop, for plain scalars
 /// (unrolled, sixteen lanes a step would keep a compiler busy for minutes).
-template <class Result, class F>
-PERDITA_INLINE Result each(F f) {
+template <class Result, class F> PERDITA_INLINE Result each(F f) {
 #if PERDITA_NO_SIMD
   Result result;
-  for (std::size_t i = 0; i < result.r.size(); ++i) result.r[i] = f(i);
+  for (std::size_t i = 0; i < result.r.size(); ++i)
+    result.r[i] = f(i);
   return result;
 #else
   return [&]<std::size_t... I>(std::index_sequence<I...>) __attribute__((always_inline)) {
     return Result{{f(std::integral_constant<std::size_t, I>{})...}};
-  }(std::make_index_sequence<std::tuple_size_v<typename Result::registers>>{});
+  }
+  (std::make_index_sequence<std::tuple_size_v<typename Result::registers>>{});
 #endif
 }
-}  // namespace detail
+} // namespace detail
 
 /// 64 bytes of T: a value of the formulas that losses are written in.
-template <class T>
-struct pack {
+template <class T> struct pack {
   using value_type = T;
   using registers = std::array<typename reg::types<T>::value, lanes<T> / reg::types<T>::size>;
   registers r;
@@ -347,34 +378,36 @@ struct pack {
   PERDITA_INLINE pack(const registers& values) : r(values) {}
   PERDITA_INLINE pack(T a) {
     const auto lane = reg::set(a);
-    for (auto& x : r) x = lane;
+    for (auto& x : r)
+      x = lane;
   }
 
   static PERDITA_INLINE pack load(const T* p) {
-    return detail::each<pack>([=](auto i) __attribute__((always_inline)) { return reg::load(p + i * step); });
+    return detail::each<pack>([=](auto i) __attribute__((always_inline)) {
+      return reg::load(p + i * step);
+    });
   }
   PERDITA_INLINE void store(T* p) const {
-    for (std::size_t i = 0; i < r.size(); ++i) reg::store(p + i * step, r[i]);
+    for (std::size_t i = 0; i < r.size(); ++i)
+      reg::store(p + i * step, r[i]);
   }
   /// Past the caches; p is aligned to 64 bytes.
   PERDITA_INLINE void stream(T* p) const {
-    for (std::size_t i = 0; i < r.size(); ++i) reg::stream(p + i * step, r[i]);
+    for (std::size_t i = 0; i < r.size(); ++i)
+      reg::stream(p + i * step, r[i]);
   }
 };
 
-#define PERDITA_PACK_2(result, name, expression)                               \
-  template <class T>                                                           \
-  PERDITA_INLINE result<T> name(const pack<T>& a, const pack<T>& b) {          \
-    return detail::each<result<T>>(                                            \
-        [&](auto i) __attribute__((always_inline)) { return expression; });    \
-  }                                                                            \
-  template <class T>                                                           \
-  PERDITA_INLINE result<T> name(const pack<T>& a, std::type_identity_t<T> b) { \
-    return name(a, pack<T>(b));                                                \
-  }                                                                            \
-  template <class T>                                                           \
-  PERDITA_INLINE result<T> name(std::type_identity_t<T> a, const pack<T>& b) { \
-    return name(pack<T>(a), b);                                                \
+#define PERDITA_PACK_2(result, name, expression)                                                   \
+  template <class T> PERDITA_INLINE result<T> name(const pack<T>& a, const pack<T>& b) {           \
+    return detail::each<result<T>>([&](auto i)                                                     \
+                                       __attribute__((always_inline)) { return expression; });     \
+  }                                                                                                \
+  template <class T> PERDITA_INLINE result<T> name(const pack<T>& a, std::type_identity_t<T> b) {  \
+    return name(a, pack<T>(b));                                                                    \
+  }                                                                                                \
+  template <class T> PERDITA_INLINE result<T> name(std::type_identity_t<T> a, const pack<T>& b) {  \
+    return name(pack<T>(a), b);                                                                    \
   }
 PERDITA_PACK_2(pack, operator+, a.r[i] + b.r[i])
 PERDITA_PACK_2(pack, operator-, a.r[i] - b.r[i])
@@ -391,100 +424,108 @@ PERDITA_PACK_2(pack, max, reg::maximum(a.r[i], b.r[i]))
 PERDITA_PACK_2(pack, min, reg::minimum(a.r[i], b.r[i]))
 #undef PERDITA_PACK_2
 
-template <class T>
-PERDITA_INLINE pack<T> operator-(const pack<T>& a) {
-  return detail::each<pack<T>>([&](auto i) __attribute__((always_inline)) { return reg::negative(a.r[i]); });
+template <class T> PERDITA_INLINE pack<T> operator-(const pack<T>& a) {
+  return detail::each<pack<T>>([&](auto i) __attribute__((always_inline)) {
+    return reg::negative(a.r[i]);
+  });
 }
-template <class T>
-PERDITA_INLINE pack<T>& operator+=(pack<T>& a, const pack<T>& b) {
+template <class T> PERDITA_INLINE pack<T>& operator+=(pack<T>& a, const pack<T>& b) {
   return a = a + b;
 }
 
 /// a * b + c, rounded once (where the machine can).
 template <class T>
 PERDITA_INLINE pack<T> fma(const pack<T>& a, const pack<T>& b, const pack<T>& c) {
-  return detail::each<pack<T>>(
-      [&](auto i) __attribute__((always_inline)) { return reg::fma(a.r[i], b.r[i], c.r[i]); });
+  return detail::each<pack<T>>([&](auto i) __attribute__((always_inline)) {
+    return reg::fma(a.r[i], b.r[i], c.r[i]);
+  });
 }
 /// c - a * b, rounded once (where the machine can).
 template <class T>
 PERDITA_INLINE pack<T> fnma(const pack<T>& a, const pack<T>& b, const pack<T>& c) {
-  return detail::each<pack<T>>(
-      [&](auto i) __attribute__((always_inline)) { return reg::fnma(a.r[i], b.r[i], c.r[i]); });
+  return detail::each<pack<T>>([&](auto i) __attribute__((always_inline)) {
+    return reg::fnma(a.r[i], b.r[i], c.r[i]);
+  });
 }
-template <class T>
-PERDITA_INLINE pack<T> sqrt(const pack<T>& a) {
-  return detail::each<pack<T>>([&](auto i) __attribute__((always_inline)) { return reg::square_root(a.r[i]); });
+template <class T> PERDITA_INLINE pack<T> sqrt(const pack<T>& a) {
+  return detail::each<pack<T>>([&](auto i) __attribute__((always_inline)) {
+    return reg::square_root(a.r[i]);
+  });
 }
-template <class T>
-PERDITA_INLINE pack<T> abs(const pack<T>& a) {
-  return detail::each<pack<T>>([&](auto i) __attribute__((always_inline)) { return reg::absolute(a.r[i]); });
+template <class T> PERDITA_INLINE pack<T> abs(const pack<T>& a) {
+  return detail::each<pack<T>>([&](auto i) __attribute__((always_inline)) {
+    return reg::absolute(a.r[i]);
+  });
 }
 template <class T>
 PERDITA_INLINE pack<T> select(const pack_mask<T>& m, const pack<T>& a, const pack<T>& b) {
-  return detail::each<pack<T>>(
-      [&](auto i) __attribute__((always_inline)) { return reg::select(m.r[i], a.r[i], b.r[i]); });
+  return detail::each<pack<T>>([&](auto i) __attribute__((always_inline)) {
+    return reg::select(m.r[i], a.r[i], b.r[i]);
+  });
 }
 template <class T>
 PERDITA_INLINE pack_mask<T> operator&(const pack_mask<T>& a, const pack_mask<T>& b) {
-  return detail::each<pack_mask<T>>(
-      [&](auto i) __attribute__((always_inline)) { return reg::both(a.r[i], b.r[i]); });
+  return detail::each<pack_mask<T>>([&](auto i) __attribute__((always_inline)) {
+    return reg::both(a.r[i], b.r[i]);
+  });
 }
 template <class T>
 PERDITA_INLINE pack_mask<T> operator|(const pack_mask<T>& a, const pack_mask<T>& b) {
-  return detail::each<pack_mask<T>>(
-      [&](auto i) __attribute__((always_inline)) { return reg::either(a.r[i], b.r[i]); });
+  return detail::each<pack_mask<T>>([&](auto i) __attribute__((always_inline)) {
+    return reg::either(a.r[i], b.r[i]);
+  });
 }
-template <class T>
-PERDITA_INLINE pack_mask<T> operator!(const pack_mask<T>& a) {
-  return detail::each<pack_mask<T>>(
-      [&](auto i) __attribute__((always_inline)) { return typename reg::types<T>::mask(!a.r[i]); });
+template <class T> PERDITA_INLINE pack_mask<T> operator!(const pack_mask<T>& a) {
+  return detail::each<pack_mask<T>>([&](auto i) __attribute__((always_inline)) {
+    return typename reg::types<T>::mask(!a.r[i]);
+  });
 }
-template <class T>
-PERDITA_INLINE bool any(const pack_mask<T>& m) {
+template <class T> PERDITA_INLINE bool any(const pack_mask<T>& m) {
   bool result = false;
-  for (const auto& x : m.r) result |= reg::any(x);
+  for (const auto& x : m.r)
+    result |= reg::any(x);
   return result;
 }
 /// Not as x != x: xsimd's comparison is an ordered one on some instruction sets.
-template <class T>
-PERDITA_INLINE pack_mask<T> is_nan(const pack<T>& a) {
-  return !(a == a);
-}
+template <class T> PERDITA_INLINE pack_mask<T> is_nan(const pack<T>& a) { return !(a == a); }
 
-template <class T>
-PERDITA_INLINE pack_bits<T> as_bits(const pack<T>& a) {
-  return detail::each<pack_bits<T>>([&](auto i) __attribute__((always_inline)) { return reg::as_bits(a.r[i]); });
+template <class T> PERDITA_INLINE pack_bits<T> as_bits(const pack<T>& a) {
+  return detail::each<pack_bits<T>>([&](auto i) __attribute__((always_inline)) {
+    return reg::as_bits(a.r[i]);
+  });
 }
-template <class T>
-PERDITA_INLINE pack<T> from_bits(const pack_bits<T>& a) {
-  return detail::each<pack<T>>([&](auto i) __attribute__((always_inline)) { return reg::from_bits(a.r[i]); });
+template <class T> PERDITA_INLINE pack<T> from_bits(const pack_bits<T>& a) {
+  return detail::each<pack<T>>([&](auto i) __attribute__((always_inline)) {
+    return reg::from_bits(a.r[i]);
+  });
 }
-template <int N, class T>
-PERDITA_INLINE pack_bits<T> shift_left(const pack_bits<T>& a) {
-  return detail::each<pack_bits<T>>(
-      [&](auto i) __attribute__((always_inline)) { return reg::template shift_left<N>(a.r[i]); });
+template <int N, class T> PERDITA_INLINE pack_bits<T> shift_left(const pack_bits<T>& a) {
+  return detail::each<pack_bits<T>>([&](auto i) __attribute__((always_inline)) {
+    return reg::template shift_left<N>(a.r[i]);
+  });
 }
-template <int N, class T>
-PERDITA_INLINE pack_bits<T> shift_right(const pack_bits<T>& a) {
-  return detail::each<pack_bits<T>>(
-      [&](auto i) __attribute__((always_inline)) { return reg::template shift_right<N>(a.r[i]); });
+template <int N, class T> PERDITA_INLINE pack_bits<T> shift_right(const pack_bits<T>& a) {
+  return detail::each<pack_bits<T>>([&](auto i) __attribute__((always_inline)) {
+    return reg::template shift_right<N>(a.r[i]);
+  });
 }
 template <class T>
 PERDITA_INLINE pack_bits<T> operator+(const pack_bits<T>& a, const pack_bits<T>& b) {
-  return detail::each<pack_bits<T>>(
-      [&](auto i) __attribute__((always_inline)) { return reg::add_bits(a.r[i], b.r[i]); });
+  return detail::each<pack_bits<T>>([&](auto i) __attribute__((always_inline)) {
+    return reg::add_bits(a.r[i], b.r[i]);
+  });
 }
-template <class T>
-PERDITA_INLINE pack_bits<T> operator+(const pack_bits<T>& a, bits_of<T> b) {
+template <class T> PERDITA_INLINE pack_bits<T> operator+(const pack_bits<T>& a, bits_of<T> b) {
   using integer = typename reg::types<T>::integer;
-  return detail::each<pack_bits<T>>(
-      [&](auto i) __attribute__((always_inline)) { return reg::add_bits(a.r[i], integer(b)); });
+  return detail::each<pack_bits<T>>([&](auto i) __attribute__((always_inline)) {
+    return reg::add_bits(a.r[i], integer(b));
+  });
 }
 /// table[index & 15] per lane; the table is 64-byte aligned.
 PERDITA_INLINE pack<float> lookup(const float* table, const pack_bits<float>& index) {
-  return detail::each<pack<float>>(
-      [&](auto i) __attribute__((always_inline)) { return reg::lookup(table, index.r[i]); });
+  return detail::each<pack<float>>([&](auto i) __attribute__((always_inline)) {
+    return reg::lookup(table, index.r[i]);
+  });
 }
 /// a + b as integers, read as a real; zero where x < cut (not where x is NaN).
 template <class T>
@@ -496,7 +537,8 @@ PERDITA_INLINE pack<T> add_bits_unless_less(const pack<T>& x, const pack<T>& cut
 }
 /// a * b; zero where a < cut (not where a is NaN).
 template <class T>
-PERDITA_INLINE pack<T> multiply_unless_less(const pack<T>& a, const pack<T>& cut, const pack<T>& b) {
+PERDITA_INLINE pack<T> multiply_unless_less(const pack<T>& a, const pack<T>& cut,
+                                            const pack<T>& b) {
   return detail::each<pack<T>>([&](auto i) __attribute__((always_inline)) {
     return reg::multiply_unless_less(a.r[i], cut.r[i], b.r[i]);
   });
@@ -512,8 +554,7 @@ PERDITA_INLINE pack<T> fma_unless_less(const pack<T>& x, const pack<T>& cut, con
 }
 
 /// The lower and the upper eight lanes, exactly.
-template <int Half>
-PERDITA_INLINE pack<double> widen_half(const pack<float>& a) {
+template <int Half> PERDITA_INLINE pack<double> widen_half(const pack<float>& a) {
 #if !PERDITA_NO_SIMD && defined(__AVX512F__) && defined(__AVX512DQ__)
   pack<double> wide;
   wide.r[0] = _mm512_maskz_cvtps_pd(0xFF, _mm512_maskz_extractf32x8_ps(0xFF, a.r[0].data, Half));
@@ -522,7 +563,8 @@ PERDITA_INLINE pack<double> widen_half(const pack<float>& a) {
   alignas(64) float narrow[16];
   alignas(64) double wide[8];
   a.store(narrow);
-  for (int i = 0; i < 8; ++i) wide[i] = static_cast<double>(narrow[8 * Half + i]);
+  for (int i = 0; i < 8; ++i)
+    wide[i] = static_cast<double>(narrow[8 * Half + i]);
   return pack<double>::load(wide);
 #endif
 }
@@ -530,11 +572,11 @@ PERDITA_INLINE pack<double> widen_low(const pack<float>& a) { return widen_half<
 PERDITA_INLINE pack<double> widen_high(const pack<float>& a) { return widen_half<1>(a); }
 
 /// {0, 1, 2, …}
-template <class T>
-PERDITA_INLINE pack<T> iota() {
+template <class T> PERDITA_INLINE pack<T> iota() {
   alignas(64) static constexpr auto values = [] {
     std::array<T, lanes<T>> v{};
-    for (std::size_t i = 0; i < v.size(); ++i) v[i] = static_cast<T>(i);
+    for (std::size_t i = 0; i < v.size(); ++i)
+      v[i] = static_cast<T>(i);
     return v;
   }();
   return pack<T>::load(values.data());
@@ -542,30 +584,30 @@ PERDITA_INLINE pack<T> iota() {
 
 namespace detail {
 /// Folds the upper half of v onto the lower one until one number is left.
-template <std::size_t N, class T, class F>
-PERDITA_INLINE T fold_halves(T* v, F f) {
+template <std::size_t N, class T, class F> PERDITA_INLINE T fold_halves(T* v, F f) {
   if constexpr (N > 1) {
-    for (std::size_t i = 0; i < N / 2; ++i) v[i] = f(v[i], v[i + N / 2]);
+    for (std::size_t i = 0; i < N / 2; ++i)
+      v[i] = f(v[i], v[i + N / 2]);
     return fold_halves<N / 2>(v, f);
   }
   return v[0];
 }
-}  // namespace detail
+} // namespace detail
 
 /// Σ of the lanes in the one fixed tree: halves onto halves.
-template <class T>
-PERDITA_INLINE T sum_lanes(const pack<T>& a) {
+template <class T> PERDITA_INLINE T sum_lanes(const pack<T>& a) {
   alignas(64) T v[lanes<T>];
   a.store(v);
   return detail::fold_halves<lanes<T>>(
       v, [](T x, T y) __attribute__((always_inline)) { return x + y; });
 }
 /// The largest lane; no lane is NaN.
-template <class T>
-PERDITA_INLINE T max_lanes(const pack<T>& a) {
+template <class T> PERDITA_INLINE T max_lanes(const pack<T>& a) {
 #if !PERDITA_NO_SIMD && defined(__AVX512F__)
-  if constexpr (sizeof(T) == 4) return _mm512_reduce_max_ps(a.r[0].data);
-  else return _mm512_reduce_max_pd(a.r[0].data);
+  if constexpr (sizeof(T) == 4)
+    return _mm512_reduce_max_ps(a.r[0].data);
+  else
+    return _mm512_reduce_max_pd(a.r[0].data);
 #else
   alignas(64) T v[lanes<T>];
   a.store(v);
@@ -573,11 +615,12 @@ PERDITA_INLINE T max_lanes(const pack<T>& a) {
       v, [](T x, T y) __attribute__((always_inline)) { return x > y ? x : y; });
 #endif
 }
-template <class T>
-PERDITA_INLINE T first_lane(const pack<T>& a) {
+template <class T> PERDITA_INLINE T first_lane(const pack<T>& a) {
 #if !PERDITA_NO_SIMD && defined(__AVX512F__)
-  if constexpr (sizeof(T) == 4) return _mm512_cvtss_f32(a.r[0].data);
-  else return _mm512_cvtsd_f64(a.r[0].data);
+  if constexpr (sizeof(T) == 4)
+    return _mm512_cvtss_f32(a.r[0].data);
+  else
+    return _mm512_cvtsd_f64(a.r[0].data);
 #else
   alignas(64) T v[lanes<T>];
   a.store(v);
@@ -598,7 +641,7 @@ PERDITA_INLINE void stream_fence() {
 #endif
 }
 
-}  // namespace perdita::inline PERDITA_ABI::core
+} // namespace perdita::inline PERDITA_ABI::core
 
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic pop

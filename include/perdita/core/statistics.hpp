@@ -23,8 +23,7 @@
 namespace perdita::inline PERDITA_ABI::core {
 
 /// The sums of one row (or one lane, or one shard) and the shift they refer to.
-template <class Statistic, class W>
-struct summary {
+template <class Statistic, class W> struct summary {
   W shift;
   W term[Statistic::terms];
 };
@@ -35,7 +34,8 @@ summary<Statistic, W> merge(summary<Statistic, W> a, summary<Statistic, W> b) {
   const W shift = Statistic::common(a, b);
   Statistic::rebase(a.term, a.shift - shift);
   Statistic::rebase(b.term, b.shift - shift);
-  for (int k = 0; k < Statistic::terms; ++k) a.term[k] = a.term[k] + b.term[k];
+  for (int k = 0; k < Statistic::terms; ++k)
+    a.term[k] = a.term[k] + b.term[k];
   a.shift = shift;
   return a;
 }
@@ -46,44 +46,30 @@ struct log_sum_exp {
   static constexpr int terms = 1;
   static constexpr bool has_image = true;
   static constexpr bool look_is_maximum = true;
-  static constexpr bool counts = false;  // term 0 is not the number of scores
+  static constexpr bool counts = false; // term 0 is not the number of scores
 
-  template <class V>
-  static PERDITA_INLINE V look_at_nothing() {
+  template <class V> static PERDITA_INLINE V look_at_nothing() {
     return V(-std::numeric_limits<typename V::value_type>::infinity());
   }
-  template <class V>
-  static PERDITA_INLINE V look(const V& seen, const V& z) {
+  template <class V> static PERDITA_INLINE V look(const V& seen, const V& z) {
     return max(z, seen);
   }
   /// A row whose scores are all -inf so far keeps a finite shift: -inf - -inf would be NaN.
-  template <class V>
-  static PERDITA_INLINE V first_shift() {
+  template <class V> static PERDITA_INLINE V first_shift() {
     return V(std::numeric_limits<typename V::value_type>::lowest());
   }
-  template <class V>
-  static PERDITA_INLINE V choose(const V& seen, const V& shift, index) {
+  template <class V> static PERDITA_INLINE V choose(const V& seen, const V& shift, index) {
     constexpr int slack = 16;
     return select(seen > shift + slack, seen, shift);
   }
-  template <class V>
-  static PERDITA_INLINE V absent(const V&) {
-    return look_at_nothing<V>();
-  }
-  template <class V>
-  static PERDITA_INLINE V absorb(V* sum, const V& z, const V& shift, const V&) {
+  template <class V> static PERDITA_INLINE V absent(const V&) { return look_at_nothing<V>(); }
+  template <class V> static PERDITA_INLINE V absorb(V* sum, const V& z, const V& shift, const V&) {
     const V image = exp_shifted(z - shift);
     sum[0] += image;
     return image;
   }
-  template <class W>
-  static void rebase(W* t, const W& delta) {
-    t[0] = t[0] * exp(delta);
-  }
-  template <class S>
-  static auto common(const S& a, const S& b) {
-    return max(a.shift, b.shift);
-  }
+  template <class W> static void rebase(W* t, const W& delta) { t[0] = t[0] * exp(delta); }
+  template <class S> static auto common(const S& a, const S& b) { return max(a.shift, b.shift); }
 };
 
 /// Log-sum-exp with side sums, b being a number per class (and row):
@@ -97,13 +83,12 @@ struct log_sum_exp_and_moments : log_sum_exp {
     const V image = exp_shifted(d);
     const V zero(0);
     sum[0] += image;
-    sum[1] = fma(b, select(b == zero, zero, d), sum[1]);  // 0 * -inf is 0
+    sum[1] = fma(b, select(b == zero, zero, d), sum[1]); // 0 * -inf is 0
     sum[2] += b;
     sum[3] = fma(image, select(image == zero, zero, d), sum[3]);
     return image;
   }
-  template <class W>
-  static void rebase(W* t, const W& delta) {
+  template <class W> static void rebase(W* t, const W& delta) {
     const W shrink = exp(delta);
     t[1] = fma(t[2], delta, t[1]);
     t[3] = fma(t[0], delta, t[3]) * shrink;
@@ -122,8 +107,7 @@ struct log_sum_exp_and_mean : log_sum_exp {
     sum[1] = fma(image, b, sum[1]);
     return image;
   }
-  template <class W>
-  static void rebase(W* t, const W& delta) {
+  template <class W> static void rebase(W* t, const W& delta) {
     const W shrink = exp(delta);
     t[0] = t[0] * shrink;
     t[1] = t[1] * shrink;
@@ -137,38 +121,20 @@ struct weighted_sums {
   static constexpr bool look_is_maximum = true;
   static constexpr bool counts = false;
 
-  template <class V>
-  static PERDITA_INLINE V look_at_nothing() {
-    return V(0);
-  }
-  template <class V>
-  static PERDITA_INLINE V look(const V& seen, const V&) {
-    return seen;
-  }
-  template <class V>
-  static PERDITA_INLINE V first_shift() {
-    return V(0);
-  }
-  template <class V>
-  static PERDITA_INLINE V choose(const V&, const V& shift, index) {
+  template <class V> static PERDITA_INLINE V look_at_nothing() { return V(0); }
+  template <class V> static PERDITA_INLINE V look(const V& seen, const V&) { return seen; }
+  template <class V> static PERDITA_INLINE V first_shift() { return V(0); }
+  template <class V> static PERDITA_INLINE V choose(const V&, const V& shift, index) {
     return shift;
   }
-  template <class V>
-  static PERDITA_INLINE V absent(const V&) {
-    return V(0);
-  }
-  template <class V>
-  static PERDITA_INLINE V absorb(V* sum, const V& z, const V&, const V& b) {
+  template <class V> static PERDITA_INLINE V absent(const V&) { return V(0); }
+  template <class V> static PERDITA_INLINE V absorb(V* sum, const V& z, const V&, const V& b) {
     sum[0] = fma(b, z, sum[0]);
     sum[1] += b;
     return b;
   }
-  template <class W>
-  static void rebase(W*, const W&) {}
-  template <class S>
-  static auto common(const S& a, const S&) {
-    return a.shift;
-  }
+  template <class W> static void rebase(W*, const W&) {}
+  template <class S> static auto common(const S& a, const S&) { return a.shift; }
 };
 
 /// Count, Σ (z-s), Σ (z-s)²: mean and variance without cancellation, because every chunk is
@@ -179,43 +145,25 @@ struct moments {
   static constexpr bool look_is_maximum = false;
   static constexpr bool counts = true;
 
-  template <class V>
-  static PERDITA_INLINE V look_at_nothing() {
-    return V(0);
-  }
-  template <class V>
-  static PERDITA_INLINE V look(const V& seen, const V& z) {
-    return seen + z;
-  }
-  template <class V>
-  static PERDITA_INLINE V first_shift() {
-    return V(0);
-  }
-  template <class V>
-  static PERDITA_INLINE V choose(const V& seen, const V&, index n) {
+  template <class V> static PERDITA_INLINE V look_at_nothing() { return V(0); }
+  template <class V> static PERDITA_INLINE V look(const V& seen, const V& z) { return seen + z; }
+  template <class V> static PERDITA_INLINE V first_shift() { return V(0); }
+  template <class V> static PERDITA_INLINE V choose(const V& seen, const V&, index n) {
     return seen / V(static_cast<typename V::value_type>(n));
   }
-  template <class V>
-  static PERDITA_INLINE V absent(const V& shift) {
-    return shift;
-  }
-  template <class V>
-  static PERDITA_INLINE V absorb(V* sum, const V& z, const V& shift, const V&) {
+  template <class V> static PERDITA_INLINE V absent(const V& shift) { return shift; }
+  template <class V> static PERDITA_INLINE V absorb(V* sum, const V& z, const V& shift, const V&) {
     const V d = z - shift;
     sum[0] += V(1);
     sum[1] += d;
     sum[2] = fma(d, d, sum[2]);
     return d;
   }
-  template <class W>
-  static void rebase(W* t, const W& delta) {
+  template <class W> static void rebase(W* t, const W& delta) {
     t[2] = fma(delta, fma(t[0], delta, t[1] + t[1]), t[2]);
     t[1] = fma(t[0], delta, t[1]);
   }
-  template <class S>
-  static auto common(const S& a, const S&) {
-    return a.shift;
-  }
+  template <class S> static auto common(const S& a, const S&) { return a.shift; }
 };
 
-}  // namespace perdita::inline PERDITA_ABI::core
+} // namespace perdita::inline PERDITA_ABI::core

@@ -28,7 +28,7 @@ struct simplex_threshold {
     for (; i + width <= n; i += width) {
       const V z = V::load(x + i);
       most = max(z, most);
-      spoilt += z - z;  // NaN for NaN; for -inf too, which the tail below tells apart
+      spoilt += z - z; // NaN for NaN; for -inf too, which the tail below tells apart
     }
     T maximum = max_lanes(most);
     bool has_nan = false;
@@ -37,9 +37,12 @@ struct simplex_threshold {
       has_nan = has_nan || x[j] != x[j];
     }
     if (any(is_nan(spoilt)))
-      for (index j = 0; j < i; ++j) has_nan = has_nan || x[j] != x[j];
-    if (has_nan || maximum == std::numeric_limits<T>::infinity()) return {nan, {nan, nan, nan}};
-    if (maximum == -std::numeric_limits<T>::infinity()) return {0, {0, 0, 0}};
+      for (index j = 0; j < i; ++j)
+        has_nan = has_nan || x[j] != x[j];
+    if (has_nan || maximum == std::numeric_limits<T>::infinity())
+      return {nan, {nan, nan, nan}};
+    if (maximum == -std::numeric_limits<T>::infinity())
+      return {0, {0, 0, 0}};
 
     index count = 0;
     const auto consider = [&](index j) {
@@ -49,19 +52,24 @@ struct simplex_threshold {
     const V edge(maximum - 1);
     for (i = 0; i + width <= n; i += width)
       if (any(V::load(x + i) >= edge))
-        for (index j = i; j < i + width; ++j) consider(j);
-    for (; i < n; ++i) consider(i);
+        for (index j = i; j < i + width; ++j)
+          consider(j);
+    for (; i < n; ++i)
+      consider(i);
 
     for (;;) {
       double sum = 0;
-      for (index j = 0; j < count; ++j) sum += candidates[j];
+      for (index j = 0; j < count; ++j)
+        sum += candidates[j];
       const double threshold = (sum - 1) / static_cast<double>(count);
       index kept = 0;
       for (index j = 0; j < count; ++j)
-        if (candidates[j] > threshold) candidates[kept++] = candidates[j];
+        if (candidates[j] > threshold)
+          candidates[kept++] = candidates[j];
       if (kept == count) {
         double squares = 0;
-        for (index j = 0; j < count; ++j) squares = std::fma(candidates[j], candidates[j], squares);
+        for (index j = 0; j < count; ++j)
+          squares = std::fma(candidates[j], candidates[j], squares);
         return {static_cast<double>(maximum), {static_cast<double>(count), sum, squares}};
       }
       count = kept;
@@ -69,4 +77,4 @@ struct simplex_threshold {
   }
 };
 
-}  // namespace perdita::inline PERDITA_ABI::core
+} // namespace perdita::inline PERDITA_ABI::core
