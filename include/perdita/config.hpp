@@ -40,17 +40,31 @@
 
 // What the code is compiled for, spelt into every symbol.
 #if PERDITA_NO_SIMD
-#define PERDITA_ISA scalar
-#elif defined(__AVX512F__) && defined(__AVX512DQ__) && defined(__AVX512BW__)
+#define PERDITA_LANES scalar
+#else
+#define PERDITA_LANES simd
+#endif
+
+#if defined(__AVX512F__) && defined(__AVX512DQ__) && defined(__AVX512BW__)
 #define PERDITA_ISA avx512
 #elif defined(__AVX2__) && defined(__FMA__)
 #define PERDITA_ISA avx2_fma
 #elif defined(__AVX2__)
 #define PERDITA_ISA avx2
+#elif defined(__AVX__) && defined(__FMA__)
+#define PERDITA_ISA avx_fma
 #elif defined(__AVX__)
 #define PERDITA_ISA avx
+#elif defined(__SSE4_2__)
+#define PERDITA_ISA sse4_2
+#elif defined(__SSE4_1__)
+#define PERDITA_ISA sse4_1
+#elif defined(__SSSE3__)
+#define PERDITA_ISA ssse3
+#elif defined(__SSE3__)
+#define PERDITA_ISA sse3
 #elif defined(__SSE2__) || defined(_M_X64)
-#define PERDITA_ISA sse
+#define PERDITA_ISA sse2
 #elif defined(__aarch64__)
 #define PERDITA_ISA neon
 #else
@@ -69,10 +83,12 @@
 #define PERDITA_EXECUTION serial
 #endif
 
-#define PERDITA_JOIN(major, isa, contract, execution) v##major##_##isa##_##contract##_##execution
+#define PERDITA_JOIN(major, lanes, isa, contract, execution)                                       \
+  v##major##_##lanes##_##isa##_##contract##_##execution
 #define PERDITA_EXPAND(...) PERDITA_JOIN(__VA_ARGS__)
 #define PERDITA_ABI                                                                                \
-  PERDITA_EXPAND(PERDITA_VERSION_MAJOR, PERDITA_ISA, PERDITA_CONTRACT, PERDITA_EXECUTION)
+  PERDITA_EXPAND(PERDITA_VERSION_MAJOR, PERDITA_LANES, PERDITA_ISA, PERDITA_CONTRACT,              \
+                 PERDITA_EXECUTION)
 
 #if defined(__GNUC__)
 #define PERDITA_INLINE inline __attribute__((always_inline))

@@ -55,7 +55,9 @@ struct z_loss_formula : row_formula {
 /// Not to be confused with the penalty (log Σ e^x)², which is cross_entropy's log_z_penalty.
 /// |z_y| ≤ √(K−1). The gradient sums to 0, is orthogonal to the scores and scales as 1/σ.
 /// Special values: all scores equal (or one class): z = 0 and a zero gradient. NaN or an infinite
-/// score makes the row NaN: there are no masked classes. Not convex.
+/// score makes the row NaN: there are no masked classes. Not convex. In float
+/// the squares of the distances to the mean must stay in range: beyond 1e18, or below 1e-18, the
+/// row counts as flat.
 /// Shapes, reductions, errors: as cross_entropy. No by-products but `values`.
 /// Source: de Brébisson and Vincent, "The Z-loss: a shift and scale invariant classification loss
 /// belonging to the spherical family", 2016.

@@ -160,9 +160,14 @@ protected:
   T evaluate(core::row_job<T>& job, const call_options<T>& call, Visit visit) const;
   template <class L> void set_labels(core::row_job<T>& job, vector_view<L> labels) const {
     check_size("labels", labels.size, job.scores.rows);
+    require_memory("labels", labels.data, labels.size);
     job.labels = labels.data ? static_cast<const void*>(labels.data) : this;
     job.label_reader = &core::read_labels<std::remove_const_t<L>>;
     job.label_stride = labels.stride;
+  }
+  void require_memory(const char* what, const void* data, index elements) const {
+    if (!data && elements > 0) [[unlikely]]
+      core::fail(self().name, what, "null", "a pointer to memory");
   }
   void check_size(const char* what, index got, index expected) const {
     if (got != expected) [[unlikely]]
@@ -207,6 +212,7 @@ double row_loss<Derived, T>::check_and_weigh(const core::row_job<T>& job,
                                              const call_options<T>& call, bool has_gradient) const {
   const index rows = job.scores.rows, cols = job.scores.cols;
   const char* name = self().name;
+  require_memory("scores", job.scores.data, rows * cols);
   if (has_gradient) {
     check_size("gradient rows", job.gradient.rows, rows);
     check_size("gradient columns", job.gradient.cols, cols);
