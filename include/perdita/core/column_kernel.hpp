@@ -196,7 +196,7 @@ private:
       if (!t.counts[i])
         t.label[i] = 0;
       if (!job_.labels)
-        t.label[i] = favourite(r);
+        t.label[i] = favourite(job_, r, stage_row_);
       t.label_weight[i] = job_.labels ? formula_.label_weight(static_cast<index>(t.label[i])) : 0;
       t.scale[i] = job_.row_scale(r);
       t.target_side[i] = 0;
@@ -217,24 +217,6 @@ private:
       for (index i = 0; i < std::min(width, cols_); ++i)
         for (index p = 0; p < t.row_packs; ++p)
           term[i][p].clear();
-  }
-
-  /// Where there is no label, the class that the soft target favours takes its place, and where
-  /// there is no target at all, the one with the largest score.
-  index favourite(index r) const {
-    const auto& from = job_.soft ? job_.soft : job_.scores;
-    index best = 0;
-    T most = -std::numeric_limits<T>::infinity();
-    for (index c = 0; c < cols_; c += chunk_columns) {
-      const index n = std::min(chunk_columns, cols_ - c);
-      from.read(r, c, n, stage_row_);
-      for (index j = 0; j < n; ++j)
-        if (stage_row_[j] > most) {
-          most = stage_row_[j];
-          best = c + j;
-        }
-    }
-    return best;
   }
 
   void mark(index column, index n) {

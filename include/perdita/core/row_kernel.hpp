@@ -53,6 +53,36 @@ double target_side(const Formula& formula, index label, T soft, bool has_soft) {
   return 0;
 }
 
+/// Where there is no label, the class that the soft target favours takes its place, and where
+/// there is no target at all, the one with the largest score. `stage` holds a chunk.
+template <class T> index favourite(const row_job<T>& job, index r, T* stage) {
+  using V = pack<T>;
+  constexpr index width = static_cast<index>(lanes<T>);
+  const auto& from = job.soft ? job.soft : job.scores;
+  index best = 0;
+  T most = -std::numeric_limits<T>::infinity();
+  for (index first = 0; first < job.scores.cols; first += chunk_columns) {
+    const index n = std::min(chunk_columns, job.scores.cols - first);
+    const T* x = stage;
+    if (from.direct() && from.col_stride == 1)
+      x = from.pointer(r, first);
+    else
+      from.read(r, first, n, stage);
+    V seen(most);
+    index j = 0;
+    for (; j + width <= n; j += width)
+      seen = max(V::load(x + j), seen);
+    T chunk_most = max_lanes(seen);
+    for (; j < n; ++j)
+      chunk_most = x[j] > chunk_most ? x[j] : chunk_most;
+    if (chunk_most > most) {
+      most = chunk_most;
+      best = first + static_cast<index>(std::find(x, x + n, most) - x);
+    }
+  }
+  return best;
+}
+
 /// Adds a row's value to the total of its block.
 template <class T>
 void store_value(const row_job<T>& job, index r, double value, exact_sum& total) {
@@ -277,7 +307,7 @@ private:
 
   void begin(live_row& row, index r, index label) {
     row.row = r;
-    row.label = job_.labels ? label : favourite(r);
+    row.label = job_.labels ? label : favourite(job_, r, stage_soft_);
     row.scale = job_.row_scale(r);
     row.label_weight = job_.labels ? formula_.label_weight(row.label) : 0.0;
     T x, q = 0;
@@ -296,34 +326,6 @@ private:
     row.rivals = -std::numeric_limits<T>::infinity();
     row.shifted = false;
     row.looked = false;
-  }
-
-  /// Where there is no label, the class that the soft target favours takes its place, and where
-  /// there is no target at all, the one with the largest score.
-  index favourite(index r) {
-    const auto& from = job_.soft ? job_.soft : job_.scores;
-    index best = 0;
-    T most = -std::numeric_limits<T>::infinity();
-    for (index first = 0; first < cols_; first += chunk_columns) {
-      const index n = std::min(chunk_columns, cols_ - first);
-      const T* q = stage_soft_;
-      if (from.direct() && from.col_stride == 1)
-        q = from.pointer(r, first);
-      else
-        from.read(r, first, n, stage_soft_);
-      V seen(most);
-      index j = 0;
-      for (; j + width <= n; j += width)
-        seen = max(V::load(q + j), seen);
-      T chunk_most = max_lanes(seen);
-      for (; j < n; ++j)
-        chunk_most = q[j] > chunk_most ? q[j] : chunk_most;
-      if (chunk_most > most) {
-        most = chunk_most;
-        best = first + static_cast<index>(std::find(q, q + n, most) - q);
-      }
-    }
-    return best;
   }
 
   index hole_in(const live_row& row, index first, index n) const {

@@ -248,9 +248,6 @@ template <class T, bool Mutable = false> struct matrix_data {
   void read_column(index r, index c, index n, T* out) const {
     reader(at(r, c), row_stride, n, out);
   }
-  void write_column(index r, index c, index n, const T* in) const requires Mutable {
-    writer(at(r, c), row_stride, n, in);
-  }
 };
 
 } // namespace core
