@@ -72,7 +72,7 @@ TEST_CASE("statistics: merged shards are the whole", "[statistics]") {
     entropy += e == 0 ? 0 : e * (zi - 340);
   }
   const long double log_sum = 340 + std::log(exponentials);
-  for (const std::size_t shards : {1, 2, 3, 7}) {
+  for (const std::size_t shards : {1u, 2u, 3u, 7u}) {
     INFO(shards << " shards");
     const auto plain = merged<core::log_sum_exp>(z, b, shards);
     CHECK(close(plain.shift + core::log(plain.term[0]), log_sum));
