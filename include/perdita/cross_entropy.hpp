@@ -18,8 +18,8 @@ namespace core {
 /// The numbers of a cross-entropy that its formula needs, all sizes settled.
 template <class T> struct cross_entropy_parameters {
   double smoothing = 0, focal_gamma = 0, log_z_penalty = 0, cap = 0, inverse_temperature = 1;
-  const std::vector<T>* class_weights = nullptr;
-  side_cursor<T> side; // at class 0
+  const T* class_weights = nullptr; // all 1 if not given
+  side_cursor<T> side;              // at class 0
   bool soft = false;
 };
 
@@ -34,7 +34,7 @@ template <class T, bool General> struct cross_entropy_formula : row_formula {
   cross_entropy_parameters<T> p;
 
   double label_weight(index y) const {
-    return p.class_weights->empty() ? 1.0 : static_cast<double>((*p.class_weights)[std::size_t(y)]);
+    return p.class_weights ? static_cast<double>(p.class_weights[y]) : 1.0;
   }
   side_cursor<T> side(index first) const {
     side_cursor<T> s = p.side;
@@ -334,7 +334,7 @@ private:
     p.log_z_penalty = static_cast<double>(options_.log_z_penalty);
     p.cap = static_cast<double>(options_.softcap);
     p.inverse_temperature = 1 / static_cast<double>(options_.temperature);
-    p.class_weights = &class_weights_;
+    p.class_weights = class_weights_.empty() ? nullptr : class_weights_.data();
     p.soft = job.soft && !job.labels;
     // side number of class c: ε π_c w_c + (1 − ε) w_c q_c
     p.side.uniform_bias = static_cast<T>(p.smoothing / static_cast<double>(job.scores.cols));

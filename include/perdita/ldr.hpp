@@ -23,9 +23,8 @@ template <class T> struct ldr_kl_formula : row_formula {
     return x / V(static_cast<typename V::value_type>(lambda));
   }
   template <class Row> auto finish(const Row& row) const {
-    const target_odds o(row);
-    using W = decltype(o.hit);
-    const W u = o.against + W(margin / lambda);
+    using W = std::remove_cvref_t<decltype(row.target)>;
+    const W u = log_odds_against(row) + W(margin / lambda);
     const W miss = sigmoid(u);
     row_outcome<W> out;
     out.value = W(lambda) * (softplus(u) - log(row.classes));

@@ -19,7 +19,8 @@ template <class Formula, class T, bool Gradient> class resident_kernel {
   static constexpr index width = static_cast<index>(lanes<T>);
 
 public:
-  static constexpr index rows_at_once = 1;
+  static index rows_per_sum(const row_job<T>& job) { return block_rows(job); }
+  static index rows_per_task(const row_job<T>& job, std::size_t) { return block_rows(job); }
 
   resident_kernel(const Formula& formula, const row_job<T>& job, std::byte* scratch)
       : formula_(formula), job_(job), cols_(job.scores.cols),
@@ -39,8 +40,8 @@ public:
     return resident_kernel(formula, job, nullptr).scratch_bytes_;
   }
 
-  /// Rows [first, last): adds their weighted values to total.
-  void run(index first, index last, exact_sum& total) {
+  /// Rows [first, last): adds their weighted values to the total.
+  void run(index first, index last, value_sum* total) {
     for (index r = first; r < last;) {
       index rows[finish_rows], count = 0;
       for (; r < last && count < finish_rows; ++r) {
@@ -50,9 +51,10 @@ public:
           ignore(r);
       }
       if (count > 0)
-        batch(rows, count, total);
+        batch(rows, count, *total);
     }
   }
+  void drain() {}
 
 private:
   void ignore(index r) {
@@ -63,7 +65,7 @@ private:
     store_ignored_report(job_, r);
   }
 
-  void batch(const index* rows, index count, exact_sum& total) {
+  void batch(const index* rows, index count, value_sum& total) {
     using W = pack<double>;
     const T* x[finish_rows];
     gather(rows, count, x);

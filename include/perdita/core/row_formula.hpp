@@ -23,38 +23,46 @@ struct row_formula {
   template <class V> PERDITA_INLINE V score(const V& x) const { return x; }
 };
 
-/// A target among its rivals, from a log-sum-exp over the rivals: with the log-odds against it
-/// u = log Σ_{j≠y} e^{z_j} − z_y,
+/// A target among its rivals, from Σ e^{z_j − shift} over the rivals j ≠ y: with the log-odds
+/// against the target u = log Σ_{j≠y} e^{z_j} − z_y,
 ///
 ///   −log p_y = softplus(u),  1 − p_y = σ(u),  ∂u/∂z_j = e^{z_j} / Σ_{k≠y} e^{z_k},  ∂u/∂z_y = −1,
 ///
 /// so that a confident row keeps its digits: nothing is subtracted from 1.
 template <class W> struct target_odds {
-  W log_rivals; // log Σ_{j≠y} e^{z_j − shift}
-  W against;    // u; +inf for a masked target, also where its rivals are masked; NaN for NaN
-  W surprise;   // −log p of the target
-  W miss, hit;  // 1 − p and p of the target
-  W above;      // log Σ e^z − shift, where some rival is above -inf
-  W log_sum_exp;
+  W surprise;    // −log p of the target; +inf where it is masked
+  W miss, hit;   // 1 − p and p of the target; 1 and 0 where it is masked
+  W above;       // log Σ e^z − shift, where some rival is above -inf
+  W log_sum_exp; // -inf where all is masked
 
   template <class Row> explicit target_odds(const Row& row) {
-    const W inf(std::numeric_limits<double>::infinity());
-    const auto masked = row.target == -inf;
-    log_rivals = log(row.term[0]);
-    against = select(masked, inf + row.term[0], (row.shift - row.target) + log_rivals);
-    // softplus(u), σ(u) and σ(−u) from one e^{−|u|}
-    const W zero(0), one(1), e = exp(-abs(against)), log_1p = log1p(e);
-    const W larger = one / (one + e), smaller = e * larger;
-    const auto unlikely = against >= zero;
-    surprise = max(zero, against) + log_1p;
-    miss = select(unlikely, larger, smaller);
-    hit = select(unlikely, smaller, larger);
-    above = log_rivals + (max(zero, -against) + log_1p);
-    log_sum_exp = select(masked, row.shift + log_rivals, row.target + surprise);
+    const W zero(0), one(1), nothing(-std::numeric_limits<double>::infinity());
+    const auto masked = row.target == nothing;
+    const auto all_masked = masked & (row.term[0] == zero);
+    const W rivals = select(all_masked, one, row.term[0]);
+    // e^z over e^{max(shift, target)}: of the target, and of its rivals together, at least 1 where
+    // the shift is above
+    const W lead = row.shift - row.target, e = exp(-abs(lead));
+    const auto behind = lead > zero;
+    const W a = select(behind, e, one), b = select(behind, rivals, rivals * e);
+    const W log_both = log1p(select(behind, (b - one) + a, b)), all = one / (a + b);
+    surprise = max(zero, lead) + log_both;
+    miss = b * all;
+    hit = a * all;
+    above = max(zero, -lead) + log_both;
+    log_sum_exp = select(masked, row.shift + log_both, row.target + surprise);
+    log_sum_exp = select(all_masked, nothing, log_sum_exp);
   }
 };
 template <class Row>
 target_odds(const Row&) -> target_odds<std::remove_cvref_t<decltype(std::declval<Row>().target)>>;
+
+/// The log-odds against the target; +inf for a masked target, also where its rivals are masked.
+template <class Row> auto log_odds_against(const Row& row) {
+  using W = std::remove_cvref_t<decltype(row.target)>;
+  const W inf(std::numeric_limits<double>::infinity());
+  return select(row.target == -inf, inf + row.term[0], (row.shift - row.target) + log(row.term[0]));
+}
 
 /// weight * x, where nothing infinite counts with weight 0.
 template <class W> PERDITA_INLINE W weighted(const W& weight, const W& x) {

@@ -109,6 +109,30 @@ struct exact_sum {
   }
 };
 
+/// The sum of a block's values: row r is added in lane r mod 8, one by one or eight at a time, with
+/// the same bits.
+struct value_sum {
+  alignas(64) double sum[finish_rows] = {}, error[finish_rows] = {};
+
+  void add(index r, double x) {
+    exact_sum lane{sum[r % finish_rows], error[r % finish_rows]};
+    lane.add(x);
+    sum[r % finish_rows] = lane.sum;
+    error[r % finish_rows] = lane.error;
+  }
+  /// Eight rows from one on whose number is a multiple of 8.
+  void add(const pack<double>& x) {
+    const auto before = pack<double>::load(sum);
+    const pack<double> t = before + x, back = t - before;
+    (pack<double>::load(error) + ((before - (t - back)) + (x - back))).store(error);
+    t.store(sum);
+  }
+  void add_to(exact_sum& total) const {
+    for (index i = 0; i < finish_rows; ++i)
+      total.add({sum[i], error[i]});
+  }
+};
+
 /// One number per lane of a pack<T>, in double or, for T = double, in a double and its error.
 template <class T> struct wide_lanes;
 

@@ -8,7 +8,8 @@
 /// line 16 KiB ahead is asked for in time (without that, alternating between rows starves the
 /// hardware's prefetcher: a factor of two on Zen 4). The next chunk's maximum is taken in the same
 /// loop too. Images e^{z-s} stay in the row itself where the gradient overwrites the scores, and
-/// in scratch otherwise; formulas whose slope needs the score compute them again.
+/// in scratch otherwise; formulas whose slope needs the score compute them again. A gradient too
+/// large for the caches is written past them, whole lines at a time.
 
 #include <algorithm>
 #include <cstring>
@@ -31,6 +32,15 @@ template <class T> struct side_cursor {
       return b;
     const pack<T> w = weight ? pack<T>::load(weight + i) : pack<T>(uniform_weight);
     return fma(pack<T>::load(soft + i), w, b);
+  }
+  /// Of the first n < W classes from i on, 0 for the others.
+  PERDITA_INLINE pack<T> first(index i, index n) const {
+    const pack<T> zero(0);
+    const pack<T> b = bias ? load_first(bias + i, n, zero) : pack<T>(uniform_bias);
+    if (!soft)
+      return b;
+    const pack<T> w = weight ? load_first(weight + i, n, zero) : pack<T>(uniform_weight);
+    return fma(load_first(soft + i, n, zero), w, b);
   }
   void move(index columns) {
     for (const T** p : {&soft, &weight, &bias})
@@ -85,9 +95,9 @@ template <class T> index favourite(const row_job<T>& job, index r, T* stage) {
 
 /// Adds a row's value to the total of its block.
 template <class T>
-void store_value(const row_job<T>& job, index r, double value, exact_sum& total) {
+void store_value(const row_job<T>& job, index r, double value, value_sum& total) {
   const double weighted = value * job.row_weight(r);
-  total.add(weighted);
+  total.add(r, weighted);
   if (job.report.values.data)
     job.report.values[r] = static_cast<T>(weighted);
 }
@@ -141,6 +151,16 @@ template <class T> void store_ignored(const row_job<T>& job, index r, T* zeros) 
   store_ignored_report(job, r);
 }
 
+/// Rows per task and per partial sum of the values: enough to be worth a task, few enough to share
+/// out; a function of the shape, never of the number of threads.
+template <class T> index block_rows(const row_job<T>& job) {
+  const auto up = [](index a, index b) { return (a + b - 1) / b; };
+  const index rows = job.scores.rows;
+  const index n =
+      std::max({up(65536, job.scores.cols), std::clamp<index>(rows / 16, 1, 8), up(rows, 4096)});
+  return n > finish_rows ? up(n, finish_rows) * finish_rows : n;
+}
+
 /// One chunk of columns at a time of one row's sums and of another row's gradient.
 template <class Formula, class T, bool Gradient> class row_kernel {
   using V = pack<T>;
@@ -148,10 +168,14 @@ template <class Formula, class T, bool Gradient> class row_kernel {
   static constexpr index width = static_cast<index>(lanes<T>);
   /// The gradient is a multiple of the images, so these are all that a row leaves behind.
   static constexpr bool carries = Gradient && Formula::proportional && statistic::has_image;
+  /// With no gradient to overwrite the scores, a chunk is summed with the shift of the chunk
+  /// before, and again in the rare case that its maximum is too far above it.
+  static constexpr bool speculates = !Gradient && statistic::look_is_maximum;
   static constexpr index prefetch_distance = 16384 / static_cast<index>(sizeof(T));
 
 public:
-  static constexpr index rows_at_once = 1;
+  static index rows_per_sum(const row_job<T>& job) { return block_rows(job); }
+  static index rows_per_task(const row_job<T>& job, std::size_t) { return block_rows(job); }
   static index group_size(index cols) { return cols <= 2048 ? finish_rows : 1; }
 
   row_kernel(const Formula& formula, const row_job<T>& job, std::byte* scratch)
@@ -171,29 +195,33 @@ public:
     return row_kernel(formula, job, nullptr).scratch_bytes_;
   }
 
-  /// Rows [first, last): adds their weighted values to total.
-  void run(index first, index last, exact_sum& total) {
+  /// Rows [first, last): adds their weighted values to the total. The gradient of the last rows is
+  /// left for the next call, or drain(), to write.
+  void run(index first, index last, value_sum* total) {
     const index capacity = group_size(cols_);
-    live_row* current = rows_;
-    live_row* previous = rows_ + capacity;
-    index previous_count = 0;
-    for (index r = first; r < last || previous_count > 0;) {
+    std::int64_t labels[finish_rows] = {};
+    for (index r = first; r < last;) {
       index count = 0;
       for (; r < last && count < capacity; ++r) {
-        const std::int64_t label = job_.labels ? job_.label(r) : 0;
-        if (job_.counts(r, label))
-          begin(current[count++], r, static_cast<index>(label));
+        const index k = (r - first) % finish_rows;
+        if (job_.labels && k == 0)
+          job_.read_labels(r, std::min(finish_rows, last - r), labels);
+        if (job_.counts(r, labels[k]))
+          begin(current_[count++], r, static_cast<index>(labels[k]));
         else
           store_ignored(job_, r, stage_gradient_);
       }
-      for (index k = 0; k < std::max(count, previous_count); ++k)
-        advance(k < count ? &current[k] : nullptr, k < previous_count ? &previous[k] : nullptr,
-                k + 1 < count ? &current[k + 1] : nullptr);
-      if (count > 0)
-        finish(current, count, total);
-      previous_count = Gradient ? count : 0;
-      std::swap(current, previous);
+      if (count == 0)
+        continue;
+      advance(count);
+      finish(current_, count, *total);
+      pending_ = Gradient ? count : 0;
+      std::swap(current_, previous_);
     }
+  }
+  void drain() {
+    advance(0);
+    pending_ = 0;
     if (job_.streaming)
       stream_fence();
   }
@@ -202,8 +230,8 @@ private:
   /// A row between its first column and its gradient.
   struct live_row {
     index row, label;
-    double target, raw_target, target_side, label_weight, scale;
-    T shift;
+    double scale;
+    T raw_target, shift;
     V look; // what the first chunk's shift is picked from
     bool looked;
     T rivals;     // the largest raw score but the target's
@@ -214,7 +242,6 @@ private:
     T* image;   // scratch; null where the images stay in the row
     T coefficient[coefficients];
     T target_gradient;
-    alignas(64) T tail[lanes<T>]; // images of the last, partial pack of a row that has no room
   };
 
   struct absorb_cursor {
@@ -234,13 +261,17 @@ private:
     side_cursor<T> side;
     V factor, cut, shift, scale;
     V coefficient[coefficients];
+    index hole; // the pack with the target in it, or -1
+    T hole_lane;
+    V target;   // its gradient
     index head; // columns before the first aligned pack of a streamed row
     bool streaming, straddles;
   };
 
   void lay_out(carver& memory, bool real) {
     const index n = 2 * group_size(cols_);
-    rows_ = memory.take<live_row>(static_cast<std::size_t>(n));
+    current_ = memory.take<live_row>(static_cast<std::size_t>(n));
+    previous_ = current_ + n / 2;
     for (index k = 0; k < n; ++k) {
       T* shifts = memory.take<T>(static_cast<std::size_t>(chunks_ + width));
       T* factors = memory.take<T>(static_cast<std::size_t>(chunks_ + width));
@@ -249,7 +280,7 @@ private:
                      : nullptr;
       if (!real)
         continue;
-      live_row* row = new (&rows_[k]) live_row;
+      live_row* row = new (&current_[k]) live_row;
       row->shifts = shifts;
       row->factors = factors;
       row->image = image;
@@ -281,45 +312,12 @@ private:
     return result;
   }
 
-  /// A copy of the last n < width numbers, filled up.
-  static void pad(const T* x, index n, T filler, T* padded) {
-    std::copy(x, x + n, padded);
-    std::fill(padded + n, padded + width, filler);
-  }
-  /// The side numbers of a partial pack; those of absent classes are 0.
-  struct padded_side {
-    alignas(64) T soft[lanes<T>], weight[lanes<T>], bias[lanes<T>];
-    side_cursor<T> cursor;
-    padded_side(const side_cursor<T>& from, index at, index n) {
-      if constexpr (Formula::has_side) {
-        for (index i = 0; i < width; ++i) {
-          const bool here = i < n;
-          bias[i] = !here ? T(0) : from.bias ? from.bias[at + i] : from.uniform_bias;
-          weight[i] = !here ? T(0) : from.weight ? from.weight[at + i] : from.uniform_weight;
-          soft[i] = here && from.soft ? from.soft[at + i] : T(0);
-        }
-        cursor = {from.soft ? soft : nullptr, weight, bias, 0, 0};
-      }
-    }
-  };
-
   // ---- the sums
 
   void begin(live_row& row, index r, index label) {
     row.row = r;
     row.label = job_.labels ? label : favourite(job_, r, stage_soft_);
     row.scale = job_.row_scale(r);
-    row.label_weight = job_.labels ? formula_.label_weight(row.label) : 0.0;
-    T x, q = 0;
-    if (scores_in_place_)
-      x = *job_.scores.pointer(r, row.label);
-    else
-      job_.scores.read(r, row.label, 1, &x);
-    row.raw_target = static_cast<double>(x);
-    row.target = static_cast<double>(first_lane(formula_.score(V(x))));
-    if (job_.soft)
-      job_.soft.read(r, row.label, 1, &q);
-    row.target_side = target_side(formula_, row.label, q, static_cast<bool>(job_.soft));
     for (auto& s : row.sums)
       s.clear();
     row.shift = first_lane(statistic::template first_shift<V>());
@@ -339,23 +337,17 @@ private:
   V look_at(const live_row& row, const T* x, index first, index n, index from, V seen) const {
     const V nothing = statistic::template look_at_nothing<V>();
     const index hole = hole_in(row, first, n);
-    alignas(64) T padded[lanes<T>];
     for (index j = from; j < n; j += width) {
-      V z;
-      if (j + width <= n && (hole < j || hole >= j + width)) {
-        z = V::load(x + j);
-      } else {
-        pad(x + j, std::min(width, n - j), first_lane(nothing), padded);
-        if (hole >= j && hole < j + width)
-          padded[hole - j] = first_lane(nothing);
-        z = V::load(padded);
-      }
+      V z = j + width <= n ? V::load(x + j) : load_first(x + j, n - j, nothing);
+      if (hole >= j && hole < j + width) [[unlikely]]
+        z = select(iota<T>() == V(static_cast<T>(hole - j)), nothing, z);
       seen = statistic::look(seen, z);
     }
     return seen;
   }
 
-  void choose_shift(live_row& row, const V& seen, index c) {
+  /// Whether the shift moved for chunk c.
+  bool choose_shift(live_row& row, const V& seen, index c) {
     T look;
     if constexpr (statistic::look_is_maximum) {
       look = max_lanes(seen);
@@ -365,7 +357,8 @@ private:
     }
     const T shift =
         first_lane(statistic::choose(formula_.score(V(look)), V(row.shift), chunk_size(c)));
-    if (!(shift == row.shift)) {
+    const bool moves = !(shift == row.shift);
+    if (moves) {
       pack<double> delta[2];
       delta[0] = delta[1] = static_cast<double>(row.shift) - static_cast<double>(shift);
       if (c > 0)
@@ -374,6 +367,7 @@ private:
       row.shift = shift;
     }
     row.shifts[c] = row.shift;
+    return moves;
   }
 
   T* image_of(live_row& row, index column) const {
@@ -382,24 +376,19 @@ private:
     return row.image ? row.image + column : job_.gradient.pointer(row.row, column);
   }
 
-  void absorb_tail(live_row& row, absorb_cursor& a, index first, index n) {
-    const index whole = n / width * width;
-    const T absent = first_lane(statistic::absent(a.shift));
-    alignas(64) T padded[lanes<T>];
-    pad(a.x + whole, n - whole, absent, padded);
-    padded_side side(a.side, whole, n - whole);
-    if (a.hole == n / width) {
-      const auto lane = static_cast<index>(a.hole_lane);
-      padded[lane] = absent;
-      if constexpr (Formula::has_side)
-        side.bias[lane] = side.weight[lane] = 0;
-    }
-    a.x = a.next = padded;
-    a.side = side.cursor;
-    a.image = row.image ? row.image + first + whole : row.tail;
-    a.hole = a.next_hole = -1;
-    emit_cursor none;
-    step<true, false>(0, 1, a, none);
+  /// The last n < width columns of a row.
+  void absorb_tail(absorb_cursor& a, index at, index n) const {
+    const V absent = statistic::absent(a.shift);
+    auto here = iota<T>() < V(static_cast<T>(n));
+    if (a.hole == at / width)
+      here = here & !(iota<T>() == V(a.hole_lane));
+    const V z = select(here, formula_.score(load_first(a.x + at, n, V(0))), absent);
+    V side(0);
+    if constexpr (Formula::has_side)
+      side = select(here, a.side.first(at, n), V(0));
+    const V image = statistic::absorb(a.sum, z, a.shift, side);
+    if constexpr (carries)
+      store_first(image, a.image + at, n);
   }
 
   // ---- the gradient
@@ -412,8 +401,10 @@ private:
     if (e.streaming) {
       const auto address = reinterpret_cast<std::uintptr_t>(job_.gradient.pointer(row.row, 0));
       e.head = std::min(cols_, static_cast<index>((64 - address % 64) % 64 / sizeof(T)));
+      prefetch_to_write(job_.gradient.pointer(row.row, cols_ - 1)); // not streamed if it is partial
     }
     e.scale = V(static_cast<T>(row.scale));
+    e.target = V(row.target_gradient);
     for (int k = 0; k < coefficients; ++k)
       e.coefficient[k] = V(row.coefficient[k]);
   }
@@ -433,6 +424,8 @@ private:
     e.straddles = false;
     if (n <= 0)
       return 0;
+    const index hole = row.label - first;
+    set_hole(hole >= 0 && hole < n ? hole : -1, e.hole, e.hole_lane);
     e.from = carries ? image_of(row, first) : scores(row.row, first, n, stage_emit_);
     e.to = gradient_in_place_ ? job_.gradient.pointer(row.row, first) : stage_gradient_;
     e.side = side(row.row, first, n, stage_soft_emit_);
@@ -442,23 +435,36 @@ private:
   }
 
   /// n < width elements of the gradient from offset `at` of what e is aimed at.
-  void emit_partial(const live_row& row, emit_cursor e, index at, index n) const {
-    alignas(64) T padded[lanes<T>];
-    alignas(64) T result[lanes<T>];
-    const padded_side side(e.side, at, n);
-    if (carries && images_in_row_) {
-      e.from = row.tail;
+  void emit_partial(const emit_cursor& e, index at, index n) const {
+    V side(0);
+    if constexpr (Formula::has_side)
+      side = e.side.first(at, n);
+    const V g = gradient_of(load_first(e.from + at, n, V(0)), side, e);
+    store_first(with_target(g, at / width, e), e.to + at, n);
+  }
+
+  /// Nowhere but here: a store of the target alone would wait for a line that just left the caches.
+  PERDITA_INLINE V with_target(const V& g, index pack_number, const emit_cursor& e) const {
+    if (pack_number == e.hole) [[unlikely]]
+      return select(iota<T>() == V(e.hole_lane), e.target, g);
+    return g;
+  }
+
+  /// A pack of the gradient, from images or, where the formula needs them, scores.
+  PERDITA_INLINE V gradient_of(const V& read, const V& side, const emit_cursor& e) const {
+    if constexpr (carries) {
+      return multiply_unless_less(read, e.cut, e.factor);
     } else {
-      pad(e.from + at, n, T(0), padded);
-      e.from = padded;
+      const V z = formula_.score(read);
+      V share(0);
+      if constexpr (statistic::has_image && Formula::uses_share)
+        share = multiply_unless_less(exp_shifted(z - e.shift), e.cut, e.factor);
+      // The row's scale is in the share already, so that a plain row has the same bits here.
+      if constexpr (Formula::linear)
+        return formula_.slope(z, share, Formula::has_side ? side * e.scale : side, e.coefficient);
+      else
+        return formula_.slope(z, share, side, e.coefficient) * e.scale;
     }
-    T* to = e.to + at;
-    e.to = result;
-    e.side = side.cursor;
-    e.streaming = false;
-    absorb_cursor none;
-    step<false, true>(0, 1, none, e);
-    std::copy(result, result + n, to);
   }
 
   /// What is left of chunk c once its whole packs are written.
@@ -471,7 +477,8 @@ private:
       head.to -= e.head;
       if constexpr (Formula::has_side)
         head.side.move(-e.head);
-      emit_partial(row, head, 0, e.head);
+      set_hole(row.label < e.head ? row.label : -1, head.hole, head.hole_lane);
+      emit_partial(head, 0, e.head);
     }
     if (n <= 0)
       return;
@@ -486,7 +493,7 @@ private:
       step<false, true>(n / width - 1, n / width, none, both);
     }
     if (n % width)
-      emit_partial(row, e, n / width * width, n % width);
+      emit_partial(e, n / width * width, n % width);
     if (gradient_in_place_)
       return;
     if (job_.accumulate) {
@@ -500,6 +507,48 @@ private:
 
   // ---- the traversal
 
+  /// The sums of the current rows and the gradient of the previous ones.
+  void advance(index count) {
+    if constexpr (speculates) {
+      for (index k = 0; k < count; ++k)
+        sum_up(current_[k]);
+      return;
+    }
+    for (index k = 0; k < std::max(count, pending_); ++k)
+      advance(k < count ? &current_[k] : nullptr, k < pending_ ? &previous_[k] : nullptr,
+              k + 1 < count ? &current_[k + 1] : nullptr);
+  }
+
+  /// All chunks of a row's sums.
+  void sum_up(live_row& row) {
+    absorb_cursor a;
+    emit_cursor none;
+    for (index c = 0; c < chunks_; ++c) {
+      const index first = c * chunk_columns, n = chunk_size(c), whole = n / width * width;
+      a.x = scores(row.row, first, n, stage_x_[0]);
+      a.side = side(row.row, first, n, stage_soft_);
+      set_hole(hole_in(row, first, n), a.hole, a.hole_lane);
+      if (c == 0)
+        choose_shift(row, look_at(row, a.x, 0, n, 0, statistic::template look_at_nothing<V>()), 0);
+      if (row.label >= first && row.label < first + n)
+        row.raw_target = a.x[row.label - first];
+      do {
+        start_sums(row, a);
+        step<true, false>(0, n / width, a, none);
+        if (n > whole)
+          absorb_tail(a, whole, n - whole);
+      } while (choose_shift(row, look_at(row, a.x, first, n, whole, a.seen), c));
+      for (int k = 0; k < statistic::terms; ++k)
+        row.sums[k].add(a.sum[k]);
+    }
+  }
+  void start_sums(const live_row& row, absorb_cursor& a) const {
+    a.shift = V(row.shift);
+    a.seen = statistic::template look_at_nothing<V>();
+    for (V& sum : a.sum)
+      sum = V(0);
+  }
+
   /// All chunks of row a's sums, and with each one the same chunk of row e's gradient. Meanwhile
   /// the next chunk is looked at: a's own, or the first one of the row that comes after.
   void advance(live_row* a, live_row* e, live_row* after) {
@@ -512,17 +561,9 @@ private:
       x = scores(a->row, 0, chunk_size(0), stage_x_[0]);
       seen = a->looked ? a->look : look_at(*a, x, 0, chunk_size(0), 0, nothing);
     }
-    T target = 0;
     if constexpr (Gradient)
-      if (e) {
+      if (e)
         open(*e, emitting);
-        target = e->target_gradient;
-        if (job_.accumulate) {
-          T before;
-          job_.gradient.reader(job_.gradient.at(e->row, e->label), 1, 1, &before);
-          target += before;
-        }
-      }
     for (index c = 0; c < chunks_; ++c) {
       const index first = c * chunk_columns, n = chunk_size(c);
       const bool last = c + 1 == chunks_;
@@ -533,6 +574,8 @@ private:
       const index next_size = chunk_size(last ? 0 : c + 1);
       if (a) {
         choose_shift(*a, seen, c);
+        if (a->label >= first && a->label < first + n)
+          a->raw_target = x[a->label - first];
         // Copied scores have no room for another row's.
         if (next_row && (!last || scores_in_place_))
           next = scores(next_row->row, next_first, next_size, stage_x_[(c + 1) % 2]);
@@ -543,10 +586,7 @@ private:
         absorbing.next = next && next_size >= n / width * width ? next : x;
         absorbing.image = image_of(*a, first);
         absorbing.side = side(a->row, first, n, stage_soft_);
-        absorbing.shift = V(a->shift);
-        absorbing.seen = nothing;
-        for (V& sum : absorbing.sum)
-          sum = V(0);
+        start_sums(*a, absorbing);
         absorb_packs = n / width;
       }
       index both = 0;
@@ -572,7 +612,7 @@ private:
           }
         }
         if (n % width)
-          absorb_tail(*a, absorbing, first, n);
+          absorb_tail(absorbing, n / width * width, n % width);
         for (int k = 0; k < statistic::terms; ++k)
           a->sums[k].add(absorbing.sum[k]);
         x = next;
@@ -581,9 +621,6 @@ private:
         if (e)
           flush(*e, emitting, c);
     }
-    if constexpr (Gradient)
-      if (e)
-        job_.gradient.writer(job_.gradient.at(e->row, e->label), 1, 1, &target);
   }
 
   static void set_hole(index hole, index& pack_number, T& lane) {
@@ -593,88 +630,60 @@ private:
 
   /// Packs [begin, end) of what the cursors point at.
   template <bool Absorb, bool Emit>
-  PERDITA_NOINLINE void step(index begin, index end, absorb_cursor& a, emit_cursor& e) const {
+  PERDITA_NOINLINE void step(index begin, index end, absorb_cursor& absorbing,
+                             const emit_cursor& emitting) const {
     const V nothing = statistic::template look_at_nothing<V>();
-    V sum[statistic::terms], seen, shift, factor, cut, c[coefficients];
-    const T *x = nullptr, *next = nullptr, *from = nullptr;
-    T *image_to = nullptr, *to = nullptr;
-    index hole = -1, next_hole = -1;
-    bool streaming = false;
-    if constexpr (Absorb) {
-      for (int k = 0; k < statistic::terms; ++k)
-        sum[k] = a.sum[k];
-      seen = a.seen;
-      shift = a.shift;
-      x = a.x;
-      next = a.next;
-      image_to = a.image;
-      hole = a.hole;
-      next_hole = a.next_hole;
-    }
-    if constexpr (Emit) {
-      factor = e.factor;
-      cut = e.cut;
-      from = e.from;
-      to = e.to;
-      streaming = e.streaming;
-      for (int k = 0; k < coefficients; ++k)
-        c[k] = e.coefficient[k];
-    }
+    absorb_cursor a; // copies, for registers
+    emit_cursor e;
+    if constexpr (Absorb)
+      a = absorbing;
+    if constexpr (Emit)
+      e = emitting;
     for (index i = begin; i < end; ++i) {
       const index j = i * width;
       if constexpr (Absorb) {
-        prefetch(x + j + prefetch_distance);
-        V z = formula_.score(V::load(x + j));
+        prefetch(a.x + j + prefetch_distance);
+        V look = V::load(a.x + j), z = formula_.score(look);
         V side(0);
         if constexpr (Formula::has_side)
           side = a.side.at(j);
-        if (i == hole) [[unlikely]] {
+        if (i == a.hole) [[unlikely]] {
           const auto here = iota<T>() == V(a.hole_lane);
-          z = select(here, statistic::absent(shift), z);
+          z = select(here, statistic::absent(a.shift), z);
           side = select(here, V(0), side);
+          look = select(here, nothing, look);
         }
-        const V image = statistic::absorb(sum, z, shift, side);
+        const V image = statistic::absorb(a.sum, z, a.shift, side);
         if constexpr (carries)
-          image.store(image_to + j);
-        V look = V::load(next + j);
-        if (i == next_hole) [[unlikely]]
-          look = select(iota<T>() == V(a.next_hole_lane), nothing, look);
-        seen = statistic::look(seen, look);
+          image.store(a.image + j);
+        if constexpr (!speculates) {
+          look = V::load(a.next + j);
+          if (i == a.next_hole) [[unlikely]]
+            look = select(iota<T>() == V(a.next_hole_lane), nothing, look);
+        }
+        a.seen = statistic::look(a.seen, look);
       }
       if constexpr (Emit) {
-        const V read = V::load(from + j);
-        V out;
-        if constexpr (carries) {
-          out = multiply_unless_less(read, cut, factor);
-        } else {
-          const V z = formula_.score(read);
-          V share(0), side(0);
-          if constexpr (statistic::has_image && Formula::uses_share)
-            share = multiply_unless_less(exp_shifted(z - e.shift), cut, factor);
-          if constexpr (Formula::has_side)
-            side = e.side.at(j);
-          // The row's scale is in the share already, so that a plain row has the same bits here.
-          if constexpr (Formula::linear)
-            out = formula_.slope(z, share, Formula::has_side ? side * e.scale : side, c);
-          else
-            out = formula_.slope(z, share, side, c) * e.scale;
-        }
-        if (streaming)
-          out.stream(to + j);
+        V side(0);
+        if constexpr (Formula::has_side)
+          side = e.side.at(j);
+        const V g = with_target(gradient_of(V::load(e.from + j), side, e), i, e);
+        if (e.streaming)
+          g.stream(e.to + j);
         else
-          out.store(to + j);
+          g.store(e.to + j);
       }
     }
     if constexpr (Absorb) {
       for (int k = 0; k < statistic::terms; ++k)
-        a.sum[k] = sum[k];
-      a.seen = seen;
+        absorbing.sum[k] = a.sum[k];
+      absorbing.seen = a.seen;
     }
   }
 
   // ---- from sums to values
 
-  void finish(live_row* rows, index count, exact_sum& total) {
+  void finish(live_row* rows, index count, value_sum& total) {
     using W = pack<double>;
     alignas(64) double in[6 + statistic::terms][finish_rows] = {};
     alignas(64) double out[3 + coefficients][finish_rows];
@@ -684,12 +693,15 @@ private:
     for (index i = 0; i < count; ++i) {
       const live_row& row = rows[i];
       numbers[i] = row.row;
+      T q = 0;
+      if (job_.soft)
+        job_.soft.read(row.row, row.label, 1, &q);
       in[0][i] = static_cast<double>(row.shift);
-      in[1][i] = row.target;
-      in[2][i] = row.target_side;
-      in[3][i] = row.label_weight;
+      in[1][i] = static_cast<double>(first_lane(formula_.score(V(row.raw_target))));
+      in[2][i] = target_side(formula_, row.label, q, static_cast<bool>(job_.soft));
+      in[3][i] = job_.labels ? formula_.label_weight(row.label) : 0.0;
       in[4][i] = static_cast<double>(row.rivals);
-      in[5][i] = row.raw_target;
+      in[5][i] = static_cast<double>(row.raw_target);
       for (int k = 0; k < statistic::terms; ++k)
         in[6 + k][i] = row.sums[k].total();
       if constexpr (statistic::counts)
@@ -744,7 +756,8 @@ private:
   index cols_, chunks_;
   bool scores_in_place_, soft_in_place_, gradient_in_place_, images_in_row_;
   std::size_t scratch_bytes_ = 0;
-  live_row* rows_ = nullptr;
+  live_row *current_ = nullptr, *previous_ = nullptr;
+  index pending_ = 0; // rows of previous_ whose gradient is not written
   T* stage_x_[2] = {nullptr, nullptr};
   T *stage_emit_ = nullptr, *stage_gradient_ = nullptr, *stage_sum_ = nullptr;
   T *stage_soft_ = nullptr, *stage_soft_emit_ = nullptr;

@@ -245,6 +245,7 @@ double row_loss<Derived, T>::check_and_weigh(const core::row_job<T>& job,
     self().check(job);
 
   core::exact_sum weights;
+  index ones = 0; // weights of 1 are only counted
   constexpr index batch = 256;
   std::int64_t labels[batch];
   for (index first = 0; first < rows; first += batch) {
@@ -262,10 +263,14 @@ double row_loss<Derived, T>::check_and_weigh(const core::row_job<T>& job,
                             core::to_text(job.ignore_index));
         weight = self().label_weight(static_cast<index>(labels[i]));
       }
-      weights.add(weight * job.row_weight(first + i));
+      weight *= job.row_weight(first + i);
+      if (weight == 1)
+        ++ones;
+      else
+        weights.add(weight);
     }
   }
-  return weights.value();
+  return weights.value() + static_cast<double>(ones);
 }
 
 template <class Derived, class T>

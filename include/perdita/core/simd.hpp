@@ -571,6 +571,62 @@ template <int Half> PERDITA_INLINE pack<double> widen_half(const pack<float>& a)
 PERDITA_INLINE pack<double> widen_low(const pack<float>& a) { return widen_half<0>(a); }
 PERDITA_INLINE pack<double> widen_high(const pack<float>& a) { return widen_half<1>(a); }
 
+/// The lanes of a pack in packs of double, exactly; and back, rounded.
+PERDITA_INLINE void widen(const pack<float>& a, pack<double> (&wide)[2]) {
+  wide[0] = widen_low(a);
+  wide[1] = widen_high(a);
+}
+PERDITA_INLINE void widen(const pack<double>& a, pack<double> (&wide)[1]) { wide[0] = a; }
+PERDITA_INLINE pack<float> narrow(const pack<double> (&wide)[2]) {
+#if !PERDITA_NO_SIMD && defined(__AVX512F__) && defined(__AVX512DQ__)
+  const __m256 low = _mm512_maskz_cvtpd_ps(0xFF, wide[0].r[0].data);
+  const __m256 high = _mm512_maskz_cvtpd_ps(0xFF, wide[1].r[0].data);
+  pack<float> result;
+  result.r[0] = _mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1);
+  return result;
+#else
+  alignas(64) double d[16];
+  alignas(64) float f[16];
+  wide[0].store(d);
+  wide[1].store(d + 8);
+  for (int i = 0; i < 16; ++i)
+    f[i] = static_cast<float>(d[i]);
+  return pack<float>::load(f);
+#endif
+}
+PERDITA_INLINE pack<double> narrow(const pack<double> (&wide)[1]) { return wide[0]; }
+
+/// The first n lanes from p, `filler` in the others; nothing else is read.
+template <class T>
+PERDITA_INLINE pack<T> load_first(const T* p, std::ptrdiff_t n, const pack<T>& filler) {
+#if !PERDITA_NO_SIMD && defined(__AVX512F__)
+  pack<T> result;
+  if constexpr (sizeof(T) == 4)
+    result.r[0] = _mm512_mask_loadu_ps(filler.r[0].data, static_cast<__mmask16>((1U << n) - 1), p);
+  else
+    result.r[0] = _mm512_mask_loadu_pd(filler.r[0].data, static_cast<__mmask8>((1U << n) - 1), p);
+  return result;
+#else
+  alignas(64) T v[lanes<T>];
+  filler.store(v);
+  std::memcpy(v, p, static_cast<std::size_t>(n) * sizeof(T));
+  return pack<T>::load(v);
+#endif
+}
+/// Stores the first n lanes, and nothing else.
+template <class T> PERDITA_INLINE void store_first(const pack<T>& a, T* p, std::ptrdiff_t n) {
+#if !PERDITA_NO_SIMD && defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4)
+    _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1U << n) - 1), a.r[0].data);
+  else
+    _mm512_mask_storeu_pd(p, static_cast<__mmask8>((1U << n) - 1), a.r[0].data);
+#else
+  alignas(64) T v[lanes<T>];
+  a.store(v);
+  std::memcpy(p, v, static_cast<std::size_t>(n) * sizeof(T));
+#endif
+}
+
 /// {0, 1, 2, …}
 template <class T> PERDITA_INLINE pack<T> iota() {
   alignas(64) static constexpr auto values = [] {
@@ -628,10 +684,80 @@ template <class T> PERDITA_INLINE T first_lane(const pack<T>& a) {
 #endif
 }
 
+namespace detail {
+#if !PERDITA_NO_SIMD && defined(__AVX512F__)
+/// f(0), …, f(N − 1), unrolled.
+template <std::size_t N, class F> PERDITA_INLINE void repeat(F f) {
+  [&]<std::size_t... I>(std::index_sequence<I...>) __attribute__((always_inline)) { (f(I), ...); }
+  (std::make_index_sequence<N>{});
+}
+/// Rows to columns: 4 x 4 blocks by unpacking, then blocks of four lanes.
+PERDITA_INLINE void transpose(__m512 (&r)[16]) {
+  __m512 t[16];
+  repeat<4>([&](std::size_t i) __attribute__((always_inline)) {
+    const __m512* const x = r + 4 * i;
+    const auto pd = [](__m512 v) __attribute__((always_inline)) { return _mm512_castps_pd(v); };
+    const __m512 low01 = _mm512_unpacklo_ps(x[0], x[1]), low23 = _mm512_unpacklo_ps(x[2], x[3]);
+    const __m512 high01 = _mm512_unpackhi_ps(x[0], x[1]), high23 = _mm512_unpackhi_ps(x[2], x[3]);
+    t[4 * i] = _mm512_castpd_ps(_mm512_unpacklo_pd(pd(low01), pd(low23)));
+    t[4 * i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(pd(low01), pd(low23)));
+    t[4 * i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(pd(high01), pd(high23)));
+    t[4 * i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(pd(high01), pd(high23)));
+  });
+  repeat<4>([&](std::size_t c) __attribute__((always_inline)) {
+    const __m512 a = _mm512_shuffle_f32x4(t[c], t[4 + c], 0x88);
+    const __m512 b = _mm512_shuffle_f32x4(t[8 + c], t[12 + c], 0x88);
+    const __m512 d = _mm512_shuffle_f32x4(t[c], t[4 + c], 0xdd);
+    const __m512 e = _mm512_shuffle_f32x4(t[8 + c], t[12 + c], 0xdd);
+    r[c] = _mm512_shuffle_f32x4(a, b, 0x88);
+    r[4 + c] = _mm512_shuffle_f32x4(d, e, 0x88);
+    r[8 + c] = _mm512_shuffle_f32x4(a, b, 0xdd);
+    r[12 + c] = _mm512_shuffle_f32x4(d, e, 0xdd);
+  });
+}
+#endif
+} // namespace detail
+
+/// to[j to_step + i] = from[i from_step + j] for i < rows, j < cols: a transposed copy. What lies
+/// between the rows and what lies between the columns of the copy is left alone.
+template <class T>
+void copy_transposed(const T* from, std::ptrdiff_t from_step, std::ptrdiff_t rows,
+                     std::ptrdiff_t cols, T* to, std::ptrdiff_t to_step) {
+  std::ptrdiff_t i = 0;
+#if !PERDITA_NO_SIMD && defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4)
+    for (; i < rows; i += 16)
+      for (std::ptrdiff_t j = 0; j < cols; j += 16) {
+        const std::ptrdiff_t m = rows - i < 16 ? rows - i : 16, n = cols - j < 16 ? cols - j : 16;
+        __m512 r[16];
+        detail::repeat<16>([&](std::size_t k) __attribute__((always_inline)) {
+          const auto row = static_cast<std::ptrdiff_t>(k);
+          r[k] = row < m ? load_first(from + (i + row) * from_step + j, n, pack<T>(0)).r[0].data
+                         : _mm512_setzero_ps();
+        });
+        detail::transpose(r);
+        detail::repeat<16>([&](std::size_t k) __attribute__((always_inline)) {
+          const auto column = static_cast<std::ptrdiff_t>(k);
+          if (column < n)
+            store_first(pack<T>({r[k]}), to + (j + column) * to_step + i, m);
+        });
+      }
+#endif
+  for (; i < rows; ++i)
+    for (std::ptrdiff_t j = 0; j < cols; ++j)
+      to[j * to_step + i] = from[i * from_step + j];
+}
+
 /// Asks for the line at p to be brought into the second-level cache.
 PERDITA_INLINE void prefetch(const void* p) {
 #if defined(__GNUC__)
   __builtin_prefetch(p, 0, 2);
+#endif
+}
+/// Asks for the line at p to be brought into the first-level cache, to be written.
+PERDITA_INLINE void prefetch_to_write(void* p) {
+#if defined(__GNUC__)
+  __builtin_prefetch(p, 1, 3);
 #endif
 }
 /// Makes streaming stores visible to other threads.

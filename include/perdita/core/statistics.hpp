@@ -40,8 +40,9 @@ summary<Statistic, W> merge(summary<Statistic, W> a, summary<Statistic, W> b) {
   return a;
 }
 
-/// Σ e^{z-s}. The shift follows the maximum from a distance: it moves only when a score is more
-/// than `slack` above it, so that most rows never rescale anything.
+/// Σ e^{z-s}. The shift starts as the maximum of the first few scores and follows the maximum from
+/// a distance: it moves only when a score is more than `slack` above it, so that most rows never
+/// rescale anything.
 struct log_sum_exp {
   static constexpr int terms = 1;
   static constexpr bool has_image = true;

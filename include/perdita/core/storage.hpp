@@ -239,6 +239,10 @@ template <class T, bool Mutable = false> struct matrix_data {
   direct_pointer pointer(index r, index c) const {
     return reinterpret_cast<direct_pointer>(at(r, c));
   }
+  /// How many rows from r on are one stride apart.
+  index left_in_plane(index r) const {
+    return plane_rows == 0 ? std::numeric_limits<index>::max() : plane_rows - r % plane_rows;
+  }
   /// n elements of row r from column c on.
   void read(index r, index c, index n, T* out) const { reader(at(r, c), col_stride, n, out); }
   void write(index r, index c, index n, const T* in) const requires Mutable {
