@@ -7,6 +7,7 @@
 
 #include <Eigen/Core>
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <cstdint>
@@ -183,16 +184,27 @@ TEST_CASE("cross_entropy: images with classes first", "[cross_entropy]") {
     }
   const cross_entropy<float> loss;
   const float value = loss(as_rows, y, slopes);
-  CHECK(loss(perdita::matrix_view<const float>::channels_first(x.data(), images, classes, pixels),
-             y, perdita::matrix_view<float>::channels_first(g.data(), images, classes, pixels)) ==
-        value);
-  bool same = true;
-  for (int n = 0; n < images; ++n)
-    for (int p = 0; p < pixels; ++p)
-      for (int c = 0; c < classes; ++c)
-        same = same && g[static_cast<std::size_t>((n * classes + c) * pixels + p)] ==
-                           slopes(n * pixels + p, c);
-  CHECK(same);
+  const auto scores =
+      perdita::matrix_view<const float>::channels_first(x.data(), images, classes, pixels);
+  const auto gradient =
+      perdita::matrix_view<float>::channels_first(g.data(), images, classes, pixels);
+  const auto is_right = [&] {
+    bool same = true;
+    for (int n = 0; n < images; ++n)
+      for (int p = 0; p < pixels; ++p)
+        for (int c = 0; c < classes; ++c)
+          same = same && g[static_cast<std::size_t>((n * classes + c) * pixels + p)] ==
+                             slopes(n * pixels + p, c);
+    std::fill(g.begin(), g.end(), -7.0F);
+    return same;
+  };
+  CHECK(loss(scores, y, gradient) == value);
+  CHECK(is_right());
+  CHECK(loss(as_rows, y, gradient) == value);
+  CHECK(is_right());
+  row_major from_images(images * pixels, classes);
+  CHECK(loss(scores, y, from_images) == value);
+  CHECK(from_images == slopes);
 }
 
 TEMPLATE_TEST_CASE("cross_entropy: sixteen-bit scores of every kind", "[cross_entropy]",
@@ -293,6 +305,27 @@ TEST_CASE("cross_entropy: options that do not fit the call", "[cross_entropy]") 
   check({{.class_weights = three}}, y, {"class_weights", "3", "21"});
   check({{.label_smoothing = 0.5F, .prior = third}}, y, {"prior", "3", "21"});
   check({{.focal_gamma = 2}}, x, {"focal_gamma", "2", "soft"});
+}
+
+TEST_CASE("cross_entropy: null pointers to something", "[cross_entropy]") {
+  const cross_entropy<float> loss;
+  const row_major x = some_scores();
+  const std::vector<int> y = some_labels();
+  row_major g(rows, cols);
+  const perdita::matrix_view<const float> no_scores(nullptr, rows, cols);
+  const perdita::matrix_view<float> no_gradient(nullptr, rows, cols);
+  const perdita::vector_view<const int> no_labels(nullptr, rows);
+  const auto says = [](const std::string& message, const char* what) {
+    INFO(message);
+    return message.find("perdita::cross_entropy: ") == 0 && message.find(what) != message.npos &&
+           message.find("null") != message.npos;
+  };
+  CHECK(says(refusal([&] { (void)loss(no_scores, y, g); }), "scores"));
+  CHECK(says(refusal([&] { (void)loss(x, no_labels, g); }), "labels"));
+  CHECK(says(refusal([&] { (void)loss(x, y, no_gradient); }), "gradient"));
+  // No rows need no memory.
+  CHECK(loss(perdita::matrix_view<const float>(nullptr, 0, cols), std::vector<int>{},
+             perdita::matrix_view<float>(nullptr, 0, cols)) == 0);
 }
 
 TEST_CASE("cross_entropy: the options' memory is copied", "[cross_entropy]") {

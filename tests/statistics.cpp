@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "support/catch.hpp"
+#include "support/numbers.hpp"
 
 namespace perdita_tests {
 namespace {
@@ -110,6 +111,33 @@ TEST_CASE("statistics: a shard of masked classes changes nothing", "[statistics]
   }
   const auto still_none = core::merge(none, none);
   CHECK(core::first_lane(still_none.term[0]) == 0);
+}
+
+TEMPLATE_TEST_CASE("statistics: the maximum and its place, whole and in shards", "[statistics]",
+                   float, double) {
+  namespace core = perdita::core;
+  const TestType inf = std::numeric_limits<TestType>::infinity(),
+                 nan = std::numeric_limits<TestType>::quiet_NaN();
+  random_numbers random(7);
+  for (const index n : {1, 2, 7, 8, 15, 16, 17, 31, 40, 513}) {
+    std::vector<TestType> x(static_cast<std::size_t>(n));
+    for (int trial = 0; trial < 40; ++trial) {
+      for (TestType& v : x) { // few values, so that there are ties
+        const auto k = random.below(12);
+        v = k == 0 ? -inf : k == 1 && trial % 2 ? nan : static_cast<TestType>(k) - 6;
+      }
+      core::maximum<TestType> right;
+      for (index i = 0; i < n; ++i)
+        if (x[static_cast<std::size_t>(i)] > right.value)
+          right = {x[static_cast<std::size_t>(i)], i};
+      for (const index cut : {index{0}, n / 3, n}) {
+        const auto got = core::merge(core::find_maximum(x.data(), cut),
+                                     core::find_maximum(x.data() + cut, n - cut, cut));
+        CHECK(got.value == right.value);
+        CHECK(got.at == right.at);
+      }
+    }
+  }
 }
 
 } // namespace perdita_tests

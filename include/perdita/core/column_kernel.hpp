@@ -142,7 +142,7 @@ private:
         for (index p = 0; p < packs_; ++p)
           moved |= std::uint64_t{choose_shift(p, c, n)} << p;
         if (moved)
-          absorb(c, n, std::countr_zero(moved), std::bit_width(moved));
+          absorb(c, n, std::countr_zero(moved), static_cast<index>(std::bit_width(moved)));
       }
       for (index p = 0; p < packs_; ++p) {
         if constexpr (statistic::look_is_maximum)

@@ -66,11 +66,8 @@ double target_side(const Formula& formula, index label, T soft, bool has_soft) {
 /// Where there is no label, the class that the soft target favours takes its place, and where
 /// there is no target at all, the one with the largest score. `stage` holds a chunk.
 template <class T> index favourite(const row_job<T>& job, index r, T* stage) {
-  using V = pack<T>;
-  constexpr index width = static_cast<index>(lanes<T>);
   const auto& from = job.soft ? job.soft : job.scores;
-  index best = 0;
-  T most = -std::numeric_limits<T>::infinity();
+  maximum<T> best;
   for (index first = 0; first < job.scores.cols; first += chunk_columns) {
     const index n = std::min(chunk_columns, job.scores.cols - first);
     const T* x = stage;
@@ -78,19 +75,9 @@ template <class T> index favourite(const row_job<T>& job, index r, T* stage) {
       x = from.pointer(r, first);
     else
       from.read(r, first, n, stage);
-    V seen(most);
-    index j = 0;
-    for (; j + width <= n; j += width)
-      seen = max(V::load(x + j), seen);
-    T chunk_most = max_lanes(seen);
-    for (; j < n; ++j)
-      chunk_most = x[j] > chunk_most ? x[j] : chunk_most;
-    if (chunk_most > most) {
-      most = chunk_most;
-      best = first + static_cast<index>(std::find(x, x + n, most) - x);
-    }
+    best = merge(best, find_maximum(x, n, first));
   }
-  return best;
+  return best.at;
 }
 
 /// Adds a row's value to the total of its block.

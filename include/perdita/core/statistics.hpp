@@ -14,6 +14,7 @@
 /// threads, tiles of a linear head and shards of a vocabulary. `absent` is a score that leaves
 /// every sum as it was. V is a pack of the compute type, W a pack of double.
 
+#include <algorithm>
 #include <limits>
 
 #include "math.hpp"
@@ -38,6 +39,28 @@ summary<Statistic, W> merge(summary<Statistic, W> a, summary<Statistic, W> b) {
     a.term[k] = a.term[k] + b.term[k];
   a.shift = shift;
   return a;
+}
+
+/// The largest of some numbers and where it was: the first of equals. NaN is passed over; where
+/// nothing is above -inf, at is 0.
+template <class T> struct maximum {
+  T value = -std::numeric_limits<T>::infinity();
+  index at = 0;
+};
+/// a's numbers come before b's.
+template <class T> maximum<T> merge(const maximum<T>& a, const maximum<T>& b) {
+  return b.value > a.value ? b : a;
+}
+/// Of n numbers side by side, the first of which has number `first`.
+template <class T> maximum<T> find_maximum(const T* x, index n, index first = 0) {
+  using V = pack<T>;
+  constexpr auto width = static_cast<index>(lanes<T>);
+  V seen(maximum<T>{}.value);
+  for (index j = 0; j < n; j += width)
+    seen = max(j + width <= n ? V::load(x + j) : load_first(x + j, n - j, seen), seen);
+  const T most = max_lanes(seen);
+  return most > maximum<T>{}.value ? maximum<T>{most, first + (std::find(x, x + n, most) - x)}
+                                   : maximum<T>{};
 }
 
 /// Σ e^{z-s}. The shift starts as the maximum of the first few scores and follows the maximum from
