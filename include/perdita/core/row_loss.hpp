@@ -148,10 +148,7 @@ public:
   template <class X, class Y, class G>
   requires core::scores_like<X, T> && core::gradient_like<G, T>
       T operator()(X&& scores, Y&& target, G&& gradient, const call_options<T>& call = {}) const {
-    const auto g = core::as_matrix(gradient);
-    core::require(g.data != nullptr || g.rows * g.cols == 0, self().name, "gradient", 0,
-                  "a pointer to memory");
-    return run<true>(core::as_matrix(scores), target, g, call);
+    return run<true>(core::as_matrix(scores), target, core::as_matrix(gradient), call);
   }
 
 protected:
@@ -216,6 +213,7 @@ double row_loss<Derived, T>::check_and_weigh(const core::row_job<T>& job,
   if (has_gradient) {
     check_size("gradient rows", job.gradient.rows, rows);
     check_size("gradient columns", job.gradient.cols, cols);
+    require_memory("gradient", job.gradient.data, rows * cols);
     const bool same = core::check_overlap(name, job);
     if (same && call.accumulate && rows * cols > 0)
       core::fail(std::string("perdita::") + name +
