@@ -158,6 +158,7 @@ template <class Formula, class T, bool Gradient> class row_kernel {
   /// With no gradient to overwrite the scores, a chunk is summed with the shift of the chunk
   /// before, and again in the rare case that its maximum is too far above it.
   static constexpr bool speculates = !Gradient && statistic::look_is_maximum;
+  static constexpr index chunk_packs = chunk_columns / width;
   static constexpr index prefetch_distance = 16384 / static_cast<index>(sizeof(T));
 
 public:
@@ -232,6 +233,7 @@ private:
   };
 
   struct absorb_cursor {
+    live_row* row;
     const T* x;
     T* image;
     const T* next; // what to look at meanwhile
@@ -239,6 +241,7 @@ private:
     index hole, next_hole; // the pack with the target in it, or -1
     T hole_lane, next_hole_lane;
     V shift, seen;
+    V rivals; // the maximum of what was seen of chunks that are done
     V sum[statistic::terms];
   };
 
@@ -403,10 +406,10 @@ private:
     e.shift = V(row.shifts[c]);
   }
 
-  /// Points at chunk c; returns the number of whole packs in it.
-  index aim(live_row& row, emit_cursor& e, index c) {
+  /// Points at `run` chunks from number c on; returns the number of whole packs in them.
+  index aim(live_row& row, emit_cursor& e, index c, index run) {
     const index first = c * chunk_columns + e.head;
-    const index n = std::min(chunk_columns, cols_ - first);
+    const index n = std::min(run * chunk_columns, cols_ - first);
     set_chunk(row, e, c);
     e.straddles = false;
     if (n <= 0)
@@ -506,31 +509,68 @@ private:
               k + 1 < count ? &current_[k + 1] : nullptr);
   }
 
+  /// Up to which chunk whole ones can be taken in one go: where nothing is copied first, and for
+  /// the gradient of row e where its factors are the same.
+  index chunks_at_once(const live_row* a, const live_row* e, const emit_cursor& emitting) const {
+    if (!statistic::look_is_maximum || !scores_in_place_ || (job_.soft && !soft_in_place_) ||
+        (e && (e->shifted || !gradient_in_place_)))
+      return 0;
+    index n = cols_ / chunk_columns;
+    if (a && !speculates) // the chunk after them is looked at meanwhile
+      n -= 1;
+    return e ? std::min(n, (cols_ - emitting.head) / chunk_columns) : n;
+  }
+  index size_of(index c, index run) const {
+    return std::min(run * chunk_columns, cols_ - c * chunk_columns);
+  }
+  static void accept(live_row& row, const absorb_cursor& a) {
+    for (int k = 0; k < statistic::terms; ++k)
+      row.sums[k].add(a.sum[k]);
+  }
+  /// What happened inside a run of chunks.
+  void accept_run(live_row& row, const absorb_cursor& a, index c, index run) const {
+    std::fill_n(row.shifts + c, run, row.shift);
+    if constexpr (statistic::look_is_maximum)
+      row.rivals = std::max(row.rivals, max_lanes(a.rivals));
+  }
+
   /// All chunks of a row's sums.
   void sum_up(live_row& row) {
+    const V nothing = statistic::template look_at_nothing<V>();
     absorb_cursor a;
     emit_cursor none;
-    for (index c = 0; c < chunks_; ++c) {
-      const index first = c * chunk_columns, n = chunk_size(c), whole = n / width * width;
+    const index at_once = chunks_at_once(&row, nullptr, none);
+    for (index c = 0; c < chunks_;) {
+      index run = std::max<index>(at_once - c, 1);
+      const index first = c * chunk_columns, n = size_of(c, run);
       a.x = scores(row.row, first, n, stage_x_[0]);
       a.side = side(row.row, first, n, stage_soft_);
       set_hole(hole_in(row, first, n), a.hole, a.hole_lane);
       if (c == 0)
-        choose_shift(row, look_at(row, a.x, 0, n, 0, statistic::template look_at_nothing<V>()), 0);
+        choose_shift(row, look_at(row, a.x, 0, chunk_size(0), 0, nothing), 0);
       if (row.label >= first && row.label < first + n)
         row.raw_target = a.x[row.label - first];
-      do {
-        start_sums(row, a);
-        step<true, false>(0, n / width, a, none);
-        if (n > whole)
-          absorb_tail(a, whole, n - whole);
-      } while (choose_shift(row, look_at(row, a.x, first, n, whole, a.seen), c));
-      for (int k = 0; k < statistic::terms; ++k)
-        row.sums[k].add(a.sum[k]);
+      start_sums(row, a);
+      const index packs = step<true, false>(0, n / width, a, none);
+      if (run > 1) {
+        run = packs / chunk_packs;
+        accept_run(row, a, c, run);
+        c += run - 1; // whose shift is not settled
+      } else {
+        if (n % width)
+          absorb_tail(a, packs * width, n % width);
+        a.seen = look_at(row, a.x, first, n, packs * width, a.seen);
+      }
+      if (!choose_shift(row, a.seen, c)) {
+        accept(row, a);
+        ++c;
+      }
     }
   }
-  void start_sums(const live_row& row, absorb_cursor& a) const {
+  void start_sums(live_row& row, absorb_cursor& a) const {
+    a.row = &row;
     a.shift = V(row.shift);
+    a.rivals = V(row.rivals);
     a.seen = statistic::template look_at_nothing<V>();
     for (V& sum : a.sum)
       sum = V(0);
@@ -551,14 +591,16 @@ private:
     if constexpr (Gradient)
       if (e)
         open(*e, emitting);
-    for (index c = 0; c < chunks_; ++c) {
-      const index first = c * chunk_columns, n = chunk_size(c);
-      const bool last = c + 1 == chunks_;
+    const index at_once = chunks_at_once(a, e, emitting);
+    for (index c = 0; c < chunks_;) {
+      index run = std::max<index>(at_once - c, 1);
+      const index first = c * chunk_columns, n = size_of(c, run);
+      const bool last = c + run == chunks_;
       index absorb_packs = 0, emit_packs = 0;
       const T* next = nullptr;
       live_row* next_row = last ? after : a;
       const index next_first = last ? 0 : first + chunk_columns;
-      const index next_size = chunk_size(last ? 0 : c + 1);
+      const index next_size = run > 1 ? n : chunk_size(last ? 0 : c + 1);
       if (a) {
         choose_shift(*a, seen, c);
         if (a->label >= first && a->label < first + n)
@@ -579,17 +621,24 @@ private:
       index both = 0;
       if constexpr (Gradient) {
         if (e)
-          emit_packs = aim(*e, emitting, c);
+          emit_packs = aim(*e, emitting, c, run);
         both = std::min(absorb_packs, emit_packs);
         if (both > 0)
-          step<true, true>(0, both, absorbing, emitting);
+          both = step<true, true>(0, both, absorbing, emitting);
+        if (run > 1 && both > 0)
+          absorb_packs = emit_packs = both;
         if (emit_packs > both)
           step<false, true>(both, emit_packs, absorbing, emitting);
       }
       if (absorb_packs > both)
-        step<true, false>(both, absorb_packs, absorbing, emitting);
+        absorb_packs = step<true, false>(both, absorb_packs, absorbing, emitting);
       if (a) {
-        if (next) {
+        if (run > 1) {
+          run = absorb_packs / chunk_packs;
+          accept_run(*a, absorbing, c, run);
+          seen = absorbing.seen;
+          next = x + run * chunk_columns;
+        } else if (next) {
           const bool saw = absorbing.next == next;
           seen = look_at(*next_row, next, next_first, next_size, saw ? n / width * width : 0,
                          saw ? absorbing.seen : nothing);
@@ -600,13 +649,13 @@ private:
         }
         if (n % width)
           absorb_tail(absorbing, n / width * width, n % width);
-        for (int k = 0; k < statistic::terms; ++k)
-          a->sums[k].add(absorbing.sum[k]);
+        accept(*a, absorbing);
         x = next;
       }
       if constexpr (Gradient)
         if (e)
           flush(*e, emitting, c);
+      c += run;
     }
   }
 
@@ -615,10 +664,11 @@ private:
     lane = static_cast<T>(hole < 0 ? 0 : hole % width);
   }
 
-  /// Packs [begin, end) of what the cursors point at.
+  /// Packs [begin, end) of what the cursors point at; returns the end, or where before it a chunk
+  /// ended after which the shift has to move.
   template <bool Absorb, bool Emit>
-  PERDITA_NOINLINE void step(index begin, index end, absorb_cursor& absorbing,
-                             const emit_cursor& emitting) const {
+  PERDITA_NOINLINE index step(index begin, index end, absorb_cursor& absorbing,
+                              const emit_cursor& emitting) const {
     const V nothing = statistic::template look_at_nothing<V>();
     absorb_cursor a; // copies, for registers
     emit_cursor e;
@@ -626,46 +676,65 @@ private:
       a = absorbing;
     if constexpr (Emit)
       e = emitting;
-    for (index i = begin; i < end; ++i) {
-      const index j = i * width;
+    index i = begin;
+    while (i < end) {
+      const index stop = Absorb ? std::min(end, (i / chunk_packs + 1) * chunk_packs) : end;
+      for (; i < stop; ++i) {
+        const index j = i * width;
+        if constexpr (Absorb) {
+          prefetch(a.x + j + prefetch_distance);
+          V look = V::load(a.x + j), z = formula_.score(look);
+          V side(0);
+          if constexpr (Formula::has_side)
+            side = a.side.at(j);
+          if (i == a.hole) [[unlikely]] {
+            const auto here = iota<T>() == V(a.hole_lane);
+            z = select(here, statistic::absent(a.shift), z);
+            side = select(here, V(0), side);
+            look = select(here, nothing, look);
+          }
+          const V image = statistic::absorb(a.sum, z, a.shift, side);
+          if constexpr (carries)
+            image.store(a.image + j);
+          if constexpr (!speculates) {
+            look = V::load(a.next + j);
+            if (i == a.next_hole) [[unlikely]]
+              look = select(iota<T>() == V(a.next_hole_lane), nothing, look);
+          }
+          a.seen = statistic::look(a.seen, look);
+        }
+        if constexpr (Emit) {
+          V side(0);
+          if constexpr (Formula::has_side)
+            side = e.side.at(j);
+          const V g = with_target(gradient_of(V::load(e.from + j), side, e), i, e);
+          if (e.streaming)
+            g.stream(e.to + j);
+          else
+            g.store(e.to + j);
+        }
+      }
       if constexpr (Absorb) {
-        prefetch(a.x + j + prefetch_distance);
-        V look = V::load(a.x + j), z = formula_.score(look);
-        V side(0);
-        if constexpr (Formula::has_side)
-          side = a.side.at(j);
-        if (i == a.hole) [[unlikely]] {
-          const auto here = iota<T>() == V(a.hole_lane);
-          z = select(here, statistic::absent(a.shift), z);
-          side = select(here, V(0), side);
-          look = select(here, nothing, look);
-        }
-        const V image = statistic::absorb(a.sum, z, a.shift, side);
-        if constexpr (carries)
-          image.store(a.image + j);
-        if constexpr (!speculates) {
-          look = V::load(a.next + j);
-          if (i == a.next_hole) [[unlikely]]
-            look = select(iota<T>() == V(a.next_hole_lane), nothing, look);
-        }
-        a.seen = statistic::look(a.seen, look);
-      }
-      if constexpr (Emit) {
-        V side(0);
-        if constexpr (Formula::has_side)
-          side = e.side.at(j);
-        const V g = with_target(gradient_of(V::load(e.from + j), side, e), i, e);
-        if (e.streaming)
-          g.stream(e.to + j);
-        else
-          g.store(e.to + j);
+        for (int k = 0; k < statistic::terms; ++k)
+          absorbing.sum[k] = a.sum[k];
+        absorbing.seen = a.seen;
+        if (i == end || !turn(absorbing))
+          break;
+        for (V& sum : a.sum)
+          sum = V(0);
+        a.seen = nothing;
       }
     }
-    if constexpr (Absorb) {
-      for (int k = 0; k < statistic::terms; ++k)
-        absorbing.sum[k] = a.sum[k];
-      absorbing.seen = a.seen;
-    }
+    return i;
+  }
+
+  /// From one chunk of a run to the next; false if the shift has to move first.
+  PERDITA_NOINLINE bool turn(absorb_cursor& a) const {
+    if (any(!(statistic::choose(formula_.score(a.seen), a.shift, chunk_columns) == a.shift)))
+      return false;
+    accept(*a.row, a);
+    a.rivals = max(a.seen, a.rivals);
+    return true;
   }
 
   // ---- from sums to values
