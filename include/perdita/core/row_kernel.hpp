@@ -219,6 +219,8 @@ private:
   struct live_row {
     index row, label;
     double scale;
+    const T* x; // where the scores and the gradient lie, if they may be used there
+    T* gradient;
     T raw_target, shift;
     V look; // what the first chunk's shift is picked from
     bool looked;
@@ -236,7 +238,8 @@ private:
     live_row* row;
     const T* x;
     T* image;
-    const T* next; // what to look at meanwhile
+    const T* next;  // what to look at meanwhile
+    index next_end; // the last column to look at a pack from: again and again, if need be
     side_cursor<T> side;
     index hole, next_hole; // the pack with the target in it, or -1
     T hole_lane, next_hole_lane;
@@ -283,10 +286,10 @@ private:
   index chunk_size(index c) const { return std::min(chunk_columns, cols_ - c * chunk_columns); }
   // ---- sources
 
-  const T* scores(index r, index first, index n, T* stage) const {
+  const T* scores(const live_row& row, index first, index n, T* stage) const {
     if (scores_in_place_)
-      return job_.scores.pointer(r, first);
-    job_.scores.read(r, first, n, stage);
+      return row.x + first;
+    job_.scores.read(row.row, first, n, stage);
     return stage;
   }
   side_cursor<T> side(index r, index first, index n, T* stage) const {
@@ -308,6 +311,8 @@ private:
     row.row = r;
     row.label = job_.labels ? label : favourite(job_, r, stage_soft_);
     row.scale = job_.row_scale(r);
+    row.x = scores_in_place_ ? job_.scores.pointer(r, 0) : nullptr;
+    row.gradient = gradient_in_place_ ? job_.gradient.pointer(r, 0) : nullptr;
     for (auto& s : row.sums)
       s.clear();
     row.shift = first_lane(statistic::template first_shift<V>());
@@ -363,7 +368,7 @@ private:
   T* image_of(live_row& row, index column) const {
     if constexpr (!carries)
       return nullptr;
-    return row.image ? row.image + column : job_.gradient.pointer(row.row, column);
+    return row.image ? row.image + column : row.gradient + column;
   }
 
   /// The last n < width columns of a row.
@@ -389,9 +394,9 @@ private:
                   (!job_.soft || soft_in_place_);
     e.head = 0;
     if (e.streaming) {
-      const auto address = reinterpret_cast<std::uintptr_t>(job_.gradient.pointer(row.row, 0));
+      const auto address = reinterpret_cast<std::uintptr_t>(row.gradient);
       e.head = std::min(cols_, static_cast<index>((64 - address % 64) % 64 / sizeof(T)));
-      prefetch_to_write(job_.gradient.pointer(row.row, cols_ - 1)); // not streamed if it is partial
+      prefetch_to_write(row.gradient + cols_ - 1); // not streamed if it is partial
     }
     e.scale = V(static_cast<T>(row.scale));
     e.target = V(row.target_gradient);
@@ -416,8 +421,8 @@ private:
       return 0;
     const index hole = row.label - first;
     set_hole(hole >= 0 && hole < n ? hole : -1, e.hole, e.hole_lane);
-    e.from = carries ? image_of(row, first) : scores(row.row, first, n, stage_emit_);
-    e.to = gradient_in_place_ ? job_.gradient.pointer(row.row, first) : stage_gradient_;
+    e.from = carries ? image_of(row, first) : scores(row, first, n, stage_emit_);
+    e.to = gradient_in_place_ ? row.gradient + first : stage_gradient_;
     e.side = side(row.row, first, n, stage_soft_emit_);
     // The last pack of a streamed chunk reaches into the next, which may have another shift.
     e.straddles = row.shifted && e.head > 0 && n == chunk_columns;
@@ -513,12 +518,21 @@ private:
   /// the gradient of row e where its factors are the same.
   index chunks_at_once(const live_row* a, const live_row* e, const emit_cursor& emitting) const {
     if (!statistic::look_is_maximum || !scores_in_place_ || (job_.soft && !soft_in_place_) ||
-        (e && (e->shifted || !gradient_in_place_)))
+        (e && ((e->shifted && emitting.head > 0) || !gradient_in_place_)))
       return 0;
     index n = cols_ / chunk_columns;
     if (a && !speculates) // the chunk after them is looked at meanwhile
       n -= 1;
     return e ? std::min(n, (cols_ - emitting.head) / chunk_columns) : n;
+  }
+  /// The same from chunk c on, where all chunks of row e have the same factor.
+  static index run_from(index c, index at_once, const live_row* e) {
+    index n = std::max<index>(at_once - c, 1);
+    if (e && e->shifted)
+      n = std::find_if(e->shifts + c, e->shifts + c + n,
+                       [&](T shift) { return !(shift == e->shifts[c]); }) -
+          (e->shifts + c);
+    return n;
   }
   index size_of(index c, index run) const {
     return std::min(run * chunk_columns, cols_ - c * chunk_columns);
@@ -541,9 +555,9 @@ private:
     emit_cursor none;
     const index at_once = chunks_at_once(&row, nullptr, none);
     for (index c = 0; c < chunks_;) {
-      index run = std::max<index>(at_once - c, 1);
+      index run = run_from(c, at_once, nullptr);
       const index first = c * chunk_columns, n = size_of(c, run);
-      a.x = scores(row.row, first, n, stage_x_[0]);
+      a.x = scores(row, first, n, stage_x_[0]);
       a.side = side(row.row, first, n, stage_soft_);
       set_hole(hole_in(row, first, n), a.hole, a.hole_lane);
       if (c == 0)
@@ -585,7 +599,7 @@ private:
     const T* x = nullptr;
     V seen = nothing;
     if (a) {
-      x = scores(a->row, 0, chunk_size(0), stage_x_[0]);
+      x = scores(*a, 0, chunk_size(0), stage_x_[0]);
       seen = a->looked ? a->look : look_at(*a, x, 0, chunk_size(0), 0, nothing);
     }
     if constexpr (Gradient)
@@ -593,11 +607,12 @@ private:
         open(*e, emitting);
     const index at_once = chunks_at_once(a, e, emitting);
     for (index c = 0; c < chunks_;) {
-      index run = std::max<index>(at_once - c, 1);
+      index run = run_from(c, at_once, e);
       const index first = c * chunk_columns, n = size_of(c, run);
       const bool last = c + run == chunks_;
       index absorb_packs = 0, emit_packs = 0;
       const T* next = nullptr;
+      bool looks = false;
       live_row* next_row = last ? after : a;
       const index next_first = last ? 0 : first + chunk_columns;
       const index next_size = run > 1 ? n : chunk_size(last ? 0 : c + 1);
@@ -607,12 +622,15 @@ private:
           a->raw_target = x[a->label - first];
         // Copied scores have no room for another row's.
         if (next_row && (!last || scores_in_place_))
-          next = scores(next_row->row, next_first, next_size, stage_x_[(c + 1) % 2]);
+          next = scores(*next_row, next_first, next_size, stage_x_[(c + 1) % 2]);
         set_hole(hole_in(*a, first, n), absorbing.hole, absorbing.hole_lane);
         set_hole(next ? hole_in(*next_row, next_first, next_size) : -1, absorbing.next_hole,
                  absorbing.next_hole_lane);
         absorbing.x = x;
-        absorbing.next = next && next_size >= n / width * width ? next : x;
+        // A sum may not see a pack twice, a maximum may.
+        looks = next && next_size >= (statistic::look_is_maximum ? width : n / width * width);
+        absorbing.next = looks ? next : x;
+        absorbing.next_end = looks ? (next_size / width - 1) * width : n;
         absorbing.image = image_of(*a, first);
         absorbing.side = side(a->row, first, n, stage_soft_);
         start_sums(*a, absorbing);
@@ -639,9 +657,9 @@ private:
           seen = absorbing.seen;
           next = x + run * chunk_columns;
         } else if (next) {
-          const bool saw = absorbing.next == next;
-          seen = look_at(*next_row, next, next_first, next_size, saw ? n / width * width : 0,
-                         saw ? absorbing.seen : nothing);
+          const index seen_columns = looks ? std::min(n, next_size) / width * width : 0;
+          seen = look_at(*next_row, next, next_first, next_size, seen_columns,
+                         looks ? absorbing.seen : nothing);
           if (last) {
             next_row->look = seen;
             next_row->looked = true;
@@ -697,8 +715,9 @@ private:
           if constexpr (carries)
             image.store(a.image + j);
           if constexpr (!speculates) {
-            look = V::load(a.next + j);
-            if (i == a.next_hole) [[unlikely]]
+            const index ahead = std::min(j, a.next_end);
+            look = V::load(a.next + ahead);
+            if (ahead == a.next_hole * width) [[unlikely]]
               look = select(iota<T>() == V(a.next_hole_lane), nothing, look);
           }
           a.seen = statistic::look(a.seen, look);
