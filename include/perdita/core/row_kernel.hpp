@@ -527,12 +527,11 @@ private:
   }
   /// The same from chunk c on, where all chunks of row e have the same factor.
   static index run_from(index c, index at_once, const live_row* e) {
-    index n = std::max<index>(at_once - c, 1);
-    if (e && e->shifted)
-      n = std::find_if(e->shifts + c, e->shifts + c + n,
-                       [&](T shift) { return !(shift == e->shifts[c]); }) -
-          (e->shifts + c);
-    return n;
+    const index n = std::max<index>(at_once - c, 1);
+    if (!e || !e->shifted)
+      return n;
+    const T* shift = e->shifts + c;
+    return std::find_if(shift + 1, shift + n, [=](T s) { return !(s == *shift); }) - shift;
   }
   index size_of(index c, index run) const {
     return std::min(run * chunk_columns, cols_ - c * chunk_columns);
