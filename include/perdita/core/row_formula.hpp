@@ -42,7 +42,11 @@ template <class W> struct target_odds {
     const W rivals = select(all_masked, one, row.term[0]);
     // e^z over e^{max(shift, target)}: of the target, and of its rivals together, at least 1 where
     // the shift is above
-    const W lead = row.shift - row.target, e = exp(-abs(lead));
+    const W lead = row.shift - row.target, back = lead - row.shift;
+    // What its rounding lost; NaN where it is infinite.
+    const W lost = (row.shift - (lead - back)) - (row.target + back);
+    const W near = exp(-abs(lead)), bent = select(lead > zero, zero - lost, lost);
+    const W e = select(abs(lead) < W(1e3), fma(near, bent, near), near);
     const auto behind = lead > zero;
     const W a = select(behind, e, one), b = select(behind, rivals, rivals * e);
     const W log_both = log1p(select(behind, (b - one) + a, b)), all = one / (a + b);
