@@ -180,8 +180,10 @@ PERDITA_INLINE pack<float> exp_shifted(const pack<float>& x) {
   } else { // in two, so that n * 0x1.62ep-5 is exact
     r = fnma(n, V(0x1.0bfbe8p-19F), fnma(n, V(0x1.62ep-5F), x));
   }
-  const V power = from_bits(as_bits(lookup(detail::sixteenths.data(), as_bits(shifted))) +
-                            shift_left<19>(as_bits(shifted)));
+  // Nothing subnormal, either: some machines are slow to multiply it.
+  const V power =
+      add_bits_unless_less(x, least, as_bits(lookup(detail::sixteenths.data(), as_bits(shifted))),
+                           shift_left<19>(as_bits(shifted)));
   const V q = fma(fma(r, V(0x1.55559cp-3F), V(0x1.00022ap-1F)), r, V(1)); // (e^r - 1) / r
   return fma_unless_less(x, least, power * r, q, power);
 }
