@@ -323,7 +323,7 @@ private:
     };
     same(class_weights_, "class_weights");
     same(prior_, "prior");
-    core::require(!job.soft || job.labels || options_.focal_gamma == 0, name, "focal_gamma",
+    core::require(!job.has_soft_target() || job.labels || options_.focal_gamma == 0, name, "focal_gamma",
                   options_.focal_gamma, "0 with soft targets");
   }
 
@@ -335,7 +335,7 @@ private:
     p.cap = static_cast<double>(options_.softcap);
     p.inverse_temperature = 1 / static_cast<double>(options_.temperature);
     p.class_weights = class_weights_.empty() ? nullptr : class_weights_.data();
-    p.soft = job.soft && !job.labels;
+    p.soft = job.has_soft_target() && !job.labels;
     // side number of class c: ε π_c w_c + (1 − ε) w_c q_c
     p.side.uniform_bias = static_cast<T>(p.smoothing / static_cast<double>(job.scores.cols));
     p.side.uniform_weight = static_cast<T>(1 - p.smoothing);

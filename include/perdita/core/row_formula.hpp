@@ -85,4 +85,21 @@ template <class Row> auto softmax_report(const Row& row) {
   return row_report<W>{o.log_sum_exp, -o.surprise, W(0), W(0)};
 }
 
+/// ∂value/∂score of z: `factor` takes the image to the share, and what is below `cut` to 0. Where
+/// slopes are linear the row's scale is in the factor already, so that a plain row has the same
+/// bits however it is served.
+template <class Formula, class V>
+PERDITA_INLINE V slope_of(const Formula& formula, const V& z, const V& shift, const V& factor,
+                          const V& cut, const V& side, const V& scale, const V* c) {
+  V share(0);
+  if constexpr (Formula::statistic::has_image && (Formula::uses_share || Formula::proportional))
+    share = multiply_unless_less(exp_shifted(z - shift), cut, factor);
+  if constexpr (Formula::proportional)
+    return share;
+  else if constexpr (Formula::linear)
+    return formula.slope(z, share, Formula::has_side ? side * scale : side, c);
+  else
+    return formula.slope(z, share, side, c) * scale;
+}
+
 } // namespace perdita::inline PERDITA_ABI::core

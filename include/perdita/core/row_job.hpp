@@ -50,11 +50,47 @@ template <class T> struct report_views {
   }
 };
 
+/// Soft targets as lists of (class, probability), or nothing.
+template <class T> struct sparse_data {
+  const void* classes = nullptr;
+  std::int64_t (*class_reader)(const void*, index) = nullptr;
+  vector_view<const T> probabilities;
+  vector_view<const std::int64_t> row_starts;
+  index per_row = 0; ///< where there are no row_starts
+
+  explicit operator bool() const { return class_reader != nullptr; }
+  index begin(index r) const {
+    return row_starts.data ? static_cast<index>(row_starts[r]) : r * per_row;
+  }
+  std::int64_t class_at(index entry) const { return class_reader(classes, entry); }
+  /// Adds the probabilities of row r for the classes [first, first + n) to `to`, `step` apart.
+  void scatter(index r, index first, index n, T* to, index step) const {
+    for (index e = begin(r); e < begin(r + 1); ++e) {
+      const auto j = static_cast<index>(class_at(e)) - first;
+      if (j >= 0 && j < n)
+        to[j * step] += probabilities[e];
+    }
+  }
+  T probability(index r, std::int64_t c) const {
+    T q = 0;
+    scatter(r, static_cast<index>(c), 1, &q, 1);
+    return q;
+  }
+  /// The class of the largest entry; 0 where there is none.
+  std::int64_t favourite(index r) const {
+    index best = begin(r);
+    for (index e = best; e < begin(r + 1); ++e)
+      best = probabilities[e] > probabilities[best] ? e : best;
+    return best < begin(r + 1) ? class_at(best) : 0;
+  }
+};
+
 template <class T> struct row_job {
   const char* name = "";
   matrix_data<T> scores;
   matrix_data<T, true> gradient; ///< no data: value only
   matrix_data<T> soft;           ///< soft targets, or no data
+  sparse_data<T> sparse;         ///< the same as lists, for heads that make the scores
   const void* labels = nullptr;
   void (*label_reader)(const void*, index, index, index, std::int64_t*) = nullptr;
   index label_stride = 1;
@@ -65,6 +101,7 @@ template <class T> struct row_job {
   vector_view<const T> row_weights, upstream;
   report_views<T> report;
 
+  bool has_soft_target() const { return soft || sparse; }
   bool has_gradient() const { return static_cast<bool>(gradient); }
   bool in_place() const {
     return has_gradient() && static_cast<const void*>(gradient.data) == scores.data;

@@ -90,6 +90,8 @@ template <class T> PERDITA_INLINE T select(bool m, T a, T b) { return m ? a : b;
 template <class T> PERDITA_INLINE T square_root(T a) { return std::sqrt(a); }
 template <class T> PERDITA_INLINE T absolute(T a) { return std::fabs(a); }
 template <class T> PERDITA_INLINE T negative(T a) { return -a; }
+/// The same number, held in a register from here on.
+template <class T> PERDITA_INLINE T kept(T a) { return rounded(a); }
 PERDITA_INLINE bool any(bool m) { return m; }
 PERDITA_INLINE bool both(bool a, bool b) { return a && b; }
 PERDITA_INLINE bool either(bool a, bool b) { return a || b; }
@@ -248,6 +250,10 @@ template <class T> PERDITA_INLINE batch<T> absolute(const batch<T>& a) { return 
 template <class T> PERDITA_INLINE batch<T> negative(const batch<T>& a) {
   return a ^ batch<T>(T(-0.0));
 }
+template <class T> PERDITA_INLINE batch<T> kept(batch<T> a) {
+  a.data = rounded(a.data);
+  return a;
+}
 template <class M> PERDITA_INLINE bool any(const M& m) { return xsimd::any(m); }
 template <class M> PERDITA_INLINE M both(const M& a, const M& b) { return a & b; }
 template <class M> PERDITA_INLINE M either(const M& a, const M& b) { return a | b; }
@@ -362,6 +368,14 @@ template <class Result, class F> PERDITA_INLINE Result each(F f) {
   }
   (std::make_index_sequence<std::tuple_size_v<typename Result::registers>>{});
 #endif
+}
+/// f(0), …, f(N − 1), written out: each number is a constant.
+template <std::ptrdiff_t N, class F> PERDITA_INLINE void unrolled(F f) {
+  [&]<std::ptrdiff_t... I>(std::integer_sequence<std::ptrdiff_t, I...>)
+      __attribute__((always_inline)) {
+    (f(std::integral_constant<std::ptrdiff_t, I>{}), ...);
+  }
+  (std::make_integer_sequence<std::ptrdiff_t, N>{});
 }
 } // namespace detail
 

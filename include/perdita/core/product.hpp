@@ -1,0 +1,148 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+/// Matrix products of small blocks that lie in cache, on the library's lanes.
+///
+/// One operand is broadcast, element by element; the other comes in panels of W columns, so that a
+/// pack of it is one aligned load: element (k, j) of a panelled matrix is panel[j / W][k][j % W].
+/// Each element of a result is one chain of fma() over k, so it does not depend on the instruction
+/// set (among those with FMA), on the sizes of the blocks around it, or on who computes it.
+
+#include <algorithm>
+
+#include "simd.hpp"
+#include "views.hpp"
+
+namespace perdita::inline PERDITA_ABI::core {
+
+/// The broadcast operand: element (i, k) is data[i * row + k / W * section + k % W * step], W being
+/// the lanes of a pack. An ordinary row has step 1 and section W.
+template <class T> struct broadcast_operand {
+  const T* data;
+  index row, step, section;
+};
+/// The panelled operand: element (k, j) is data[j / W * panel + k * W + j % W].
+template <class T> struct panelled_operand {
+  const T* data;
+  index panel;
+};
+/// Element (i, j) is data[i * row + j / W * panel + j % W], or the same from places[i] on, where rows
+/// lie anywhere.
+template <class T> struct product_result {
+  T* data;
+  index row, panel;
+  T* const* places = nullptr;
+  index column = 0; ///< in the rows that `places` names
+
+  T* at(index i) const { return places ? places[i] + column : data + i * row; }
+  void skip_rows(index n) { places ? void(places += n) : void(data += n * row); }
+  void skip_panels(index n) { places ? void(column += n * panel) : void(data += n * panel); }
+};
+
+/// How many results the registers hold: rows of the broadcast operand times packs.
+template <class T> struct product_shape {
+  static constexpr index registers = static_cast<index>(pack<T>{}.r.size()); // of a pack
+#if PERDITA_NO_SIMD
+  static constexpr index rows = 1, packs = 1;
+#elif defined(__AVX512F__)
+  static constexpr index rows = 12, packs = 2;
+#elif defined(__aarch64__)
+  static constexpr index rows = 6, packs = 1;
+#elif defined(__AVX__)
+  static constexpr index rows = 6, packs = 1;
+#else
+  static constexpr index rows = 3, packs = 1;
+#endif
+};
+
+namespace detail {
+
+/// result (+)= a b for Rows rows and Packs packs, the last of which has `last` columns.
+template <index Rows, index Packs, class T>
+PERDITA_NOINLINE void multiply_few(const broadcast_operand<T>& a, const panelled_operand<T>& b,
+                                   const product_result<T>& c, index depth, index last,
+                                   bool accumulate) {
+  using V = pack<T>;
+  constexpr auto width = static_cast<index>(lanes<T>);
+  V sum[Rows][Packs];
+  unrolled<Rows>([&](auto i) __attribute__((always_inline)) {
+    unrolled<Packs>([&](auto q) __attribute__((always_inline)) { sum[i][q] = V(0); });
+  });
+  const T* from = a.data;
+  const T* panel = b.data;
+  const index row = a.row, step = a.step;
+  for (index k = 0; k < depth; k += width) {
+    const T* x = from;
+    for (index left = std::min(width, depth - k); left > 0; --left) {
+      V y[Packs];
+      unrolled<Packs>([&](auto q) __attribute__((always_inline)) {
+        y[q] = V::load(panel + static_cast<index>(q) * b.panel);
+        for (auto& r : y[q].r) // one load, not one for each row
+          r = reg::kept(r);
+      });
+      unrolled<Rows>([&](auto i) __attribute__((always_inline)) {
+        const V one(x[static_cast<index>(i) * row]);
+        unrolled<Packs>([&](auto q) __attribute__((always_inline)) {
+          sum[i][q] = fma(one, y[q], sum[i][q]);
+        });
+      });
+      x += step;
+      panel += width;
+    }
+    from += a.section;
+  }
+  unrolled<Rows>([&](auto i) __attribute__((always_inline)) {
+    T* const first = c.at(i);
+    unrolled<Packs>([&](auto q) __attribute__((always_inline)) {
+      T* const to = first + static_cast<index>(q) * c.panel;
+      if (q + 1 < Packs || last == width) {
+        (accumulate ? V::load(to) + sum[i][q] : sum[i][q]).store(to);
+      } else {
+        store_first(accumulate ? load_first(to, last, V(0)) + sum[i][q] : sum[i][q], to, last);
+      }
+    });
+  });
+}
+
+/// All rows of one or more packs of columns: as many at a time as fit, then 4, then 1.
+template <index Packs, class T>
+void multiply_panel(broadcast_operand<T> a, const panelled_operand<T>& b, product_result<T> c,
+                    index rows, index depth, index last, bool accumulate) {
+  constexpr index most = product_shape<T>::rows;
+  const auto take = [&]<index Rows>(std::integral_constant<index, Rows>) {
+    multiply_few<Rows, Packs>(a, b, c, depth, last, accumulate);
+    a.data += Rows * a.row;
+    c.skip_rows(Rows);
+    rows -= Rows;
+  };
+  // Two fours are better than a full step and a rest of two.
+  while (rows >= most && (most != 6 || rows % 6 != 2 || rows > 8))
+    take(std::integral_constant<index, most>{});
+  if constexpr (most > 4)
+    while (rows >= 4)
+      take(std::integral_constant<index, 4>{});
+  while (rows > 0)
+    take(std::integral_constant<index, 1>{});
+}
+
+} // namespace detail
+
+/// result (+)= a b for `rows` rows, `cols` columns and `depth` terms.
+template <class T>
+void multiply(broadcast_operand<T> a, panelled_operand<T> b, product_result<T> c, index rows,
+              index cols, index depth, bool accumulate) {
+  constexpr auto width = static_cast<index>(lanes<T>);
+  constexpr index packs = product_shape<T>::packs;
+  const auto advance = [&](index n) {
+    b.data += n * b.panel;
+    c.skip_panels(n);
+    cols -= n * width;
+  };
+  for (; packs > 1 && cols > (packs - 1) * width; advance(packs))
+    detail::multiply_panel<packs>(a, b, c, rows, depth, std::min(width, cols - (packs - 1) * width),
+                                  accumulate);
+  for (; cols > 0; advance(1))
+    detail::multiply_panel<1>(a, b, c, rows, depth, std::min(width, cols), accumulate);
+}
+
+} // namespace perdita::inline PERDITA_ABI::core
