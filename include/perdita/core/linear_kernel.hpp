@@ -7,9 +7,9 @@
 /// two products follow that the gradients of the inputs consist of. Either the pieces of a block
 /// are kept in between ("roomy"), or only a few are, and they are made again ("tight").
 ///
-/// Work is shared out by classes (and for the gradient of the hidden states by its columns), so that
-/// every element of every result is added up by one task, in an order that depends on the shape
-/// alone.
+/// Work is shared out by classes (and for the gradient of the hidden states by its columns), so
+/// that every element of every result is added up by one task, in an order that depends on the
+/// shape alone.
 
 #include <atomic>
 #include <memory>
@@ -38,7 +38,8 @@ template <class T> struct linear_job {
 template <class T> struct linear_shape {
   static constexpr auto width = static_cast<index>(lanes<T>);
   static constexpr index panels = 16; ///< of W rows in a block, at the most
-  static constexpr index columns = panels * width; ///< of an input that go through a product at once
+  static constexpr index columns =
+      panels * width;                 ///< of an input that go through a product at once
   static constexpr index depth = 256; ///< terms of a product that are added up at once
   static constexpr index strip = 48;  ///< rows of the broadcast operand that pass over all panels
   index classes;
@@ -70,9 +71,8 @@ template <class Formula, class T, bool Gradient> class linear_kernel {
 public:
   linear_kernel(const Formula& formula, const row_job<T>& job, const linear_job<T>& linear,
                 const executor& run_on, std::byte* scratch)
-      : formula_(formula), job_(job), linear_(linear), run_on_(run_on),
-        shape_{linear.weights.rows}, depth_(linear.hidden.cols),
-        slots_(linear.slots), roomy_(slots_ == shape_.pieces()),
+      : formula_(formula), job_(job), linear_(linear), run_on_(run_on), shape_{linear.weights.rows},
+        depth_(linear.hidden.cols), slots_(linear.slots), roomy_(slots_ == shape_.pieces()),
         slices_(std::min(most_slices, shape_.pieces())),
         workers_(std::min(static_cast<index>(run_on.concurrency()), roomy_ ? most_slices : slots_)),
         direct_hidden_(linear.d_hidden.direct() && linear.d_hidden.col_stride == 1),
@@ -107,10 +107,10 @@ public:
 private:
   /// A thread's own memory.
   struct worker {
-    T* panels;  // an operand in panels
-    T* rows;    // an operand as rows of T, where it is not
-    T* soft;    // a panel of soft targets
-    T* piece;   // a piece of scores, where only their sums are wanted
+    T* panels; // an operand in panels
+    T* rows;   // an operand as rows of T, where it is not
+    T* soft;   // a panel of soft targets
+    T* piece;  // a piece of scores, where only their sums are wanted
     T* line;
     panel_sums<statistic, T>* sums;
   };
@@ -215,8 +215,8 @@ private:
     }
     if constexpr (Gradient)
       for (index i = 0; i < count_; ++i)
-        places_[i] = direct_hidden_ ? linear_.d_hidden.pointer(rows_[i], 0)
-                                    : stage_hidden_ + i * depth_;
+        places_[i] =
+            direct_hidden_ ? linear_.d_hidden.pointer(rows_[i], 0) : stage_hidden_ + i * depth_;
   }
 
   // ---- operands
@@ -459,8 +459,7 @@ private:
         const index terms = std::min(shape::depth, size_of(piece + s) - first);
         for (index k = 0; k < terms; ++k)
           put_in_panels(w, linear_.weights, first_of(piece + s) + first + k, d, cols, k, terms);
-        const bool accumulate =
-            piece + s + first > 0 || (direct_hidden_ && job_.accumulate);
+        const bool accumulate = piece + s + first > 0 || (direct_hidden_ && job_.accumulate);
         for (index p = 0; p < panels(); ++p)
           multiply<T>({slot(s) + p * shape_.panel() + first * width, 1, width, width * width},
                       {w.panels, terms * width}, {nullptr, 0, width, places_ + p * width, d},

@@ -4,8 +4,8 @@
 /// A block of rows whose scores are made piece by piece: what is summed up of a piece, what a row's
 /// summary is finished to, and how a piece becomes a piece of the gradient. Lanes are rows.
 ///
-/// A piece is `n` classes of all rows of the block, in panels of W rows: panel p, class j, lane i is
-/// scores[p * panel + j * W + i]. A panel of it fits the first-level cache.
+/// A piece is `n` classes of all rows of the block, in panels of W rows: panel p, class j, lane i
+/// is scores[p * panel + j * W + i]. A panel of it fits the first-level cache.
 
 #include <algorithm>
 #include <limits>
@@ -77,6 +77,8 @@ public:
     for (index first = 0; first < n; first += block) {
       const index end = std::min(n, first + block);
       const bool labelled = holds(label, first, end);
+      if (labelled) [[unlikely]]
+        note_targets(scores, bias, first, end, label, raw_target);
       V seen = nothing;
       for (index j = first; j < end; ++j) {
         V raw = score_at(scores, bias, j);
@@ -89,17 +91,13 @@ public:
       for (V& sum : part)
         sum = V(0);
       for (index j = first; j < end; ++j) {
-        const V raw = score_at(scores, bias, j);
-        V z = formula.score(raw), b(0);
+        V z = formula.score(score_at(scores, bias, j)), b(0);
         if constexpr (Formula::has_side)
           b = side.at(j);
-        if (labelled) [[unlikely]] {
+        if (Formula::excludes_target && labelled) [[unlikely]] {
           const auto here = label == V(static_cast<T>(j));
-          select(here, raw, V::load(raw_target)).store(raw_target);
-          if constexpr (Formula::excludes_target) {
-            z = select(here, statistic::absent(to.shift), z);
-            b = select(here, V(0), b);
-          }
+          z = select(here, statistic::absent(to.shift), z);
+          b = select(here, V(0), b);
         }
         statistic::absorb(part, z, to.shift, b);
       }
@@ -136,6 +134,19 @@ private:
   static PERDITA_INLINE V score_at(const T* scores, const T* bias, index j) {
     const V x = V::load(scores + j * width);
     return bias ? x + V(bias[j]) : x;
+  }
+  /// Lane by lane: other tasks note those of other rows of the panel.
+  static PERDITA_NOINLINE void note_targets(const T* scores, const T* bias, index first, index end,
+                                            const V& label, T* raw_target) {
+    alignas(64) T at[lanes<T>], x[lanes<T>];
+    label.store(at);
+    for (index i = 0; i < width; ++i) {
+      const auto j = static_cast<index>(at[i]);
+      if (j < first || j >= end)
+        continue;
+      score_at(scores, bias, j).store(x);
+      raw_target[i] = x[i];
+    }
   }
   static void move_shift(const Formula& formula, const V& seen, index n, sums& to) {
     if constexpr (statistic::look_is_maximum)

@@ -26,8 +26,8 @@ template <class T> struct panelled_operand {
   const T* data;
   index panel;
 };
-/// Element (i, j) is data[i * row + j / W * panel + j % W], or the same from places[i] on, where rows
-/// lie anywhere.
+/// Element (i, j) is data[i * row + j / W * panel + j % W], or the same from places[i] on, where
+/// rows lie anywhere.
 template <class T> struct product_result {
   T* data;
   index row, panel;

@@ -117,6 +117,14 @@ void read_labels(const void* labels, index stride, index first, index n, std::in
   }
 }
 
+/// What a head may do with a loss of rows.
+struct row_head {
+  template <class Loss, class T, class L>
+  static void set_labels(const Loss& loss, row_job<T>& job, vector_view<L> labels);
+  template <class Loss, class T, class Run>
+  static T drive(const Loss& loss, row_job<T>& job, const call_options<T>& call, Run run);
+};
+
 } // namespace core
 
 /// Base of every loss of one row of scores and a target. Derived declares
@@ -154,7 +162,26 @@ public:
 protected:
   /// Checks a job, settles its scale and runs it with the formula that visit(job, f) hands to f.
   template <bool Gradient, class Visit>
-  T evaluate(core::row_job<T>& job, const call_options<T>& call, Visit visit) const;
+  T evaluate(core::row_job<T>& job, const call_options<T>& call, Visit visit) const {
+    check_matrices(job, call, Gradient);
+    return reduce(job, call, [&] {
+      double total = 0;
+      if (job.scores.rows > 0)
+        visit(job, [&](const auto& formula) {
+          total = core::run_rows<Gradient>(formula, job, call.run_on, call.memory);
+        });
+      return total;
+    });
+  }
+  /// For a head: a job whose scores have a shape, but no memory. run(formula) makes of it the sum
+  /// of the rows' weighted values, and their gradients.
+  template <class Run> T drive(core::row_job<T>& job, const call_options<T>& call, Run run) const {
+    return reduce(job, call, [&] {
+      double total = 0;
+      self().visit(job, [&](const auto& formula) { total = run(formula); });
+      return total;
+    });
+  }
   template <class L> void set_labels(core::row_job<T>& job, vector_view<L> labels) const {
     check_size("labels", labels.size, job.scores.rows);
     require_memory("labels", labels.data, labels.size);
@@ -176,6 +203,7 @@ protected:
   void check(const core::row_job<T>&) const {}
 
 private:
+  friend core::row_head;
   const Derived& self() const { return static_cast<const Derived&>(*this); }
 
   template <bool Gradient, class S, class Y, class G>
@@ -200,13 +228,15 @@ private:
                               [this](const auto& settled, auto f) { self().visit(settled, f); });
   }
 
-  double check_and_weigh(const core::row_job<T>& job, const call_options<T>& call,
-                         bool has_gradient) const;
+  void check_matrices(const core::row_job<T>& job, const call_options<T>& call,
+                      bool has_gradient) const;
+  double check_and_weigh(const core::row_job<T>& job, const call_options<T>& call) const;
+  template <class Run> T reduce(core::row_job<T>& job, const call_options<T>& call, Run run) const;
 };
 
 template <class Derived, class T>
-double row_loss<Derived, T>::check_and_weigh(const core::row_job<T>& job,
-                                             const call_options<T>& call, bool has_gradient) const {
+void row_loss<Derived, T>::check_matrices(const core::row_job<T>& job, const call_options<T>& call,
+                                          bool has_gradient) const {
   const index rows = job.scores.rows, cols = job.scores.cols;
   const char* name = self().name;
   require_memory("scores", job.scores.data, rows * cols);
@@ -219,6 +249,14 @@ double row_loss<Derived, T>::check_and_weigh(const core::row_job<T>& job,
       core::fail(std::string("perdita::") + name +
                  ": accumulate is true, expected false where the gradient overwrites the scores");
   }
+}
+
+/// Checks everything but matrices; returns the mean's denominator.
+template <class Derived, class T>
+double row_loss<Derived, T>::check_and_weigh(const core::row_job<T>& job,
+                                             const call_options<T>& call) const {
+  const index rows = job.scores.rows, cols = job.scores.cols;
+  const char* name = self().name;
   const auto per_row = [&](const char* what, const auto& v) {
     if (v.data || v.size > 0)
       check_size(what, v.size, rows);
@@ -271,10 +309,10 @@ double row_loss<Derived, T>::check_and_weigh(const core::row_job<T>& job,
   return weights.value() + static_cast<double>(ones);
 }
 
+/// Checks a job, settles its scale, and reduces what run() returns.
 template <class Derived, class T>
-template <bool Gradient, class Visit>
-T row_loss<Derived, T>::evaluate(core::row_job<T>& job, const call_options<T>& call,
-                                 Visit visit) const {
+template <class Run>
+T row_loss<Derived, T>::reduce(core::row_job<T>& job, const call_options<T>& call, Run run) const {
   const auto& options = self().settings();
   job.ignore_index = options.ignore_index;
   job.accumulate = call.accumulate;
@@ -282,9 +320,7 @@ T row_loss<Derived, T>::evaluate(core::row_job<T>& job, const call_options<T>& c
   job.upstream = call.upstream;
   job.report = {call.values,  call.log_sum_exp, call.target_log_probability,
                 call.entropy, call.penalty,     call.hits};
-  const double weights = check_and_weigh(job, call, Gradient);
-  if (job.scores.rows == 0)
-    return 0;
+  const double weights = check_and_weigh(job, call);
 
   double share = 1;
   if (options.reduction == reduction::mean) {
@@ -292,11 +328,17 @@ T row_loss<Derived, T>::evaluate(core::row_job<T>& job, const call_options<T>& c
     share = denominator != 0 ? 1 / denominator : 0;
   }
   job.scale = static_cast<double>(call.scale) * share;
-  double total = 0;
-  visit(job, [&](const auto& formula) {
-    total = core::run_rows<Gradient>(formula, job, call.run_on, call.memory);
-  });
+  const double total = run();
   return static_cast<T>(share == 0 ? 0 : total * share);
+}
+
+template <class Loss, class T, class L>
+void core::row_head::set_labels(const Loss& loss, row_job<T>& job, vector_view<L> labels) {
+  static_cast<const row_loss<Loss, T>&>(loss).set_labels(job, labels);
+}
+template <class Loss, class T, class Run>
+T core::row_head::drive(const Loss& loss, row_job<T>& job, const call_options<T>& call, Run run) {
+  return static_cast<const row_loss<Loss, T>&>(loss).drive(job, call, run);
 }
 
 } // namespace perdita::inline PERDITA_ABI

@@ -1,0 +1,281 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <string>
+#include <utility>
+
+#include "core/linear_kernel.hpp"
+#include "core/row_loss.hpp"
+
+namespace perdita::inline PERDITA_ABI {
+
+/// Class weights with a bias: `matrix` is classes × features, `bias` one number per class. Also
+/// what their gradients are written to.
+template <class M, class B> struct affine {
+  M& matrix;
+  B& bias;
+  affine(M& m, B& b) : matrix(m), bias(b) {}
+};
+
+/// Soft targets of a head that makes its own scores: lists of (class, probability). Row r has the
+/// entries row_starts[r] to row_starts[r + 1] - 1, or, without row_starts, as many as every row.
+/// Entries of one row may come in any order; those of the same class add up; the other classes have
+/// probability 0.
+template <class T, class I = std::int32_t> struct sparse_targets {
+  vector_view<const I> classes;
+  vector_view<const T> probabilities;
+  vector_view<const std::int64_t> row_starts{}; ///< rows + 1 of them, or none
+};
+
+/// The linear head: a loss of the scores X Wᵀ + b, with its gradients, of which the scores are
+/// never held.
+///
+///   scores z = X Wᵀ + b;   ∂/∂X = G W,  ∂/∂W = Gᵀ X,  ∂/∂b = Gᵀ 1   with G = ∂value/∂z
+///
+/// Takes every streaming loss of rows, with all its options and by-products, as if it were called
+/// with the scores. Losses that need whole rows (sparsemax) are refused when compiled.
+///
+/// Shapes: hidden X rows × features, weights W classes × features, bias and its gradient one number
+/// per class, of T; matrices of T or (for float) of 16 bits, any strides. Rows of T whose elements
+/// lie side by side are used where they lie; others are copied piece by piece.
+/// Memory: with 16 n bytes of scores in budget for some n ≥ 64 rows (or for all) the scores of n
+/// rows at a time are kept and nothing is computed twice (6 N D V operations for value and
+/// gradients, "roomy"); else one piece of 256 rows × 512 classes per thread is, and the scores are
+/// made twice (8 N D V, "tight"): about 1 MiB a thread whatever the shape. Gradients that are not
+/// rows of T take as much again as they would as T (the hidden states' for 256 rows only), and are
+/// rounded once. Accuracy: a score is a sum of D fused multiply-adds in T in pieces of 256; all
+/// else is as in the loss. Same bits for any number of threads, and on every instruction set with
+/// FMA. Ignored rows and rows of weight 0 cost nothing; their gradient is 0. Throws
+/// std::invalid_argument. Source: Wijmans et al., "Cut your losses in large-vocabulary language
+/// models", 2024 (for cross-entropy).
+///
+///   perdita::linear head(perdita::cross_entropy<float>{});
+///   float value = head(hidden, weights, labels, d_hidden, d_weights);
+template <class Loss> class linear {
+public:
+  using value_type = typename Loss::value_type;
+  using T = value_type;
+
+  struct options {
+    /// Bytes of scores that may be held at once; 0: 64 MiB where that lets nothing be computed
+    /// twice, else as little as the threads need. An error below one piece.
+    std::size_t budget = 0;
+    /// Adds to the gradients of weights and bias (call_options::accumulate is for the gradient of
+    /// the hidden states).
+    bool accumulate_weights = false;
+  };
+  static constexpr const char* name = "linear";
+
+  explicit linear(Loss loss) : linear(std::move(loss), options{}) {}
+  linear(Loss loss, const options& o) : loss_(std::move(loss)), options_(o) {}
+
+  const options& settings() const { return options_; }
+  const Loss& loss() const { return loss_; }
+
+  /// The reduced value.
+  template <class X, class M, class Y>
+  T operator()(X&& hidden, M&& weights, Y&& target, const call_options<T>& call = {}) const {
+    core::row_job<T> job;
+    core::linear_job<T> io;
+    set_inputs(job, io, hidden, weights, target);
+    return run<false>(job, io, call);
+  }
+
+  /// The reduced value, and its gradients with respect to the hidden states and to the weights (or
+  /// both of affine(weights, bias)), written or added to the last two.
+  template <class X, class M, class Y, class DX, class DM>
+  T operator()(X&& hidden, M&& weights, Y&& target, DX&& d_hidden, DM&& d_weights,
+               const call_options<T>& call = {}) const {
+    core::row_job<T> job;
+    core::linear_job<T> io;
+    set_inputs(job, io, hidden, weights, target);
+    set_outputs(io, d_hidden, d_weights);
+    return run<true>(job, io, call);
+  }
+
+private:
+  template <class V> struct is_affine : std::false_type {};
+  template <class M, class B> struct is_affine<affine<M, B>> : std::true_type {};
+  template <class V> struct is_sparse : std::false_type {};
+  template <class I> struct is_sparse<sparse_targets<T, I>> : std::true_type {};
+
+  template <class M, bool Mutable> static void set(core::matrix_data<T, Mutable>& to, M& from) {
+    static_assert(
+        Mutable ? core::gradient_like<M, T> : core::scores_like<M, T>,
+        "perdita::linear: matrices are views, Eigen matrices or std::mdspan of the loss's "
+        "type, or of a 16-bit type where that is float");
+    to = core::matrix_data<T, Mutable>(core::as_matrix(from));
+  }
+
+  template <class X, class M, class Y>
+  void set_inputs(core::row_job<T>& job, core::linear_job<T>& io, X& hidden, M& weights,
+                  Y& target) const {
+    set(io.hidden, hidden);
+    if constexpr (is_affine<std::remove_cvref_t<M>>::value) {
+      set(io.weights, weights.matrix);
+      io.bias = vector_view<const T>(core::as_vector(weights.bias));
+      check("bias", io.bias.size, io.weights.rows, "the classes that the weights have");
+      core::require(io.bias.stride == 1, name, "stride of bias", io.bias.stride, "1");
+      check_memory("bias", io.bias.data, io.bias.size);
+    } else {
+      set(io.weights, weights);
+    }
+    const auto& x = io.hidden;
+    const auto& w = io.weights;
+    check("columns of the weights", w.cols, x.cols, "the columns that the hidden states have");
+    check_memory("hidden", x.data, x.rows * x.cols);
+    check_memory("weights", w.data, w.rows * w.cols);
+    job.name = name;
+    job.scores.rows = x.rows;
+    job.scores.cols = w.rows;
+    set_target(job, target);
+  }
+  template <class Y> void set_target(core::row_job<T>& job, Y& target) const {
+    if constexpr (is_sparse<std::remove_cvref_t<Y>>::value) {
+      static_assert(Loss::takes_soft_targets, "perdita::linear: this loss takes labels only");
+      set_sparse(job, target);
+    } else {
+      static_assert(core::labels_like<Y>,
+                    "perdita::linear: the target must be a vector of integral labels, or "
+                    "perdita::sparse_targets of the loss's type");
+      core::row_head::set_labels(loss_, job, core::as_vector(target));
+    }
+  }
+  template <class I>
+  void set_sparse(core::row_job<T>& job, const sparse_targets<T, I>& target) const {
+    const index rows = job.scores.rows, entries = target.classes.size;
+    check("size of probabilities", target.probabilities.size, entries, "the number of classes");
+    check_memory("classes", target.classes.data, entries);
+    check_memory("probabilities", target.probabilities.data, entries);
+    auto& s = job.sparse;
+    if (target.row_starts.data) {
+      check("size of row_starts", target.row_starts.size, rows + 1, "one more than there are rows");
+      for (index r = 0; r <= rows; ++r) {
+        const std::int64_t least = r > 0 ? target.row_starts[r - 1] : 0, at = target.row_starts[r];
+        if (at < least || at > entries || (r == 0 && at != 0) || (r == rows && at != entries))
+          core::fail_at(name, "row_starts", r, core::to_text(at),
+                        "numbers that rise from 0 to the number of entries, " +
+                            core::to_text(entries));
+      }
+    } else if (rows > 0) {
+      s.per_row = entries / rows;
+      check("number of entries", entries, s.per_row * rows, "as many for every row");
+    }
+    for (index e = 0; e < entries; ++e)
+      if (target.classes[e] < 0 || static_cast<index>(target.classes[e]) >= job.scores.cols)
+        core::fail_at(name, "classes", e, core::to_text(target.classes[e]),
+                      "0 to " + core::to_text(job.scores.cols - 1));
+    s.classes = &target.classes;
+    s.class_reader = [](const void* classes, index e) {
+      return static_cast<std::int64_t>((*static_cast<const vector_view<const I>*>(classes))[e]);
+    };
+    s.probabilities = target.probabilities;
+    s.row_starts = target.row_starts;
+  }
+
+  template <class DX, class DM>
+  void set_outputs(core::linear_job<T>& io, DX& d_hidden, DM& d_weights) const {
+    set(io.d_hidden, d_hidden);
+    if constexpr (is_affine<std::remove_cvref_t<DM>>::value) {
+      set(io.d_weights, d_weights.matrix);
+      io.d_bias = vector_view<T>(core::as_vector(d_weights.bias));
+      check("gradient of the bias", io.d_bias.size, io.weights.rows, "the number of classes");
+      check_memory("gradient of the bias", io.d_bias.data, io.d_bias.size);
+    } else {
+      set(io.d_weights, d_weights);
+    }
+    const auto same = [&](const char* what, const auto& gradient, const auto& of) {
+      check(std::string("rows of the gradient of the ") + what, gradient.rows, of.rows, what);
+      check(std::string("columns of the gradient of the ") + what, gradient.cols, of.cols, what);
+      check_memory("gradient", gradient.data, gradient.rows * gradient.cols);
+    };
+    same("hidden states", io.d_hidden, io.hidden);
+    same("weights", io.d_weights, io.weights);
+    check_apart(io);
+  }
+
+  void check(const std::string& what, index got, index expected, const std::string& of) const {
+    if (got != expected) [[unlikely]]
+      core::fail(name, what, core::to_text(got), core::to_text(expected) + " (" + of + ")");
+  }
+  void check_memory(const char* what, const void* data, index elements) const {
+    if (!data && elements > 0) [[unlikely]]
+      core::fail(name, what, "null", "a pointer to memory");
+  }
+  /// Inputs are read to the end: no result may lie on them, or on another one.
+  void check_apart(const core::linear_job<T>& l) const {
+    const auto vector = [](const auto& v) {
+      const auto base = reinterpret_cast<std::uintptr_t>(v.data);
+      return core::extent{base, base + static_cast<std::size_t>(v.size) * sizeof(T)};
+    };
+    const auto matrix = [](const auto& m) {
+      return m.rows * m.cols > 0 ? core::bytes_of(m) : core::extent{0, 0};
+    };
+    const std::pair<const char*, core::extent> all[] = {
+        {"gradient of the hidden states", matrix(l.d_hidden)},
+        {"gradient of the weights", matrix(l.d_weights)},
+        {"gradient of the bias", vector(l.d_bias)},
+        {"hidden states", matrix(l.hidden)},
+        {"weights", matrix(l.weights)},
+        {"bias", vector(l.bias)}};
+    for (int i = 0; i < 3; ++i)
+      for (int j = i + 1; j < 6; ++j)
+        if (all[i].second.begin < all[j].second.end && all[j].second.begin < all[i].second.end)
+          core::fail(std::string("perdita::linear: ") + all[i].first + " overlaps " + all[j].first +
+                     ", expected memory apart");
+  }
+
+  /// How many rows go together, and how many pieces of their scores are kept.
+  void plan(core::linear_job<T>& io, index rows, index concurrency) const {
+    using shape = core::linear_shape<T>;
+    const shape s{io.weights.rows};
+    const index whole = (rows + shape::width - 1) / shape::width * shape::width;
+    const index most = std::min(shape::columns, whole);
+    const auto bytes = [&](index pieces, index n) {
+      return static_cast<std::size_t>(pieces * s.slot(n)) * sizeof(T);
+    };
+    if (options_.budget != 0 && options_.budget < bytes(1, most))
+      core::fail(name, "budget", core::to_text(options_.budget),
+                 "0, or at least " + core::to_text(bytes(1, most)) + " bytes for this shape");
+    const std::size_t budget = options_.budget != 0 ? options_.budget : std::size_t{64} << 20;
+    const auto affordable =
+        static_cast<index>(budget / bytes(s.pieces(), shape::width)) * shape::width;
+    io.block_rows = std::min(most, affordable);
+    io.slots = s.pieces();
+    if (io.block_rows < std::min<index>(most, 64)) { // tight
+      io.block_rows = most;
+      const auto n =
+          options_.budget != 0 ? static_cast<index>(budget / bytes(1, most)) : concurrency;
+      io.slots = std::clamp<index>(n, 1, std::min(concurrency, s.pieces()));
+    }
+  }
+
+  template <bool Gradient>
+  T run(core::row_job<T>& job, core::linear_job<T>& io, const call_options<T>& call) const {
+    io.accumulate_weights = options_.accumulate_weights;
+    plan(io, std::max<index>(job.scores.rows, 1), static_cast<index>(call.run_on.concurrency()));
+    return core::row_head::drive(loss_, job, call, [&](const auto& formula) {
+      using formula_type = std::remove_cvref_t<decltype(formula)>;
+      static_assert(
+          !core::resident_formula<formula_type>,
+          "perdita::linear: this loss needs a whole row of scores at once, and the linear "
+          "head never holds one; make the scores and call the loss itself");
+      if constexpr (!core::resident_formula<formula_type>) {
+        if (io.weights.rows == 0)
+          return 0.0;
+        using kernel = core::linear_kernel<formula_type, T, Gradient>;
+        workspace own;
+        workspace& memory = call.memory ? *call.memory : own;
+        const std::size_t bytes = kernel(formula, job, io, call.run_on, nullptr).scratch_bytes();
+        return kernel(formula, job, io, call.run_on, memory.request(bytes)).run();
+      }
+    });
+  }
+
+  Loss loss_;
+  options options_;
+};
+
+} // namespace perdita::inline PERDITA_ABI
