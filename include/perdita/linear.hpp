@@ -29,6 +29,15 @@ template <class T, class I = std::int32_t> struct sparse_targets {
   vector_view<const std::int64_t> row_starts{}; ///< rows + 1 of them, or none
 };
 
+struct linear_options {
+  /// Bytes of scores that may be held at once; 0: 64 MiB where that lets nothing be computed twice,
+  /// else as little as the threads need. An error below one piece.
+  std::size_t budget = 0;
+  /// Adds to the gradients of weights and bias (call_options::accumulate is for the gradient of the
+  /// hidden states).
+  bool accumulate_weights = false;
+};
+
 /// The linear head: a loss of the scores X Wᵀ + b, with its gradients, of which the scores are
 /// never held.
 ///
@@ -58,14 +67,7 @@ public:
   using value_type = typename Loss::value_type;
   using T = value_type;
 
-  struct options {
-    /// Bytes of scores that may be held at once; 0: 64 MiB where that lets nothing be computed
-    /// twice, else as little as the threads need. An error below one piece.
-    std::size_t budget = 0;
-    /// Adds to the gradients of weights and bias (call_options::accumulate is for the gradient of
-    /// the hidden states).
-    bool accumulate_weights = false;
-  };
+  using options = linear_options;
   static constexpr const char* name = "linear";
 
   explicit linear(Loss loss) : linear(std::move(loss), options{}) {}
