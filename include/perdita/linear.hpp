@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <span>
 #include <string>
 #include <utility>
 
@@ -37,6 +38,11 @@ struct linear_options {
   /// hidden states).
   bool accumulate_weights = false;
 };
+
+/// What a slice of the classes says of a row: plain numbers, to be stored or sent.
+using linear_record = core::row_record;
+
+template <class Loss> class linear_slice;
 
 /// The linear head: a loss of the scores X Wᵀ + b, with its gradients, of which the scores are
 /// never held.
@@ -97,7 +103,22 @@ public:
     return run<true>(job, io, call);
   }
 
+  /// A slice of the classes (of a vocabulary that is spread over machines, say), whose `weights`
+  /// are those of the classes from `first_class` on, out of `classes`. See linear_slice.
+  template <class X, class M, class Y>
+  linear_slice<Loss> slice(X&& hidden, M&& weights, Y&& target, index first_class, index classes,
+                           const call_options<T>& call = {}) const {
+    linear_slice<Loss> result(*this, call);
+    set_inputs(result.job_, result.io_, hidden, weights, target, classes);
+    core::require(first_class >= 0 && first_class + result.io_.weights.rows <= classes, name,
+                  "first_class", first_class,
+                  "a slice of the classes: 0 to classes - rows of weights");
+    result.io_.first_class = first_class;
+    return result;
+  }
+
 private:
+  friend linear_slice<Loss>;
   template <class V> struct is_affine : std::false_type {};
   template <class M, class B> struct is_affine<affine<M, B>> : std::true_type {};
   template <class V> struct is_sparse : std::false_type {};
@@ -112,8 +133,8 @@ private:
   }
 
   template <class X, class M, class Y>
-  void set_inputs(core::row_job<T>& job, core::linear_job<T>& io, X& hidden, M& weights,
-                  Y& target) const {
+  void set_inputs(core::row_job<T>& job, core::linear_job<T>& io, X& hidden, M& weights, Y& target,
+                  index classes = -1) const {
     set(io.hidden, hidden);
     if constexpr (is_affine<std::remove_cvref_t<M>>::value) {
       set(io.weights, weights.matrix);
@@ -131,7 +152,7 @@ private:
     check_memory("weights", w.data, w.rows * w.cols);
     job.name = name;
     job.scores.rows = x.rows;
-    job.scores.cols = w.rows;
+    job.scores.cols = classes < 0 ? w.rows : classes;
     set_target(job, target);
   }
   template <class Y> void set_target(core::row_job<T>& job, Y& target) const {
@@ -169,9 +190,10 @@ private:
       if (target.classes[e] < 0 || static_cast<index>(target.classes[e]) >= job.scores.cols)
         core::fail_at(name, "classes", e, core::to_text(target.classes[e]),
                       "0 to " + core::to_text(job.scores.cols - 1));
-    s.classes = &target.classes;
-    s.class_reader = [](const void* classes, index e) {
-      return static_cast<std::int64_t>((*static_cast<const vector_view<const I>*>(classes))[e]);
+    s.classes = target.classes.data;
+    s.class_stride = target.classes.stride;
+    s.class_reader = [](const void* classes, index at) {
+      return static_cast<std::int64_t>(static_cast<const I*>(classes)[at]);
     };
     s.probabilities = target.probabilities;
     s.row_starts = target.row_starts;
@@ -256,6 +278,12 @@ private:
 
   template <bool Gradient>
   T run(core::row_job<T>& job, core::linear_job<T>& io, const call_options<T>& call) const {
+    return run_with<Gradient>(job, io, call, [](auto& kernel) { return kernel.run(); });
+  }
+  /// Plans a call, and has use(kernel) do it.
+  template <bool Gradient, class Use>
+  T run_with(core::row_job<T>& job, core::linear_job<T>& io, const call_options<T>& call,
+             Use use) const {
     io.accumulate_weights = options_.accumulate_weights;
     plan(io, std::max<index>(job.scores.rows, 1), static_cast<index>(call.run_on.concurrency()));
     return core::row_head::drive(loss_, job, call, [&](const auto& formula) {
@@ -270,14 +298,83 @@ private:
         using kernel = core::linear_kernel<formula_type, T, Gradient>;
         workspace own;
         workspace& memory = call.memory ? *call.memory : own;
-        const std::size_t bytes = kernel(formula, job, io, call.run_on, nullptr).scratch_bytes();
-        return kernel(formula, job, io, call.run_on, memory.request(bytes)).run();
+        const auto bytes = kernel(formula, job, io, call.run_on, nullptr).scratch_bytes();
+        kernel k(formula, job, io, call.run_on, memory.request(bytes));
+        return use(k);
       }
     });
   }
 
   Loss loss_;
   options options_;
+};
+
+/// A call of the linear head of which only some of the classes are at hand. Everybody who has a
+/// slice
+///
+///   1. summarise()s it into one record per row;
+///   2. gets the records of all others and merge()s them, everybody in the same order;
+///   3. finish()es: values and by-products of whole rows, the same for everybody;
+///   4. goes backward(): all of the gradient of the slice's weights, and of the gradient of the
+///      hidden states what is due to these classes; the sum over all slices is the gradient.
+///
+/// Refers to the memory of the arguments of linear::slice(), and so must not outlive it. Records of
+/// rows that do not count are left alone. Throws std::invalid_argument.
+template <class Loss> class linear_slice {
+public:
+  using T = typename Loss::value_type;
+
+  void summarise(std::span<linear_record> records) const {
+    check(records.size());
+    run<false>([&](auto& kernel) {
+      kernel.summarise(records.data());
+      return 0.0;
+    });
+  }
+  /// into = what both know.
+  void merge(std::span<linear_record> into, std::span<const linear_record> other) const {
+    check(into.size());
+    check(other.size());
+    run<false>([&](auto& kernel) {
+      for (std::size_t i = 0; i < into.size(); ++i)
+        kernel.merge_records(into[i], other[i]);
+      return 0.0;
+    });
+  }
+  /// The reduced value, from the records of all classes.
+  T finish(std::span<const linear_record> all) const {
+    check(all.size());
+    return run<false>([&](auto& kernel) { return kernel.resume(all.data()); });
+  }
+  /// The gradients that belong to this slice, from the records of all classes.
+  template <class DX, class DM>
+  void backward(std::span<const linear_record> all, DX&& d_hidden, DM&& d_weights) const {
+    check(all.size());
+    auto io = io_;
+    head_.set_outputs(io, d_hidden, d_weights);
+    auto job = job_;
+    head_.template run_with<true>(job, io, call_,
+                                  [&](auto& kernel) { return kernel.resume(all.data()); });
+  }
+
+private:
+  friend linear<Loss>;
+  linear_slice(const linear<Loss>& head, const call_options<T>& call) : head_(head), call_(call) {}
+
+  void check(std::size_t records) const {
+    head_.check("number of records", static_cast<index>(records), job_.scores.rows,
+                "the rows that the hidden states have");
+  }
+  template <bool Gradient, class Use> T run(Use use) const {
+    auto job = job_;
+    auto io = io_;
+    return head_.template run_with<Gradient>(job, io, call_, use);
+  }
+
+  linear<Loss> head_;
+  call_options<T> call_;
+  core::row_job<T> job_;
+  core::linear_job<T> io_;
 };
 
 } // namespace perdita::inline PERDITA_ABI

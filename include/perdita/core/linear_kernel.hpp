@@ -30,8 +30,19 @@ template <class T> struct linear_job {
   matrix_data<T, true> d_hidden, d_weights; ///< no data: value only
   vector_view<T> d_bias;
   bool accumulate_weights = false;
-  index block_rows = 0; ///< a multiple of W
-  index slots = 0;      ///< pieces kept at once
+  index first_class = 0; ///< where the weights are a slice: its place among all classes
+  index block_rows = 0;  ///< a multiple of W
+  index slots = 0;       ///< pieces kept at once
+};
+
+/// What is known of a row from one slice of the classes, or from all: numbers that can be stored,
+/// sent, and merged.
+struct row_record {
+  static constexpr int terms = 4;
+  double shift, term[terms];
+  double rivals;     // the largest raw score but the label's
+  double raw_target; // of the label, where the slice has it
+  double has_target; // 1 or 0
 };
 
 /// Sizes that depend on the shape alone.
@@ -84,27 +95,51 @@ public:
   }
   std::size_t scratch_bytes() const { return scratch_bytes_; }
 
-  /// Σ of the weighted values of all rows.
+  /// Σ of the weighted values of all rows, and their gradients.
   double run() {
     exact_sum total;
-    bool first = true;
-    for (index r = 0; r < job_.scores.rows;) {
-      r = collect(r);
-      if (count_ == 0)
-        continue;
-      begin();
+    for_blocks([&](bool first) {
       sum_up();
-      finish(total);
+      finish(&total);
       if constexpr (Gradient)
-        go_back(first);
-      first = false;
-    }
-    if constexpr (Gradient)
-      put_weights(first);
+        go_back(first, roomy_);
+    });
     return total.value();
   }
 
+  /// What is known of every row that counts after this slice of the classes.
+  void summarise(row_record* records) {
+    for_blocks([&](bool) {
+      sum_up();
+      for (index i = 0; i < count_; ++i)
+        records[rows_[i]] = record(i);
+    });
+  }
+  /// As run(), from records of all classes. By-products and values only where there is no gradient.
+  double resume(const row_record* records) {
+    exact_sum total;
+    for_blocks([&](bool first) {
+      for (index i = 0; i < panels() * width; ++i)
+        recall(i, records[rows_[std::min(i, count_ - 1)]]);
+      finish(Gradient ? nullptr : &total);
+      if constexpr (Gradient)
+        go_back(first, false);
+    });
+    return total.value();
+  }
+  static void merge_records(row_record& a, const row_record& b) {
+    const auto both = merge(summary_of(a), summary_of(b));
+    a.shift = first_lane(both.shift);
+    for (int k = 0; k < statistic::terms; ++k)
+      a.term[k] = first_lane(both.term[k]);
+    a.rivals = std::max(a.rivals, b.rivals);
+    a.raw_target = b.has_target != 0 ? b.raw_target : a.raw_target;
+    a.has_target = std::max(a.has_target, b.has_target);
+  }
+
 private:
+  static_assert(statistic::terms <= row_record::terms);
+
   /// A thread's own memory.
   struct worker {
     T* panels; // an operand in panels
@@ -125,6 +160,7 @@ private:
     raw_target_ = memory.take<T>(size(rows));
     rivals_ = memory.take<T>(size(slices_ * rows));
     partial_ = memory.take<summary<statistic, W>>(size(slices_ * rows / finish_rows));
+    merged_ = memory.take<summary<statistic, W>>(size(rows / finish_rows));
     slopes_ = memory.take<panel_slopes<T>>(size(panels));
     if constexpr (Gradient) {
       slot_memory_ = memory.take<T>(size(slots_ * shape_.slot(rows)));
@@ -170,6 +206,21 @@ private:
   const T* bias_at(index first) const { return linear_.bias.data + first; }
 
   // ---- the block of rows
+
+  /// f(whether it is the first) for every block of rows, which is then at hand.
+  template <class F> void for_blocks(F f) {
+    bool first = true;
+    for (index r = 0; r < job_.scores.rows;) {
+      r = collect(r);
+      if (count_ == 0)
+        continue;
+      begin();
+      f(first);
+      first = false;
+    }
+    if constexpr (Gradient)
+      put_weights(first);
+  }
 
   /// The next rows that count, as many as fit; the others get their zeros. Returns the row after.
   index collect(index r) {
@@ -279,15 +330,20 @@ private:
   piece_side<T> side_of(const worker& w, index p, index first, index n) const {
     piece_side<T> result;
     if constexpr (Formula::has_side) {
-      result.side = formula_.side(first);
+      result.side = formula_.side(linear_.first_class + first);
       if (job_.sparse) {
         std::fill_n(w.soft, n * width, T(0));
         for (index i = 0; i < std::min(width, count_ - p * width); ++i)
-          job_.sparse.scatter(rows_[p * width + i], first, n, w.soft + i, width);
+          job_.sparse.scatter(rows_[p * width + i], linear_.first_class + first, n, w.soft + i,
+                              width);
         result.soft = w.soft;
       }
     }
     return result;
+  }
+
+  V labels_in(index p, index first, index n) const {
+    return tile::place(labels_ + p * width, linear_.first_class + first, n);
   }
 
   void sum_up() {
@@ -301,12 +357,21 @@ private:
         const index first = first_of(piece), n = size_of(piece);
         for (index p = 0; p < panels(); ++p)
           tile::absorb(formula_, scores + p * shape_.panel(), bias(first), n,
-                       side_of(w, p, first, n), tile::place(labels_ + p * width, first, n),
-                       w.sums[p], raw_target_ + p * width);
+                       side_of(w, p, first, n), labels_in(p, first, n), w.sums[p],
+                       raw_target_ + p * width);
       }
       for (index p = 0; p < panels(); ++p)
         put_partial(w.sums[p], s, p);
     });
+    for (index group = 0; group < panels() * width / finish_rows; ++group) {
+      const auto* part = partial_ + group * slices_;
+      merged_[group] = part[0];
+      for (index s = 1; s < slices_; ++s)
+        merged_[group] = merge(merged_[group], part[s]);
+    }
+    for (index s = 1; s < slices_; ++s)
+      for (index i = 0; i < panels() * width; i += width)
+        max(V::load(rivals_ + s * linear_.block_rows + i), V::load(rivals_ + i)).store(rivals_ + i);
   }
   void put_partial(const panel_sums<statistic, T>& sums, index slice, index p) const {
     constexpr index parts = wide_lanes<T>::parts;
@@ -323,18 +388,17 @@ private:
 
   // ---- from sums to values and slopes
 
-  void finish(exact_sum& total) {
+  /// Values and by-products only where there is a total to add to.
+  void finish(exact_sum* total) {
     value_sum values;
     for (index p = 0; p < panels(); ++p)
-      finish_panel(p, values);
-    values.add_to(total);
+      finish_panel(p, total ? &values : nullptr);
+    if (total)
+      values.add_to(*total);
   }
-  void finish_panel(index p, value_sum& values) {
+  void finish_panel(index p, value_sum* values) {
     constexpr index parts = wide_lanes<T>::parts;
-    V rivals = V::load(rivals_ + p * width);
-    for (index s = 1; s < slices_; ++s)
-      rivals = max(V::load(rivals_ + s * linear_.block_rows + p * width), rivals);
-    const V raw = V::load(raw_target_ + p * width);
+    const V rivals = V::load(rivals_ + p * width), raw = V::load(raw_target_ + p * width);
     W target[parts], raw_target[parts], rival[parts];
     widen(formula_.score(raw), target);
     widen(raw, raw_target);
@@ -343,15 +407,17 @@ private:
     for (index h = 0; h < parts; ++h) {
       const index at = p * width + h * finish_rows;
       row_summary<statistic> s;
-      static_cast<summary<statistic, W>&>(s) = merged(p * parts + h);
+      static_cast<summary<statistic, W>&>(s) = merged_[p * parts + h];
       s.target = target[h];
       s.target_side = W::load(target_side_ + at);
       s.label_weight = W::load(label_weight_ + at);
       s.classes = W(static_cast<double>(job_.scores.cols));
       const row_outcome<W> result = formula_.finish(s);
-      put_values(result.value, at, values);
-      if (job_.report.any())
-        put_report(s, at, raw_target[h], rival[h]);
+      if (values) {
+        put_values(result.value, at, *values);
+        if (job_.report.any())
+          put_report(s, at, raw_target[h], rival[h]);
+      }
       shift[h] = s.shift;
       scale[h] = W::load(scale_ + at);
       factor[h] = Formula::linear ? result.image_scale * scale[h] : result.image_scale;
@@ -368,13 +434,6 @@ private:
     for (int k = 0; k < coefficients; ++k)
       to.coefficient[k] = narrow(c[k]);
   }
-  summary<statistic, W> merged(index group) const {
-    const auto* part = partial_ + group * slices_;
-    summary<statistic, W> all = part[0];
-    for (index s = 1; s < slices_; ++s)
-      all = merge(all, part[s]);
-    return all;
-  }
   void put_values(const W& value, index at, value_sum& values) const {
     alignas(64) double v[finish_rows];
     value.store(v);
@@ -389,13 +448,51 @@ private:
                    std::min(finish_rows, count_ - at));
   }
 
+  // ---- records
+
+  row_record record(index i) const {
+    const auto& s = merged_[i / finish_rows];
+    const auto lane = [&](const W& x) {
+      alignas(64) double v[finish_rows];
+      x.store(v);
+      return v[i % finish_rows];
+    };
+    row_record r{};
+    r.shift = lane(s.shift);
+    for (int k = 0; k < statistic::terms; ++k)
+      r.term[k] = lane(s.term[k]);
+    r.rivals = static_cast<double>(rivals_[i]);
+    r.raw_target = static_cast<double>(raw_target_[i]);
+    const std::int64_t at = labels_[i] - linear_.first_class;
+    r.has_target = at >= 0 && at < shape_.classes ? 1 : 0;
+    return r;
+  }
+  void recall(index i, const row_record& r) {
+    auto& s = merged_[i / finish_rows];
+    const auto set_lane = [&](W& x, double value) {
+      x = select(iota<double>() == W(static_cast<double>(i % finish_rows)), W(value), x);
+    };
+    set_lane(s.shift, r.shift);
+    for (int k = 0; k < statistic::terms; ++k)
+      set_lane(s.term[k], r.term[k]);
+    rivals_[i] = static_cast<T>(r.rivals);
+    raw_target_[i] = static_cast<T>(r.raw_target);
+  }
+  static summary<statistic, W> summary_of(const row_record& r) {
+    summary<statistic, W> s;
+    s.shift = W(r.shift);
+    for (int k = 0; k < statistic::terms; ++k)
+      s.term[k] = W(r.term[k]);
+    return s;
+  }
+
   // ---- gradients
 
-  void go_back(bool first_block) {
+  void go_back(bool first_block, bool scores_are_kept) {
     for (index piece = 0; piece < shape_.pieces(); piece += slots_) {
       const index n = std::min(slots_, shape_.pieces() - piece);
       for_each(n, [&](const worker& w, index s) {
-        if (!roomy_)
+        if (!scores_are_kept)
           make_piece(w, piece + s, slot(s));
         emit(w, piece + s, slot(s));
         add_to_weights(w, piece + s, slot(s), first_block);
@@ -413,7 +510,7 @@ private:
     const index first = first_of(piece), n = size_of(piece);
     for (index p = 0; p < panels(); ++p)
       tile::emit(formula_, scores + p * shape_.panel(), bias(first), n, side_of(w, p, first, n),
-                 tile::place(labels_ + p * width, first, n), slopes_[p]);
+                 labels_in(p, first, n), slopes_[p]);
   }
 
   /// Rows of the gradient of the weights += gradient of the scores, transposed, times hidden.
@@ -514,7 +611,7 @@ private:
   std::int64_t* labels_ = nullptr; // -1 in lanes without a row
   double *weight_ = nullptr, *scale_ = nullptr, *label_weight_ = nullptr, *target_side_ = nullptr;
   T *raw_target_ = nullptr, *rivals_ = nullptr;
-  summary<statistic, W>* partial_ = nullptr; // of every slice
+  summary<statistic, W>*partial_ = nullptr, *merged_ = nullptr; // of every slice; of all
   panel_slopes<T>* slopes_ = nullptr;
   T* slot_memory_ = nullptr;
   T** places_ = nullptr; // where each row's gradient goes

@@ -53,6 +53,7 @@ template <class T> struct report_views {
 /// Soft targets as lists of (class, probability), or nothing.
 template <class T> struct sparse_data {
   const void* classes = nullptr;
+  index class_stride = 1;
   std::int64_t (*class_reader)(const void*, index) = nullptr;
   vector_view<const T> probabilities;
   vector_view<const std::int64_t> row_starts;
@@ -62,7 +63,7 @@ template <class T> struct sparse_data {
   index begin(index r) const {
     return row_starts.data ? static_cast<index>(row_starts[r]) : r * per_row;
   }
-  std::int64_t class_at(index entry) const { return class_reader(classes, entry); }
+  std::int64_t class_at(index entry) const { return class_reader(classes, entry * class_stride); }
   /// Adds the probabilities of row r for the classes [first, first + n) to `to`, `step` apart.
   void scatter(index r, index first, index n, T* to, index step) const {
     for (index e = begin(r); e < begin(r + 1); ++e) {
