@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <span>
 #include <string>
@@ -37,6 +38,17 @@ struct linear_options {
   /// Adds to the gradients of weights and bias (call_options::accumulate is for the gradient of the
   /// hidden states).
   bool accumulate_weights = false;
+  /// Gradient filtering, in [0, 1): of each row of G, entries that together are at most this share
+  /// of Σ_j |G_ij| may be dropped, where that spares work: then ‖Δ∂X_i‖ ≤ share Σ_j |G_ij| max
+  /// ‖W_j‖ and ‖Δ∂W‖ ≤ share Σ_ij |G_ij| ‖X_i‖. The gradient of the bias is exact. 0: nothing is
+  /// dropped.
+  double drop_mass = 0;
+  /// The same for entries below this size, with all that is in them (row weight, upstream, class
+  /// weight, penalty) but the scale and the denominator that all rows have in common. This bounds
+  /// no row's error: a flat row may be dropped whole.
+  double drop_below = 0;
+  /// Where given, the mass that drop_mass let go, of each row.
+  vector_view<double> dropped{};
 };
 
 /// What a slice of the classes says of a row: plain numbers, to be stored or sent.
@@ -77,7 +89,14 @@ public:
   static constexpr const char* name = "linear";
 
   explicit linear(Loss loss) : linear(std::move(loss), options{}) {}
-  linear(Loss loss, const options& o) : loss_(std::move(loss)), options_(o) {}
+  linear(Loss loss, const options& o) : loss_(std::move(loss)), options_(o) {
+    core::require(o.drop_mass >= 0 && o.drop_mass < 1, name, "drop_mass", o.drop_mass,
+                  "a number in [0, 1)");
+    core::require(o.drop_below >= 0 && std::isfinite(o.drop_below), name, "drop_below",
+                  o.drop_below, "a finite number, 0 or more");
+    core::require(o.drop_mass == 0 || o.drop_below == 0, name, "drop_below", o.drop_below,
+                  "0 where drop_mass is given");
+  }
 
   const options& settings() const { return options_; }
   const Loss& loss() const { return loss_; }
@@ -285,6 +304,11 @@ private:
   T run_with(core::row_job<T>& job, core::linear_job<T>& io, const call_options<T>& call,
              Use use) const {
     io.accumulate_weights = options_.accumulate_weights;
+    io.filter.share = options_.drop_mass;
+    io.filter.threshold = options_.drop_below;
+    io.filter.ratio = std::pow(static_cast<double>(std::max<index>(io.weights.rows, 1)),
+                               1.0 / static_cast<double>(core::linear_filter<T>::steps));
+    io.dropped = options_.dropped;
     plan(io, std::max<index>(job.scores.rows, 1), static_cast<index>(call.run_on.concurrency()));
     return core::row_head::drive(loss_, job, call, [&](const auto& formula) {
       using formula_type = std::remove_cvref_t<decltype(formula)>;
@@ -293,6 +317,10 @@ private:
           "perdita::linear: this loss needs a whole row of scores at once, and the linear "
           "head never holds one; make the scores and call the loss itself");
       if constexpr (!core::resident_formula<formula_type>) {
+        if (!formula_type::statistic::has_image && io.filter)
+          core::fail(name, "drop_mass or drop_below",
+                     core::to_text(options_.drop_mass + options_.drop_below),
+                     "0 for a loss whose gradient is not that of a softmax");
         if (io.weights.rows == 0)
           return 0.0;
         using kernel = core::linear_kernel<formula_type, T, Gradient>;

@@ -16,6 +16,7 @@
 #include <type_traits>
 
 #include "executor.hpp"
+#include "linear_filter.hpp"
 #include "linear_tile.hpp"
 #include "product.hpp"
 #include "workspace.hpp"
@@ -30,9 +31,11 @@ template <class T> struct linear_job {
   matrix_data<T, true> d_hidden, d_weights; ///< no data: value only
   vector_view<T> d_bias;
   bool accumulate_weights = false;
-  index first_class = 0; ///< where the weights are a slice: its place among all classes
-  index block_rows = 0;  ///< a multiple of W
-  index slots = 0;       ///< pieces kept at once
+  linear_filter<T> filter;
+  vector_view<double> dropped; ///< by the filter, of every row
+  index first_class = 0;       ///< where the weights are a slice: its place among all classes
+  index block_rows = 0;        ///< a multiple of W
+  index slots = 0;             ///< pieces kept at once
 };
 
 /// What is known of a row from one slice of the classes, or from all: numbers that can be stored,
@@ -148,6 +151,7 @@ private:
     T* piece;  // a piece of scores, where only their sums are wanted
     T* line;
     panel_sums<statistic, T>* sums;
+    wide_lanes<T>* masses; // of a panel of rows
   };
 
   void lay_out(carver& memory, bool real) {
@@ -165,6 +169,11 @@ private:
     if constexpr (Gradient) {
       slot_memory_ = memory.take<T>(size(slots_ * shape_.slot(rows)));
       places_ = memory.take<T*>(size(rows));
+      live_ = memory.take<index>(size(slots_));
+      if (filter()) {
+        filtered_ = memory.take<typename linear_filter<T>::panel>(size(panels));
+        masses_ = memory.take<V>(size(measures() ? slices_ * panels * linear_filter<T>::steps : 0));
+      }
       if (!direct_hidden_)
         stage_hidden_ = memory.take<T>(size(rows * depth_));
       if (!direct_weights_)
@@ -179,10 +188,16 @@ private:
       w.piece = Gradient ? nullptr : memory.take<T>(size(shape_.slot(rows)));
       w.line = memory.take<T>(size(std::max(depth_, shape::depth)));
       w.sums = memory.take<panel_sums<statistic, T>>(size(panels));
+      if (Gradient && measures())
+        w.masses = memory.take<wide_lanes<T>>(size(panels * linear_filter<T>::steps));
       if (real)
         new (&all_workers_[i]) worker(w);
     }
   }
+
+  const linear_filter<T>& filter() const { return linear_.filter; }
+  /// Whether thresholds depend on the rows.
+  bool measures() const { return filter().share > 0; }
 
   // ---- tasks
 
@@ -431,6 +446,9 @@ private:
     to.cut = V(std::numeric_limits<T>::min()) / abs(to.factor);
     to.scale = narrow(scale);
     to.target = narrow(slope);
+    if constexpr (Gradient)
+      if (filter())
+        set_filter(p, factor, slope);
     for (int k = 0; k < coefficients; ++k)
       to.coefficient[k] = narrow(c[k]);
   }
@@ -489,13 +507,24 @@ private:
   // ---- gradients
 
   void go_back(bool first_block, bool scores_are_kept) {
+    bool emitted = false;
+    if (measures()) {
+      measure(scores_are_kept);
+      emitted = scores_are_kept;
+    }
     for (index piece = 0; piece < shape_.pieces(); piece += slots_) {
       const index n = std::min(slots_, shape_.pieces() - piece);
       for_each(n, [&](const worker& w, index s) {
-        if (!scores_are_kept)
-          make_piece(w, piece + s, slot(s));
-        emit(w, piece + s, slot(s));
-        add_to_weights(w, piece + s, slot(s), first_block);
+        if (!emitted) {
+          if (!scores_are_kept)
+            make_piece(w, piece + s, slot(s));
+          emit(w, piece + s, slot(s));
+        }
+        if (linear_.d_bias.data)
+          add_to_bias(piece + s, slot(s), !first_block || linear_.accumulate_weights);
+        const bool accumulate = !first_block || (direct_weights_ && linear_.accumulate_weights);
+        if (!add_live_to_weights(w, piece + s, s, accumulate))
+          add_to_weights(w, piece + s, slot(s), accumulate);
       });
       const index strip = columns_per_task();
       for_each((depth_ + strip - 1) / strip, [&](const worker& w, index i) {
@@ -513,12 +542,16 @@ private:
                  labels_in(p, first, n), slopes_[p]);
   }
 
+  T* weights_gradient(index c) const {
+    return stage_weights_ ? stage_weights_ + c * depth_ : linear_.d_weights.pointer(c, 0);
+  }
+  index weights_gradient_step() const {
+    return stage_weights_ ? depth_ : linear_.d_weights.row_stride;
+  }
   /// Rows of the gradient of the weights += gradient of the scores, transposed, times hidden.
-  void add_to_weights(const worker& w, index piece, const T* gradient, bool first_block) const {
-    const index first = first_of(piece), n = size_of(piece);
-    const bool accumulate = !first_block || (direct_weights_ && linear_.accumulate_weights);
-    T* to = stage_weights_ ? stage_weights_ + first * depth_ : linear_.d_weights.pointer(first, 0);
-    const index step = stage_weights_ ? depth_ : linear_.d_weights.row_stride;
+  void add_to_weights(const worker& w, index piece, const T* gradient, bool accumulate) const {
+    const index n = size_of(piece), step = weights_gradient_step();
+    T* to = weights_gradient(first_of(piece));
     for (index d = 0; d < depth_; d += shape::columns) {
       const index cols = std::min(shape::columns, depth_ - d);
       for (index i = 0; i < count_; ++i)
@@ -528,18 +561,16 @@ private:
                     {to + c * step + d, step, width}, std::min(shape::strip, n - c), cols, count_,
                     accumulate);
     }
-    if (linear_.d_bias.data)
-      add_to_bias(first, n, gradient, !first_block || linear_.accumulate_weights);
   }
-  void add_to_bias(index first, index n, const T* gradient, bool accumulate) const {
+  void add_to_bias(index piece, const T* gradient, bool accumulate) const {
     const index last = panels() - 1;
     const auto real = iota<T>() < V(static_cast<T>(count_ - last * width));
-    for (index j = 0; j < n; ++j) {
+    for (index j = 0; j < size_of(piece); ++j) {
       const auto at = [&](index p) { return V::load(gradient + p * shape_.panel() + j * width); };
       V sum = select(real, at(last), V(0));
       for (index p = 0; p < last; ++p)
         sum += at(p);
-      T& to = linear_.d_bias[first + j];
+      T& to = linear_.d_bias[first_of(piece) + j];
       to = accumulate ? to + sum_lanes(sum) : sum_lanes(sum);
     }
   }
@@ -551,7 +582,9 @@ private:
   }
   /// Columns of the gradient of the hidden states += gradient of the scores times weights.
   void add_to_hidden(const worker& w, index piece, index pieces, index d, index cols) const {
-    for (index s = 0; s < pieces; ++s)
+    for (index s = 0; s < pieces; ++s) {
+      if (add_live_to_hidden(w, piece + s, s, d, cols))
+        continue;
       for (index first = 0; first < size_of(piece + s); first += shape::depth) {
         const index terms = std::min(shape::depth, size_of(piece + s) - first);
         for (index k = 0; k < terms; ++k)
@@ -562,6 +595,113 @@ private:
                       {w.panels, terms * width}, {nullptr, 0, width, places_ + p * width, d},
                       std::min(width, count_ - p * width), cols, terms, accumulate);
       }
+    }
+  }
+
+  // ---- filtered gradients
+
+  void set_filter(index p, const W* factor, const W* target) {
+    constexpr index parts = wide_lanes<T>::parts;
+    const double common = std::fabs(job_.scale);
+    W mass[parts], threshold[parts];
+    for (index h = 0; h < parts; ++h) {
+      mass[h] = abs(factor[h]) * merged_[p * parts + h].term[0] + abs(target[h]);
+      threshold[h] = measures() ? mass[h] * W(filter().share / static_cast<double>(shape_.classes))
+                                : W(filter().threshold * common);
+    }
+    filtered_[p].mass = narrow(mass);
+    filtered_[p].least = filtered_[p].threshold = narrow(threshold);
+  }
+
+  /// Chooses the rows' thresholds, once it is known what each would drop.
+  void measure(bool scores_are_kept) {
+    constexpr index steps = linear_filter<T>::steps;
+    for_each(slices_, [&](const worker& w, index s) {
+      for (index i = 0; i < panels() * steps; ++i)
+        w.masses[i].clear();
+      const index pieces = shape_.pieces(), end = (s + 1) * pieces / slices_;
+      for (index piece = s * pieces / slices_; piece < end; ++piece) {
+        T* scores = slot(scores_are_kept ? piece : &w - all_workers_);
+        if (!scores_are_kept)
+          make_piece(w, piece, scores);
+        emit(w, piece, scores);
+        for (index p = 0; p < panels(); ++p)
+          filter().measure(scores + p * shape_.panel(), size_of(piece), filtered_[p],
+                           w.masses + p * steps);
+      }
+      for (index i = 0; i < panels() * steps; ++i) {
+        W wide[wide_lanes<T>::parts];
+        for (int h = 0; h < wide_lanes<T>::parts; ++h)
+          wide[h] = w.masses[i].folded(h);
+        masses_[s * panels() * steps + i] = narrow(wide);
+      }
+    });
+    for (index p = 0; p < panels(); ++p) {
+      double mass[steps][lanes<T>] = {}, dropped[lanes<T>];
+      for (index s = 0; s < slices_; ++s)
+        for (index k = 0; k < steps; ++k) {
+          alignas(64) T part[lanes<T>];
+          masses_[(s * panels() + p) * steps + k].store(part);
+          for (index i = 0; i < width; ++i)
+            mass[k][i] += static_cast<double>(part[i]);
+        }
+      filter().choose(filtered_[p], mass, dropped);
+      for (index i = 0; i < std::min(width, count_ - p * width); ++i)
+        if (linear_.dropped.data)
+          linear_.dropped[rows_[p * width + i]] = dropped[i];
+    }
+  }
+
+  /// Where few entries are live, lists them in place of the piece's gradient and adds them to the
+  /// gradient of the weights.
+  bool add_live_to_weights(const worker& w, index piece, index s, bool accumulate) const {
+    live_[s] = -1;
+    if constexpr (!statistic::has_image)
+      return false;
+    if (!filter())
+      return false;
+    const index n = size_of(piece);
+    T* gradient = slot(s);
+    index live = 0;
+    for (index p = 0; p < panels(); ++p)
+      live += linear_filter<T>::count(gradient + p * shape_.panel(), n,
+                                      std::min(width, count_ - p * width), filtered_[p]);
+    if (live * linear_filter<T>::most_live > n * count_)
+      return false;
+    auto* list = reinterpret_cast<live_entry<T>*>(w.panels);
+    live_[s] = linear_filter<T>::list(gradient, n, shape_.panel(), filtered_, count_, list) - list;
+    T* to = weights_gradient(first_of(piece));
+    const index step = weights_gradient_step();
+    if (!accumulate)
+      for (index c = 0; c < n; ++c)
+        std::fill_n(to + c * step, depth_, T(0));
+    for (index e = 0; e < live_[s]; ++e)
+      linear_filter<T>::add_multiple(
+          list[e].value, row_of(w, linear_.hidden, rows_[list[e].at % count_], 0, depth_), depth_,
+          to + list[e].at / count_ * step);
+    std::copy_n(list, live_[s], reinterpret_cast<live_entry<T>*>(gradient));
+    return true;
+  }
+  /// The same for columns of the gradient of the hidden states.
+  bool add_live_to_hidden(const worker& w, index piece, index s, index d, index cols) const {
+    if (live_[s] < 0)
+      return false;
+    if (piece == 0 && !(direct_hidden_ && job_.accumulate))
+      for (index i = 0; i < count_; ++i)
+        std::fill_n(places_[i] + d, cols, T(0));
+    const auto* list = reinterpret_cast<const live_entry<T>*>(slot(s));
+    for (index e = 0; e < live_[s]; ++e)
+      linear_filter<T>::add_multiple(
+          list[e].value, row_of(w, linear_.weights, first_of(piece) + list[e].at / count_, d, cols),
+          cols, places_[list[e].at % count_] + d);
+    return true;
+  }
+  /// n columns of a row of T: where they lie, or copied.
+  const T* row_of(const worker& w, const matrix_data<T>& m, index row, index first, index n) const {
+    if (m.direct() && m.col_stride == 1)
+      return m.pointer(row, first);
+    m.read(row, first, n, w.line);
+    return w.line;
   }
 
   // ---- gradients that are not made where they belong
@@ -614,6 +754,9 @@ private:
   summary<statistic, W>*partial_ = nullptr, *merged_ = nullptr; // of every slice; of all
   panel_slopes<T>* slopes_ = nullptr;
   T* slot_memory_ = nullptr;
+  index* live_ = nullptr; // of every slot: entries in its list; -1 where it holds all
+  typename linear_filter<T>::panel* filtered_ = nullptr;
+  V* masses_ = nullptr;  // of every slice, panel and threshold
   T** places_ = nullptr; // where each row's gradient goes
   T *stage_hidden_ = nullptr, *stage_weights_ = nullptr;
   worker* all_workers_ = nullptr;
