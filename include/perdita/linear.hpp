@@ -271,7 +271,7 @@ private:
   }
 
   /// How many rows go together, and how many pieces of their scores are kept.
-  void plan(core::linear_job<T>& io, index rows, index concurrency) const {
+  void plan(core::linear_job<T>& io, bool gradient, index rows, index concurrency) const {
     using shape = core::linear_shape<T>;
     const shape s{io.weights.rows};
     const index whole = (rows + shape::width - 1) / shape::width * shape::width;
@@ -287,7 +287,7 @@ private:
         static_cast<index>(budget / bytes(s.pieces(), shape::width)) * shape::width;
     io.block_rows = std::min(most, affordable);
     io.slots = s.pieces();
-    if (io.block_rows < std::min<index>(most, 64)) { // tight
+    if (!gradient || io.block_rows < std::min<index>(most, 64)) { // tight
       io.block_rows = most;
       const auto n =
           options_.budget != 0 ? static_cast<index>(budget / bytes(1, most)) : concurrency;
@@ -306,10 +306,9 @@ private:
     io.accumulate_weights = options_.accumulate_weights;
     io.filter.share = options_.drop_mass;
     io.filter.threshold = options_.drop_below;
-    io.filter.ratio = std::pow(static_cast<double>(std::max<index>(io.weights.rows, 1)),
-                               1.0 / static_cast<double>(core::linear_filter<T>::steps));
     io.dropped = options_.dropped;
-    plan(io, std::max<index>(job.scores.rows, 1), static_cast<index>(call.run_on.concurrency()));
+    plan(io, Gradient, std::max<index>(job.scores.rows, 1),
+         static_cast<index>(call.run_on.concurrency()));
     return core::row_head::drive(loss_, job, call, [&](const auto& formula) {
       using formula_type = std::remove_cvref_t<decltype(formula)>;
       static_assert(

@@ -6,49 +6,74 @@
 ///
 /// An entry is dropped where its size, with every scale in it, is not above the row's threshold.
 /// Either the threshold is given, or it is the largest of a few for which what is dropped of a row
-/// adds up to no more than a share of the row's mass Σ_j |g_j|: thresholds from share · mass /
-/// classes, which cannot drop too much, up by a constant ratio.
+/// adds up to no more than a share of the row's mass Σ_j |g_j|: they rise by a constant ratio from
+/// share · mass / classes, which cannot drop too much.
 
+#include <algorithm>
 #include <cmath>
+#include <type_traits>
 
-#include "linear_tile.hpp"
+#include "row_job.hpp"
+#include "workspace.hpp"
 
 namespace perdita::inline PERDITA_ABI::core {
 
+struct linear_filter {
+  double share = 0;     ///< of a row's mass that may be dropped, or
+  double threshold = 0; ///< what is dropped, in units of the scale that all rows have in common
+
+  explicit operator bool() const { return share > 0 || threshold > 0; }
+};
+
+/// An entry of a piece of the gradient that is worth a product.
 template <class T> struct live_entry {
   std::conditional_t<sizeof(T) == 4, std::int32_t, std::int64_t>
       at; // class in the piece * rows + row
   T value;
 };
 
-template <class T> struct linear_filter {
+/// The thresholds of the rows of a block, one row in each lane.
+template <class T> class linear_thresholds {
   using V = pack<T>;
   static constexpr auto width = static_cast<index>(lanes<T>);
-  static constexpr index steps = 8; ///< thresholds that are tried
-  /// Above this share of live entries a dense product is faster.
-  static constexpr index most_live = 8; // one in so many
+  static constexpr index steps = 8;  // thresholds that are tried
+  static constexpr index block = 64; // classes whose mass is added up in T
 
-  double share = 0;     ///< of a row's mass that may be dropped, or
-  double threshold = 0; ///< what is dropped, over the scale that all rows have in common
-  double ratio = 1;     ///< from threshold to threshold
-
-  explicit operator bool() const { return share > 0 || threshold > 0; }
-
-  /// One row in each lane.
-  struct panel {
-    V least;     // of the thresholds
-    V threshold; // that was chosen
-    V mass;
+public:
+  /// What each of the thresholds that are tried would drop of a panel of rows.
+  struct masses {
+    wide_lanes<T> tried[steps];
+    void clear() {
+      for (auto& m : tried)
+        m.clear();
+    }
   };
 
-  /// mass[k] += what the k-th threshold drops of one panel of a piece.
-  PERDITA_NOINLINE void measure(const T* gradient, index n, const panel& at,
-                                wide_lanes<T>* mass) const {
-    constexpr index block = 64;
+  linear_thresholds(const linear_filter& filter, index classes, index panels, index slices,
+                    carver& memory)
+      : filter_(filter), slices_(slices),
+        ratio_(static_cast<T>(std::pow(static_cast<double>(classes), 1.0 / steps))),
+        least_(static_cast<T>(filter.share / static_cast<double>(classes))) {
+    const auto n = static_cast<std::size_t>(filter ? panels : 0);
+    mass_ = memory.take<V>(n);
+    threshold_ = memory.take<V>(n);
+    dropped_ = memory.take<V>(measured() ? n * static_cast<std::size_t>(slices * steps) : 0);
+  }
+  bool any() const { return static_cast<bool>(filter_); }
+  /// Whether they depend on what the rows hold: then measure(), put() and choose() come first.
+  bool measured() const { return filter_.share > 0; }
+
+  void begin(index panel, const V& mass, double common_scale) {
+    mass_[panel] = mass;
+    threshold_[panel] =
+        measured() ? mass * least_ : V(static_cast<T>(filter_.threshold * std::fabs(common_scale)));
+  }
+
+  PERDITA_NOINLINE void measure(index panel, const T* gradient, index n, masses& to) const {
     V tried[steps];
-    tried[0] = at.least;
+    tried[0] = threshold_[panel];
     for (index k = 1; k < steps; ++k)
-      tried[k] = tried[k - 1] * static_cast<T>(ratio);
+      tried[k] = tried[k - 1] * ratio_;
     for (index first = 0; first < n; first += block) {
       V sum[steps];
       for (V& s : sum)
@@ -59,65 +84,91 @@ template <class T> struct linear_filter {
           sum[k] += select(size <= tried[k], size, V(0));
       }
       for (index k = 0; k < steps; ++k)
-        mass[k].add(sum[k]);
+        to.tried[k].add(sum[k]);
     }
   }
-
-  /// The largest threshold that drops no more than the share; and how much it drops.
-  void choose(panel& at, const double (*mass)[lanes<T>], double* dropped) const {
-    alignas(64) T least[lanes<T>], all[lanes<T>], chosen[lanes<T>];
-    at.least.store(least);
-    at.mass.store(all);
-    for (std::size_t i = 0; i < lanes<T>; ++i) {
+  void put(index panel, index slice, const masses& m) const {
+    for (index k = 0; k < steps; ++k) {
+      pack<double> wide[wide_lanes<T>::parts];
+      for (int h = 0; h < wide_lanes<T>::parts; ++h)
+        wide[h] = m.tried[k].folded(h);
+      dropped_[(panel * slices_ + slice) * steps + k] = narrow(wide);
+    }
+  }
+  /// Settles the thresholds of a panel; dropped[i] is the mass that row i loses.
+  void choose(index panel, double (&dropped)[lanes<T>]) const {
+    alignas(64) T part[lanes<T>], all[lanes<T>], threshold[lanes<T>];
+    double mass[steps][lanes<T>] = {};
+    for (index s = 0; s < slices_; ++s)
+      for (index k = 0; k < steps; ++k) {
+        dropped_[(panel * slices_ + s) * steps + k].store(part);
+        for (index i = 0; i < width; ++i)
+          mass[k][i] += static_cast<double>(part[i]);
+      }
+    mass_[panel].store(all);
+    threshold_[panel].store(threshold);
+    for (index i = 0; i < width; ++i) {
       index k = steps - 1;
-      while (k > 0 && !(mass[k][i] <= share * static_cast<double>(all[i])))
+      while (k > 0 && !(mass[k][i] <= filter_.share * static_cast<double>(all[i])))
         --k;
-      chosen[i] = least[i];
-      for (index s = 0; s < k; ++s)
-        chosen[i] *= static_cast<T>(ratio);
       dropped[i] = mass[k][i];
+      for (; k > 0; --k)
+        threshold[i] *= ratio_;
     }
-    at.threshold = V::load(chosen);
+    threshold_[panel] = V::load(threshold);
   }
 
-  /// How many entries of `rows` rows of one panel of a piece are live. NaN is.
-  static index count(const T* gradient, index n, index rows, const panel& at) {
-    V live(0);
-    for (index j = 0; j < n; ++j)
-      live += select(abs(V::load(gradient + j * width)) <= at.threshold, V(0), V(1));
-    return static_cast<index>(sum_lanes(select(iota<T>() < V(static_cast<T>(rows)), live, V(0))));
+  /// Whether a list of the live entries of a piece is faster than the piece. NaN is live.
+  bool few(const T* gradient, index n, index panel_step, index rows) const {
+    constexpr index one_in = 8; // measured: a listed entry costs about twice a dense one
+    index live = 0;
+    for (index p = 0; p * width < rows; ++p) {
+      const V threshold = threshold_[p];
+      V sum(0);
+      for (index j = 0; j < n; ++j)
+        sum += select(abs(V::load(gradient + p * panel_step + j * width)) <= threshold, V(0), V(1));
+      live += static_cast<index>(
+          sum_lanes(select(iota<T>() < V(static_cast<T>(rows - p * width)), sum, V(0))));
+    }
+    return live * one_in <= n * rows;
   }
-
-  /// Lists the live entries of a piece, class by class; returns the end of the list.
-  static live_entry<T>* list(const T* gradient, index n, index panel_step, const panel* at,
-                             index rows, live_entry<T>* to) {
-    alignas(64) T value[lanes<T>], size[lanes<T>], threshold[lanes<T>];
-    const index panels = (rows + width - 1) / width;
+  /// Lists the live entries of a piece, class by class; returns how many there are.
+  index list(const T* gradient, index n, index panel_step, index rows, live_entry<T>* to) const {
+    alignas(64) T value[lanes<T>], threshold[lanes<T>];
+    live_entry<T>* const first = to;
     for (index j = 0; j < n; ++j)
-      for (index p = 0; p < panels; ++p) {
+      for (index p = 0; p * width < rows; ++p) {
         const V g = V::load(gradient + p * panel_step + j * width);
-        if (!any(!(abs(g) <= at[p].threshold))) [[likely]]
+        if (!core::any(!(abs(g) <= threshold_[p]))) [[likely]]
           continue;
         g.store(value);
-        abs(g).store(size);
-        at[p].threshold.store(threshold);
+        threshold_[p].store(threshold);
         for (index i = 0; i < std::min(width, rows - p * width); ++i)
-          if (!(size[i] <= threshold[i]))
+          if (!(std::fabs(value[i]) <= threshold[i]))
             *to++ = {static_cast<decltype(to->at)>(j * rows + p * width + i), value[i]};
       }
-    return to;
+    return to - first;
   }
 
-  /// to[0, n) += a from[0, n)
-  static PERDITA_INLINE void add_multiple(T a, const T* from, index n, T* to) {
-    const V factor(a);
-    index i = 0;
-    for (; i + width <= n; i += width)
-      fma(factor, V::load(from + i), V::load(to + i)).store(to + i);
-    if (i < n)
-      store_first(fma(factor, load_first(from + i, n - i, V(0)), load_first(to + i, n - i, V(0))),
-                  to + i, n - i);
-  }
+private:
+  linear_filter filter_;
+  index slices_;
+  T ratio_, least_;
+  V *mass_ = nullptr, *threshold_ = nullptr;
+  V* dropped_ = nullptr; // of every panel, slice and threshold
 };
+
+/// to[0, n) += a from[0, n)
+template <class T> void add_multiple(T a, const T* from, index n, T* to) {
+  using V = pack<T>;
+  constexpr auto width = static_cast<index>(lanes<T>);
+  const V factor(a);
+  index i = 0;
+  for (; i + width <= n; i += width)
+    fma(factor, V::load(from + i), V::load(to + i)).store(to + i);
+  if (i < n)
+    store_first(fma(factor, load_first(from + i, n - i, V(0)), load_first(to + i, n - i, V(0))),
+                to + i, n - i);
+}
 
 } // namespace perdita::inline PERDITA_ABI::core

@@ -11,6 +11,7 @@
 #include <algorithm>
 
 #include "simd.hpp"
+#include "storage.hpp"
 #include "views.hpp"
 
 namespace perdita::inline PERDITA_ABI::core {
@@ -143,6 +144,64 @@ void multiply(broadcast_operand<T> a, panelled_operand<T> b, product_result<T> c
                                   accumulate);
   for (; cols > 0; advance(1))
     detail::multiply_panel<1>(a, b, c, rows, depth, std::min(width, cols), accumulate);
+}
+
+// ---- operands from matrices: where they lie, or copied
+
+/// Whether rows of a matrix may be used where they lie.
+template <class T, bool M> bool rows_lie(const matrix_data<T, M>& m) {
+  return m.direct() && m.col_stride == 1;
+}
+
+/// n columns of a row, from column `first` on; `copy` has room for them.
+template <class T>
+const T* row_of(const matrix_data<T>& m, index row, index first, index n, T* copy) {
+  if (rows_lie(m))
+    return m.pointer(row, first);
+  m.read(row, first, n, copy);
+  return copy;
+}
+
+/// n columns of `rows` rows to be broadcast; `copy` has room for them.
+template <class T>
+broadcast_operand<T> rows_of(const matrix_data<T>& m, index row, index rows, index first, index n,
+                             T* copy) {
+  constexpr auto width = static_cast<index>(lanes<T>);
+  if (rows_lie(m) && m.left_in_plane(row) >= rows)
+    return {m.pointer(row, first), m.row_stride, 1, width};
+  for (index i = 0; i < rows; ++i)
+    m.read(row + i, first, n, copy + i * n);
+  return {copy, n, 1, width};
+}
+
+/// A panel whose columns are the given rows (W at the most) and whose rows are n columns of the
+/// matrix; zeros where there is no row. `copy` has room for W * n numbers.
+template <class T>
+void panel_of_rows(const matrix_data<T>& m, const index* row, index rows, index first, index n,
+                   T* copy, T* to) {
+  constexpr auto width = static_cast<index>(lanes<T>);
+  if (rows < width)
+    std::fill_n(to, n * width, T(0));
+  const bool even = row[rows - 1] - row[0] == rows - 1 && m.left_in_plane(row[0]) >= rows;
+  if (even && rows_lie(m))
+    return copy_transposed(m.pointer(row[0], first), m.row_stride, rows, n, to, width);
+  for (index i = 0; i < rows; ++i)
+    m.read(row[i], first, n, copy + i * n);
+  copy_transposed(copy, n, rows, n, to, width);
+}
+
+/// n columns of a row become row k of panels that have `depth` rows; zeros after the last column.
+/// `copy` has room for n numbers.
+template <class T>
+void put_in_panels(const matrix_data<T>& m, index row, index first, index n, index k, index depth,
+                   T* copy, T* panels) {
+  using V = pack<T>;
+  constexpr auto width = static_cast<index>(lanes<T>);
+  const T* from = row_of(m, row, first, n, copy);
+  for (index j = 0; j < n; j += width) {
+    const V x = j + width <= n ? V::load(from + j) : load_first(from + j, n - j, V(0));
+    x.store(panels + j * depth + k * width);
+  }
 }
 
 } // namespace perdita::inline PERDITA_ABI::core
