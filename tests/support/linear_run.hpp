@@ -4,9 +4,11 @@
 // Calls of the linear head, free of types: a problem, a way to ask it, and what came back. The
 // losses that it is tried with are compiled once, in linear_subjects.cpp.
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <cstdint>
+#include <cstdio>
 #include <memory>
 #include <optional>
 #include <string>
@@ -311,8 +313,10 @@ std::string difference(const linear_answer<T>& expected, const linear_answer<T>&
     all += std::string(" ") + what;
     for (std::size_t i = 0; i < e.size() && i < g.size(); ++i)
       if (!same(e[i], g[i])) {
-        all +=
-            "[" + std::to_string(i) + "] " + std::to_string(g[i]) + " not " + std::to_string(e[i]);
+        char text[128];
+        std::snprintf(text, sizeof text, "[%zu] %a, not %a;", i, static_cast<double>(g[i]),
+                      static_cast<double>(e[i]));
+        all += text;
         return;
       }
   };
@@ -325,7 +329,7 @@ std::string difference(const linear_answer<T>& expected, const linear_answer<T>&
   return all;
 }
 
-/// The least budget for a problem, asked of the head itself: what its message names.
+/// The least budget for a problem: one piece.
 template <class T> std::size_t least_budget(index rows, index classes) {
   constexpr auto lanes = static_cast<index>(perdita::core::lanes<T>);
   const index piece = classes >= 4096 ? 512 : std::clamp<index>((classes + 7) / 8, 64, 512);
