@@ -251,7 +251,11 @@ private:
   void check_apart(const core::linear_job<T>& l) const {
     const auto vector = [](const auto& v) {
       const auto base = reinterpret_cast<std::uintptr_t>(v.data);
-      return core::extent{base, base + static_cast<std::size_t>(v.size) * sizeof(T)};
+      if (v.size == 0)
+        return core::extent{0, 0};
+      const auto reach = static_cast<std::uintptr_t>((v.size - 1) * v.stride) * sizeof(T);
+      return v.stride > 0 ? core::extent{base, base + reach + sizeof(T)}
+                          : core::extent{base + reach, base + sizeof(T)};
     };
     const auto matrix = [](const auto& m) {
       return m.rows * m.cols > 0 ? core::bytes_of(m) : core::extent{0, 0};
@@ -274,6 +278,8 @@ private:
   void plan(core::linear_job<T>& io, bool gradient, index rows, index concurrency) const {
     using shape = core::linear_shape<T>;
     const shape s{io.weights.rows};
+    if (s.classes == 0)
+      return; // an error if there are rows, and nothing to do if not
     const index whole = (rows + shape::width - 1) / shape::width * shape::width;
     const index most = std::min(shape::columns, whole);
     const auto bytes = [&](index pieces, index n) {

@@ -173,6 +173,8 @@ private:
   /// The scores of a piece, without the bias.
   void make_piece(const worker& w, index piece, T* scores) const {
     const index first = first_of(piece), n = size_of(piece), panels = block_.panels();
+    if (depth_ == 0)
+      std::fill_n(scores, panels * shape_.panel(), T(0));
     for (index k = 0; k < depth_; k += shape::depth) {
       const index terms = std::min(shape::depth, depth_ - k);
       for (index p = 0; p < panels; ++p)
