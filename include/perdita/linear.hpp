@@ -313,6 +313,8 @@ private:
     io.filter.share = options_.drop_mass;
     io.filter.threshold = options_.drop_below;
     io.dropped = options_.dropped;
+    if (io.dropped.data || io.dropped.size > 0)
+      check("size of dropped", io.dropped.size, job.scores.rows, "one number per row");
     plan(io, Gradient, std::max<index>(job.scores.rows, 1),
          static_cast<index>(call.run_on.concurrency()));
     return core::row_head::drive(loss_, job, call, [&](const auto& formula) {
