@@ -5,6 +5,7 @@
 
 #include "cross_entropy.hpp"
 #include "ldr.hpp"
+#include "linear.hpp"
 #include "softmax.hpp"
 #include "sparsemax.hpp"
 #include "version.hpp"

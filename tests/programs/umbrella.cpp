@@ -38,5 +38,6 @@ int main(int, char**) {
   (void)perdita::ldr_kl<float>();
   (void)perdita::z_loss<float>();
   (void)perdita::sparsemax_loss<float>();
+  (void)perdita::linear(perdita::cross_entropy<float>());
   return missing > 0 || seen < 5;
 }
