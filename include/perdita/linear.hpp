@@ -230,8 +230,8 @@ private:
       set(io.d_weights, d_weights);
     }
     const auto same = [&](const char* what, const auto& gradient, const auto& of) {
-      check(std::string("rows of the gradient of the ") + what, gradient.rows, of.rows, what);
-      check(std::string("columns of the gradient of the ") + what, gradient.cols, of.cols, what);
+      check("rows of the gradient of the ", gradient.rows, of.rows, what, what);
+      check("columns of the gradient of the ", gradient.cols, of.cols, what, what);
       check_memory("gradient", gradient.data, gradient.rows * gradient.cols);
     };
     same("hidden states", io.d_hidden, io.hidden);
@@ -239,9 +239,11 @@ private:
     check_apart(io);
   }
 
-  void check(const std::string& what, index got, index expected, const std::string& of) const {
-    if (got != expected) [[unlikely]]
-      core::fail(name, what, core::to_text(got), core::to_text(expected) + " (" + of + ")");
+  void check(const char* what, index got, index expected, const char* of,
+             const char* whose = "") const {
+    if (got != expected) [[unlikely]] // no text, and no heap, before
+      core::fail(name, std::string(what) + whose, core::to_text(got),
+                 core::to_text(expected) + " (" + of + ")");
   }
   void check_memory(const char* what, const void* data, index elements) const {
     if (!data && elements > 0) [[unlikely]]
