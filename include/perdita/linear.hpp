@@ -66,17 +66,21 @@ template <class Loss> class linear_slice;
 ///
 /// Shapes: hidden X rows × features, weights W classes × features, bias and its gradient one number
 /// per class, of T; matrices of T or (for float) of 16 bits, any strides. Rows of T whose elements
-/// lie side by side are used where they lie; others are copied piece by piece.
-/// Memory: with 16 n bytes of scores in budget for some n ≥ 64 rows (or for all) the scores of n
-/// rows at a time are kept and nothing is computed twice (6 N D V operations for value and
-/// gradients, "roomy"); else one piece of 256 rows × 512 classes per thread is, and the scores are
-/// made twice (8 N D V, "tight"): about 1 MiB a thread whatever the shape. Gradients that are not
-/// rows of T take as much again as they would as T (the hidden states' for 256 rows only), and are
-/// rounded once. Accuracy: a score is a sum of D fused multiply-adds in T in pieces of 256; all
-/// else is as in the loss. Same bits for any number of threads, and on every instruction set with
-/// FMA. Ignored rows and rows of weight 0 cost nothing; their gradient is 0. Throws
-/// std::invalid_argument. Source: Wijmans et al., "Cut your losses in large-vocabulary language
-/// models", 2024 (for cross-entropy).
+/// lie side by side are used where they lie; others are copied piece by piece. Gradients of another
+/// kind are made in memory of their own (the hidden states' for 256 rows at a time) and rounded
+/// once.
+///
+/// Memory: where linear_options::budget takes the scores of 64 rows (or of all), as many as it
+/// takes up to 256 are kept and nothing is computed twice: 6 N D V operations for value and
+/// gradients. Otherwise a piece of 256 rows × 512 classes per thread is, and the scores are made
+/// twice: 8 N D V operations, in about 1 MiB a thread whatever the shape.
+///
+/// Accuracy: a score is a sum of D fused multiply-adds in T, in pieces of 256; all else is as in
+/// the loss. Same bits for any number of threads, and on every instruction set with FMA. Rows that
+/// do not count cost nothing, and their gradient is 0. Throws std::invalid_argument.
+///
+/// Source: Wijmans et al., "Cut your losses in large-vocabulary language models", 2024 (for
+/// cross-entropy).
 ///
 ///   perdita::linear head(perdita::cross_entropy<float>{});
 ///   float value = head(hidden, weights, labels, d_hidden, d_weights);
