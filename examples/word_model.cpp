@@ -1,0 +1,351 @@
+// SPDX-License-Identifier: MIT
+//
+// Trains a small neural language model (Bengio et al. 2003) on any text: the words before become
+// embeddings, then hidden states, then scores of every word of the text. The last step and the loss
+// are perdita::linear's, which makes both gradients and never holds the scores.
+//
+// Read first: output_layer, below. words.hpp has the text, word_network.hpp the other layers.
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <exception>
+#include <fstream>
+#include <numeric>
+#include <span>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include <Eigen/Core>
+
+#include <perdita/cross_entropy.hpp>
+#include <perdita/linear.hpp>
+
+#include "generator.hpp"
+#include "progress.hpp"
+#include "word_network.hpp"
+#include "word_options.hpp"
+#include "words.hpp"
+
+#if __has_include(<sys/resource.h>)
+#include <sys/resource.h>
+#endif
+
+constexpr float first_rate = 0.05f; // falls to 0 in the course of the training
+constexpr double mebibyte = 1 << 20;
+
+using clock_type = std::chrono::steady_clock;
+double seconds_since(clock_type::time_point start) {
+  return std::chrono::duration<double>(clock_type::now() - start).count();
+}
+
+/// The layer that makes a score for each word, and the cross-entropy of these scores.
+class output_layer {
+public:
+  output_layer(const std::vector<double>& unigram, Index dimension, bool materialised)
+      : weights_(matrix::Zero(static_cast<Index>(unigram.size()), dimension)),
+        bias_(row_vector::Zero(static_cast<Index>(unigram.size()))), materialised_(materialised) {
+    // With these it starts as the unigram model, and has only the rest to learn.
+    for (std::size_t word = 0; word < unigram.size(); ++word)
+      bias_.value[static_cast<Index>(word)] = static_cast<float>(std::log(unigram[word]));
+  }
+
+  /// The mean loss of a batch.
+  float value(const matrix& hidden, const std::vector<int>& labels) {
+    if (materialised_) {
+      make_logits(hidden);
+      return loss_(logits_, labels, {.memory = &memory_});
+    }
+    return head_(hidden, perdita::affine(weights_.value, bias_.value), labels,
+                 {.memory = &memory_});
+  }
+
+  /// The mean loss of a batch; its gradient with respect to the hidden states goes to d_hidden,
+  /// those with respect to weights and bias stay here, for learn().
+  float value_and_gradients(const matrix& hidden, const std::vector<int>& labels,
+                            matrix& d_hidden) {
+    d_hidden.resize(hidden.rows(), hidden.cols());
+    if (materialised_) {
+      make_logits(hidden);
+      const float value = loss_(logits_, labels, logits_, {.memory = &memory_});
+      multiply_back(hidden, d_hidden);
+      return value;
+    }
+    return head_(hidden, perdita::affine(weights_.value, bias_.value), labels, d_hidden,
+                 perdita::affine(weights_.gradient, bias_.gradient), {.memory = &memory_});
+  }
+
+  void learn(float rate) {
+    weights_.learn(rate);
+    bias_.learn(rate);
+  }
+
+  const matrix& weights() const { return weights_.value; }
+  const row_vector& bias() const { return bias_.value; }
+  /// Bytes held besides the layer itself and its gradients.
+  std::size_t scratch() const {
+    return memory_.size() + static_cast<std::size_t>(logits_.size()) * sizeof(float);
+  }
+
+private:
+  // What one writes without the head. Eigen's share of the work may use all cores, as the head
+  // does.
+  void make_logits(const matrix& hidden) {
+    Eigen::setNbThreads(0);
+    logits_.resize(hidden.rows(), weights_.value.rows());
+    logits_.noalias() = hidden * weights_.value.transpose();
+    logits_.rowwise() += bias_.value;
+    Eigen::setNbThreads(1);
+  }
+  void multiply_back(const matrix& hidden, matrix& d_hidden) {
+    Eigen::setNbThreads(0);
+    const matrix& d_logits = logits_; // the gradient took the place of the scores
+    d_hidden.noalias() = d_logits * weights_.value;
+    weights_.gradient.noalias() = d_logits.transpose() * hidden;
+    bias_.gradient = d_logits.colwise().sum();
+    Eigen::setNbThreads(1);
+  }
+
+  perdita::cross_entropy<float> loss_; // the mean over the rows
+  perdita::linear<perdita::cross_entropy<float>> head_{loss_};
+  perdita::workspace memory_; // scratch that all calls share: none of them allocates
+  learnt<matrix> weights_;
+  learnt<row_vector> bias_;
+  bool materialised_;
+  matrix logits_; // empty unless materialised
+};
+
+/// The whole model, and the text that it learns from.
+class model {
+public:
+  model(const corpus& text, const options& chosen, bool materialised)
+      : text_(text), random_(chosen.seed),
+        network_(text.vocabulary(), chosen.context, chosen.dimension, random_),
+        output_(unigram_model(text), chosen.dimension, materialised),
+        batch_(static_cast<std::size_t>(chosen.batch)),
+        order_(text.training - static_cast<std::size_t>(chosen.context)) {
+    std::iota(order_.begin(), order_.end(), chosen.context);
+  }
+
+  std::size_t steps() const { return (order_.size() + batch_ - 1) / batch_; }
+  std::size_t positions() const { return order_.size(); }
+  std::size_t batch_size(std::size_t step) const {
+    return std::min(batch_, order_.size() - step * batch_);
+  }
+
+  void start_epoch() {
+    for (std::size_t i = order_.size(); i > 1; --i)
+      std::swap(order_[i - 1],
+                order_[static_cast<std::size_t>(random_.below(static_cast<int>(i)))]);
+    // `unknown` never occurs in the training part. To be learnt at all it takes, in each epoch, the
+    // place of about half of the words that occur once: those are as rare as new words.
+    shown_ = text_.words;
+    for (std::size_t i = 0; i < text_.training; ++i)
+      if (text_.counts[static_cast<std::size_t>(shown_[i])] == 1 && random_.below(2) == 0)
+        shown_[i] = corpus::unknown;
+  }
+
+  /// Learns from batch number `step` of the epoch; its mean loss before that.
+  double train(std::size_t step, float rate) {
+    const auto batch = std::span(order_).subspan(step * batch_, batch_size(step));
+    const matrix& hidden = forward(shown_, batch);
+    const auto start = clock_type::now();
+    const float loss = output_.value_and_gradients(hidden, labels_, d_hidden_);
+    in_head_ += seconds_since(start);
+    output_.learn(rate);
+    network_.learn(d_hidden_, rate);
+    return static_cast<double>(loss);
+  }
+
+  double held_out_perplexity() {
+    double sum = 0;
+    for (std::size_t first = text_.training; first < text_.words.size(); first += batch_) {
+      const auto batch = held_out(first, std::min(batch_, text_.words.size() - first));
+      const matrix& hidden = forward(text_.words, batch);
+      sum +=
+          static_cast<double>(output_.value(hidden, labels_)) * static_cast<double>(batch.size());
+    }
+    return std::exp(sum / static_cast<double>(text_.held_out()));
+  }
+
+  void save(const std::string& path);
+
+  double in_head() const { return in_head_; } ///< seconds of training
+  double scratch() const { return static_cast<double>(output_.scratch()); }
+
+private:
+  static std::vector<int> held_out(std::size_t first, std::size_t n) {
+    std::vector<int> result(n);
+    std::iota(result.begin(), result.end(), static_cast<int>(first));
+    return result;
+  }
+  const matrix& forward(const std::vector<int>& words, std::span<const int> positions) {
+    labels_.clear();
+    for (const int at : positions)
+      labels_.push_back(words[static_cast<std::size_t>(at)]);
+    return network_.forward(words, positions);
+  }
+
+  const corpus& text_;
+  generator random_;
+  network network_;
+  output_layer output_;
+  std::size_t batch_;
+  std::vector<int> order_, shown_, labels_; // positions to learn from, the words there, of a batch
+  matrix d_hidden_;
+  double in_head_ = 0;
+};
+
+/// Writes what a benchmark of the head needs, with the peaked distributions of a trained model. In
+/// this machine's byte order, one after the other, matrices row by row:
+///   int64 N, D, V; float hidden[N][D]; float weights[V][D]; float bias[V]; int32 labels[N].
+/// N: all held-out words.
+void model::save(const std::string& path) {
+  const auto positions = held_out(text_.training, text_.held_out());
+  const matrix& hidden = forward(text_.words, positions);
+  const std::int64_t sizes[] = {hidden.rows(), hidden.cols(), output_.weights().rows()};
+  const std::vector<std::int32_t> labels(labels_.begin(), labels_.end());
+  std::ofstream file(path, std::ios::binary);
+  const auto write = [&](const auto* from, auto n) {
+    file.write(reinterpret_cast<const char*>(from),
+               static_cast<std::streamsize>(static_cast<std::size_t>(n) * sizeof *from));
+  };
+  write(sizes, 3);
+  write(hidden.data(), hidden.size());
+  write(output_.weights().data(), output_.weights().size());
+  write(output_.bias().data(), output_.bias().size());
+  write(labels.data(), labels.size());
+  if (!file.flush())
+    throw std::runtime_error(path + ": cannot be written");
+}
+
+/// The most memory that this process has held so far, in bytes; 0 where nobody counts it.
+double peak_memory() {
+#if defined(RUSAGE_SELF)
+  rusage used{};
+  getrusage(RUSAGE_SELF, &used);
+#if defined(__APPLE__)
+  return static_cast<double>(used.ru_maxrss);
+#else
+  return static_cast<double>(used.ru_maxrss) * 1024;
+#endif
+#else
+  return 0;
+#endif
+}
+
+struct epoch_result {
+  double loss, seconds, in_head;
+};
+
+epoch_result run_epoch(model& learner, int epoch, int epochs, progress& display) {
+  const auto start = clock_type::now();
+  const double in_head_before = learner.in_head();
+  double loss_sum = 0;
+  learner.start_epoch();
+  for (std::size_t step = 0; step < learner.steps(); ++step) {
+    const double part = static_cast<double>(step) / static_cast<double>(learner.steps());
+    const double left = 1 - (epoch - 1 + part) / epochs;
+    const double loss = learner.train(step, first_rate * static_cast<float>(left));
+    loss_sum += loss * static_cast<double>(learner.batch_size(step));
+    display.show_part(epoch, part, "loss " + std::to_string(loss));
+  }
+  return {loss_sum / static_cast<double>(learner.positions()), seconds_since(start),
+          learner.in_head() - in_head_before};
+}
+
+/// True if the model has become better than the unigram model.
+bool train(const corpus& text, const options& chosen) {
+  const double unigram = unigram_perplexity(text), bigram = bigram_perplexity(text);
+  model learner(text, chosen, chosen.materialised);
+  progress display(chosen.epochs);
+  double perplexity = 0, total = 0;
+  for (int epoch = 1; epoch <= chosen.epochs; ++epoch) {
+    const epoch_result result = run_epoch(learner, epoch, chosen.epochs, display);
+    total += result.seconds;
+    perplexity = learner.held_out_perplexity();
+    char figures[128];
+    std::snprintf(figures, sizeof figures,
+                  "loss %.4f  held-out perplexity %.1f  %.0f words/s  %.0f %% in the head",
+                  result.loss, perplexity,
+                  static_cast<double>(learner.positions()) / result.seconds,
+                  100 * result.in_head / result.seconds);
+    display.keep(epoch, figures);
+  }
+  std::printf("held-out perplexity  %.1f (unigram model %.1f, bigram model %.1f)\n", perplexity,
+              unigram, bigram);
+  std::printf("training             %.1f s, %.1f s of it in the head\n", total, learner.in_head());
+  std::printf("scratch of the head  %.1f MiB\n", learner.scratch() / mebibyte);
+  std::printf("peak memory          %.1f MiB\n", peak_memory() / mebibyte);
+  if (!chosen.save.empty())
+    learner.save(chosen.save);
+  return perplexity < unigram;
+}
+
+/// The same few steps with the head and with the scores in memory.
+void compare(const corpus& text, const options& chosen) {
+  constexpr std::size_t most = 8;
+  double loss[2][most], seconds[2] = {0, 0}, scratch[2];
+  std::size_t steps = 0;
+  for (const bool materialised : {false, true}) {
+    model learner(text, chosen, materialised);
+    learner.start_epoch();
+    steps = std::min(most, learner.steps());
+    for (std::size_t step = 0; step < steps; ++step) {
+      loss[materialised][step] = learner.train(step, first_rate);
+      if (step == 0)
+        seconds[materialised] = -learner.in_head(); // not the first: it also fetches the memory
+    }
+    seconds[materialised] += learner.in_head();
+    scratch[materialised] = learner.scratch();
+  }
+  std::printf("%-10s %14s %14s %14s\n", "", "head", "materialised", "difference");
+  for (std::size_t step = 0; step < steps; ++step)
+    std::printf("loss %-5zu %14.7f %14.7f %14.1e\n", step + 1, loss[0][step], loss[1][step],
+                loss[0][step] - loss[1][step]);
+  const auto row = [](const char* name, const double(&values)[2]) {
+    std::printf("%-10s %14.2f %14.2f %13.2fx\n", name, values[0], values[1], values[1] / values[0]);
+  };
+  for (double& s : seconds)
+    s *= 1000.0 / static_cast<double>(std::max<std::size_t>(steps - 1, 1));
+  for (double& s : scratch)
+    s /= mebibyte;
+  if (steps > 1)
+    row("ms a step", seconds);
+  row("MiB", scratch);
+}
+
+int main(int argc, char** argv) try {
+  options chosen = read_options(argc, argv);
+  if (chosen.help) {
+    std::printf("%s", usage);
+    return 0;
+  }
+  if (chosen.text.empty()) {
+    chosen.text = PERDITA_EXAMPLES_HEADERS;
+    if (!std::filesystem::is_directory(chosen.text))
+      throw std::runtime_error(chosen.text + ": the library's headers, which it reads where no "
+                                             "other text is given, are not there");
+  }
+  Eigen::setNbThreads(1); // the products outside the head are small, and their order stays fixed
+  const corpus text = read_corpus(chosen.text);
+  std::printf("%s: %zu words, %d different; the last %zu held out, %.1f %% of them unknown\n",
+              chosen.text.c_str(), text.words.size(), text.vocabulary() - 1, text.held_out(),
+              100 * unknown_share(text));
+  if (chosen.compare) {
+    compare(text, chosen);
+    return 0;
+  }
+  if (train(text, chosen))
+    return 0;
+  std::fprintf(stderr, "word_model: no better than the frequencies of the words\n");
+  return 1;
+} catch (const std::exception& error) {
+  std::fprintf(stderr, "word_model: %s\n", error.what());
+  return 2;
+}
