@@ -44,6 +44,12 @@ double seconds_since(clock_type::time_point start) {
   return std::chrono::duration<double>(clock_type::now() - start).count();
 }
 
+/// Lets Eigen's products use all cores, as the head does, while it lives.
+struct all_cores {
+  all_cores() { Eigen::setNbThreads(0); }
+  ~all_cores() { Eigen::setNbThreads(1); }
+};
+
 /// The layer that makes a score for each word, and the cross-entropy of these scores.
 class output_layer {
 public:
@@ -57,27 +63,29 @@ public:
 
   /// The mean loss of a batch.
   float value(const matrix& hidden, const std::vector<int>& labels) {
-    if (materialised_) {
-      make_logits(hidden);
-      return loss_(logits_, labels, {.memory = &memory_});
-    }
-    return head_(hidden, perdita::affine(weights_.value, bias_.value), labels,
-                 {.memory = &memory_});
+    if (!materialised_)
+      return head_(hidden, perdita::affine(weights_.value, bias_.value), labels,
+                   {.memory = &memory_});
+    return loss_(make_scores(hidden), labels, {.memory = &memory_});
   }
 
-  /// The mean loss of a batch; its gradient with respect to the hidden states goes to d_hidden,
+  /// The mean loss of a batch. Its gradient with respect to the hidden states goes to d_hidden;
   /// those with respect to weights and bias stay here, for learn().
   float value_and_gradients(const matrix& hidden, const std::vector<int>& labels,
                             matrix& d_hidden) {
     d_hidden.resize(hidden.rows(), hidden.cols());
-    if (materialised_) {
-      make_logits(hidden);
-      const float value = loss_(logits_, labels, logits_, {.memory = &memory_});
-      multiply_back(hidden, d_hidden);
-      return value;
-    }
-    return head_(hidden, perdita::affine(weights_.value, bias_.value), labels, d_hidden,
-                 perdita::affine(weights_.gradient, bias_.gradient), {.memory = &memory_});
+    if (!materialised_)
+      return head_(hidden, perdita::affine(weights_.value, bias_.value), labels, d_hidden,
+                   perdita::affine(weights_.gradient, bias_.gradient), {.memory = &memory_});
+
+    // The same without the head: the gradient takes the place of the scores.
+    Eigen::Ref<matrix> scores = make_scores(hidden);
+    const float value = loss_(scores, labels, scores, {.memory = &memory_});
+    const all_cores use;
+    d_hidden.noalias() = scores * weights_.value;
+    weights_.gradient.noalias() = scores.transpose() * hidden;
+    bias_.gradient = scores.colwise().sum();
+    return value;
   }
 
   void learn(float rate) {
@@ -89,26 +97,18 @@ public:
   const row_vector& bias() const { return bias_.value; }
   /// Bytes held besides the layer itself and its gradients.
   std::size_t scratch() const {
-    return memory_.size() + static_cast<std::size_t>(logits_.size()) * sizeof(float);
+    return memory_.size() + static_cast<std::size_t>(scores_.size()) * sizeof(float);
   }
 
 private:
-  // What one writes without the head. Eigen's share of the work may use all cores, as the head
-  // does.
-  void make_logits(const matrix& hidden) {
-    Eigen::setNbThreads(0);
-    logits_.resize(hidden.rows(), weights_.value.rows());
-    logits_.noalias() = hidden * weights_.value.transpose();
-    logits_.rowwise() += bias_.value;
-    Eigen::setNbThreads(1);
-  }
-  void multiply_back(const matrix& hidden, matrix& d_hidden) {
-    Eigen::setNbThreads(0);
-    const matrix& d_logits = logits_; // the gradient took the place of the scores
-    d_hidden.noalias() = d_logits * weights_.value;
-    weights_.gradient.noalias() = d_logits.transpose() * hidden;
-    bias_.gradient = d_logits.colwise().sum();
-    Eigen::setNbThreads(1);
+  Eigen::Ref<matrix> make_scores(const matrix& hidden) {
+    if (scores_.rows() < hidden.rows())
+      scores_.resize(hidden.rows(), weights_.value.rows());
+    Eigen::Ref<matrix> scores = scores_.topRows(hidden.rows());
+    const all_cores use;
+    scores.noalias() = hidden * weights_.value.transpose();
+    scores.rowwise() += bias_.value;
+    return scores;
   }
 
   perdita::cross_entropy<float> loss_; // the mean over the rows
@@ -117,7 +117,7 @@ private:
   learnt<matrix> weights_;
   learnt<row_vector> bias_;
   bool materialised_;
-  matrix logits_; // empty unless materialised
+  matrix scores_; // none unless materialised
 };
 
 /// The whole model, and the text that it learns from.
@@ -287,37 +287,39 @@ bool train(const corpus& text, const options& chosen) {
   return perplexity < unigram;
 }
 
-/// The same few steps with the head and with the scores in memory.
-void compare(const corpus& text, const options& chosen) {
-  constexpr std::size_t most = 8;
-  double loss[2][most], seconds[2] = {0, 0}, scratch[2];
-  std::size_t steps = 0;
-  for (const bool materialised : {false, true}) {
-    model learner(text, chosen, materialised);
-    learner.start_epoch();
-    steps = std::min(most, learner.steps());
-    for (std::size_t step = 0; step < steps; ++step) {
-      loss[materialised][step] = learner.train(step, first_rate);
-      if (step == 0)
-        seconds[materialised] = -learner.in_head(); // not the first: it also fetches the memory
-    }
-    seconds[materialised] += learner.in_head();
-    scratch[materialised] = learner.scratch();
-  }
-  std::printf("%-10s %14s %14s %14s\n", "", "head", "materialised", "difference");
-  for (std::size_t step = 0; step < steps; ++step)
-    std::printf("loss %-5zu %14.7f %14.7f %14.1e\n", step + 1, loss[0][step], loss[1][step],
-                loss[0][step] - loss[1][step]);
-  const auto row = [](const char* name, const double(&values)[2]) {
-    std::printf("%-10s %14.2f %14.2f %13.2fx\n", name, values[0], values[1], values[1] / values[0]);
-  };
-  for (double& s : seconds)
-    s *= 1000.0 / static_cast<double>(std::max<std::size_t>(steps - 1, 1));
-  for (double& s : scratch)
-    s /= mebibyte;
+struct few_steps {
+  std::vector<double> losses;
+  double milliseconds = 0, mebibytes = 0; ///< of the head: a step, scratch
+};
+
+few_steps run_few_steps(const corpus& text, const options& chosen, bool materialised) {
+  model learner(text, chosen, materialised);
+  learner.start_epoch();
+  few_steps result;
+  result.losses.push_back(learner.train(0, first_rate)); // not timed: it also fetches the memory
+  const double before = learner.in_head();
+  const std::size_t steps = std::min<std::size_t>(learner.steps(), 8);
+  for (std::size_t step = 1; step < steps; ++step)
+    result.losses.push_back(learner.train(step, first_rate));
   if (steps > 1)
-    row("ms a step", seconds);
-  row("MiB", scratch);
+    result.milliseconds = 1000 * (learner.in_head() - before) / static_cast<double>(steps - 1);
+  result.mebibytes = learner.scratch() / mebibyte;
+  return result;
+}
+
+void compare(const corpus& text, const options& chosen) {
+  const few_steps head = run_few_steps(text, chosen, false);
+  const few_steps materialised = run_few_steps(text, chosen, true);
+  std::printf("%-11s %13s %13s %13s\n", "", "head", "materialised", "difference");
+  for (std::size_t step = 0; step < head.losses.size(); ++step)
+    std::printf("loss %-6zu %13.6f %13.6f %13.1e\n", step + 1, head.losses[step],
+                materialised.losses[step], head.losses[step] - materialised.losses[step]);
+  const auto row = [](const char* name, double a, double b) {
+    std::printf("%-11s %13.1f %13.1f %10.2f : 1\n", name, a, b, b / a);
+  };
+  if (head.losses.size() > 1)
+    row("ms a step", head.milliseconds, materialised.milliseconds);
+  row("scratch MiB", head.mebibytes, materialised.mebibytes);
 }
 
 int main(int argc, char** argv) try {

@@ -12,6 +12,7 @@
 #include <filesystem>
 #include <fstream>
 #include <iterator>
+#include <limits>
 #include <map>
 #include <span>
 #include <stdexcept>
@@ -103,12 +104,13 @@ struct corpus {
 
 inline corpus read_corpus(const std::string& path) {
   const std::string text = plain(read_text(path));
-  constexpr std::size_t least = 1000;
+  constexpr std::size_t least = 1000, most = std::numeric_limits<int>::max();
   std::size_t size = 0;
   for_each_word(text, [&](std::string_view) { ++size; });
-  if (size < least)
+  if (size < least || size > most)
     throw std::runtime_error(path + ": expected at least " + std::to_string(least) +
-                             " words, found " + std::to_string(size));
+                             " words and at most " + std::to_string(most) + ", found " +
+                             std::to_string(size));
   corpus result;
   result.training = size - size / 10;
   result.counts = {0};
@@ -119,8 +121,11 @@ inline corpus read_corpus(const std::string& path) {
     int number = corpus::unknown;
     if (known != numbers.end())
       number = known->second;
-    else if (learning)
-      numbers.emplace(word, number = result.vocabulary()), result.counts.push_back(0);
+    else if (learning) {
+      number = result.vocabulary();
+      numbers.emplace(word, number);
+      result.counts.push_back(0);
+    }
     if (learning)
       ++result.counts[static_cast<std::size_t>(number)];
     result.words.push_back(number);
