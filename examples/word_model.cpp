@@ -7,6 +7,7 @@
 // Read first: output_layer, below. words.hpp has the text, word_network.hpp the other layers.
 
 #include <algorithm>
+#include <cerrno>
 #include <chrono>
 #include <cmath>
 #include <cstdint>
@@ -62,7 +63,7 @@ public:
   }
 
   /// The mean loss of a batch.
-  float value(const matrix& hidden, const std::vector<int>& labels) {
+  float value(const matrix& hidden, const std::vector<word_number>& labels) {
     if (!materialised_)
       return head_(hidden, perdita::affine(weights_.value, bias_.value), labels,
                    {.memory = &memory_});
@@ -71,7 +72,7 @@ public:
 
   /// The mean loss of a batch. Its gradient with respect to the hidden states goes to d_hidden;
   /// those with respect to weights and bias stay here, for learn().
-  float value_and_gradients(const matrix& hidden, const std::vector<int>& labels,
+  float value_and_gradients(const matrix& hidden, const std::vector<word_number>& labels,
                             matrix& d_hidden) {
     d_hidden.resize(hidden.rows(), hidden.cols());
     if (!materialised_)
@@ -125,11 +126,11 @@ class model {
 public:
   model(const corpus& text, const options& chosen, bool materialised)
       : text_(text), random_(chosen.seed),
-        network_(text.vocabulary(), chosen.context, chosen.dimension, random_),
+        network_(static_cast<Index>(text.vocabulary()), chosen.context, chosen.dimension, random_),
         output_(unigram_model(text), chosen.dimension, materialised),
         batch_(static_cast<std::size_t>(chosen.batch)),
         order_(text.training - static_cast<std::size_t>(chosen.context)) {
-    std::iota(order_.begin(), order_.end(), chosen.context);
+    std::iota(order_.begin(), order_.end(), static_cast<position>(chosen.context));
   }
 
   std::size_t steps() const { return (order_.size() + batch_ - 1) / batch_; }
@@ -146,7 +147,7 @@ public:
     // place of about half of the words that occur once: those are as rare as new words.
     shown_ = text_.words;
     for (std::size_t i = 0; i < text_.training; ++i)
-      if (text_.counts[static_cast<std::size_t>(shown_[i])] == 1 && random_.below(2) == 0)
+      if (text_.counts[shown_[i]] == 1 && random_.below(2) == 0)
         shown_[i] = corpus::unknown;
   }
 
@@ -173,22 +174,22 @@ public:
     return std::exp(sum / static_cast<double>(text_.held_out()));
   }
 
-  void save(const std::string& path);
+  void save(std::ostream& file);
 
   double in_head() const { return in_head_; } ///< seconds of training
   double scratch() const { return static_cast<double>(output_.scratch()); }
 
 private:
-  static std::vector<int> held_out(std::size_t first, std::size_t n) {
-    std::vector<int> result(n);
-    std::iota(result.begin(), result.end(), static_cast<int>(first));
+  static std::vector<position> held_out(std::size_t first, std::size_t n) {
+    std::vector<position> result(n);
+    std::iota(result.begin(), result.end(), static_cast<position>(first));
     return result;
   }
-  const matrix& forward(const std::vector<int>& words, std::span<const int> positions) {
+  const matrix& forward(const std::vector<word_number>& words, std::span<const position> at) {
     labels_.clear();
-    for (const int at : positions)
-      labels_.push_back(words[static_cast<std::size_t>(at)]);
-    return network_.forward(words, positions);
+    for (const position p : at)
+      labels_.push_back(words[p]);
+    return network_.forward(words, at);
   }
 
   const corpus& text_;
@@ -196,7 +197,8 @@ private:
   network network_;
   output_layer output_;
   std::size_t batch_;
-  std::vector<int> order_, shown_, labels_; // positions to learn from, the words there, of a batch
+  std::vector<position> order_;             // in which the epoch goes through the text
+  std::vector<word_number> shown_, labels_; // the text as the epoch sees it; the words to guess
   matrix d_hidden_;
   double in_head_ = 0;
 };
@@ -205,12 +207,11 @@ private:
 /// this machine's byte order, one after the other, matrices row by row:
 ///   int64 N, D, V; float hidden[N][D]; float weights[V][D]; float bias[V]; int32 labels[N].
 /// N: all held-out words.
-void model::save(const std::string& path) {
+void model::save(std::ostream& file) {
   const auto positions = held_out(text_.training, text_.held_out());
   const matrix& hidden = forward(text_.words, positions);
   const std::int64_t sizes[] = {hidden.rows(), hidden.cols(), output_.weights().rows()};
   const std::vector<std::int32_t> labels(labels_.begin(), labels_.end());
-  std::ofstream file(path, std::ios::binary);
   const auto write = [&](const auto* from, auto n) {
     file.write(reinterpret_cast<const char*>(from),
                static_cast<std::streamsize>(static_cast<std::size_t>(n) * sizeof *from));
@@ -220,8 +221,13 @@ void model::save(const std::string& path) {
   write(output_.weights().data(), output_.weights().size());
   write(output_.bias().data(), output_.bias().size());
   write(labels.data(), labels.size());
-  if (!file.flush())
-    throw std::runtime_error(path + ": cannot be written");
+}
+
+std::ofstream open_to_write(const std::string& path) {
+  std::ofstream file(path, std::ios::binary);
+  if (!file)
+    throw std::runtime_error(path + ": " + std::strerror(errno));
+  return file;
 }
 
 /// The most memory that this process has held so far, in bytes; 0 where nobody counts it.
@@ -263,6 +269,9 @@ epoch_result run_epoch(model& learner, int epoch, int epochs, progress& display)
 bool train(const corpus& text, const options& chosen) {
   const double unigram = unigram_perplexity(text), bigram = bigram_perplexity(text);
   model learner(text, chosen, chosen.materialised);
+  std::ofstream file;
+  if (!chosen.save.empty())
+    file = open_to_write(chosen.save); // better now than after the training
   progress display(chosen.epochs);
   double perplexity = 0, total = 0;
   for (int epoch = 1; epoch <= chosen.epochs; ++epoch) {
@@ -282,8 +291,11 @@ bool train(const corpus& text, const options& chosen) {
   std::printf("training             %.1f s, %.1f s of it in the head\n", total, learner.in_head());
   std::printf("scratch of the head  %.1f MiB\n", learner.scratch() / mebibyte);
   std::printf("peak memory          %.1f MiB\n", peak_memory() / mebibyte);
-  if (!chosen.save.empty())
-    learner.save(chosen.save);
+  if (file.is_open()) {
+    learner.save(file);
+    if (!file.flush())
+      throw std::runtime_error(chosen.save + ": cannot be written");
+  }
   return perplexity < unigram;
 }
 
@@ -336,7 +348,7 @@ int main(int argc, char** argv) try {
   }
   Eigen::setNbThreads(1); // the products outside the head are small, and their order stays fixed
   const corpus text = read_corpus(chosen.text);
-  std::printf("%s: %zu words, %d different; the last %zu held out, %.1f %% of them unknown\n",
+  std::printf("%s: %zu words, %zu different; the last %zu held out, %.1f %% of them unknown\n",
               chosen.text.c_str(), text.words.size(), text.vocabulary() - 1, text.held_out(),
               100 * unknown_share(text));
   if (chosen.compare) {

@@ -7,11 +7,13 @@
 #include <algorithm>
 #include <cmath>
 #include <span>
+#include <utility>
 #include <vector>
 
 #include <Eigen/Core>
 
 #include "generator.hpp"
+#include "words.hpp"
 
 using matrix = Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
 using row_vector = Eigen::RowVectorXf;
@@ -30,6 +32,8 @@ inline matrix random_matrix(Index rows, Index cols, float limit, generator& rand
 template <class M> struct learnt {
   M value, gradient, squares;
 
+  // The squares start as if each number had seen a gradient of 1e-4, lest its first step be a whole
+  // `rate`, however small the gradient.
   explicit learnt(M start)
       : value(std::move(start)), gradient(M::Zero(value.rows(), value.cols())),
         squares(M::Constant(value.rows(), value.cols(), 1e-8f)) {}
@@ -46,27 +50,30 @@ private:
   }
 };
 
+/// Words before → embeddings → tanh of one layer.
 class network {
 public:
+  // The layer's weights start with a variance of 1 over the numbers that each of its sums has.
   network(Index vocabulary, Index context, Index dimension, generator& random)
       : embeddings_(random_matrix(vocabulary, dimension, 0.1f, random)),
         weights_(random_matrix(context * dimension, dimension,
                                std::sqrt(3.0f / static_cast<float>(context * dimension)), random)),
         bias_(row_vector::Zero(dimension)), context_(context) {}
 
-  /// One row of hidden states for each position of a text, which sees the words before it.
-  const matrix& forward(std::span<const int> words, std::span<const int> positions) {
+  /// One row of hidden states for each position in a text, made from the words before it.
+  const matrix& forward(const std::vector<word_number>& words,
+                        std::span<const position> positions) {
     const Index dimension = embeddings_.value.cols();
-    const auto rows = static_cast<Index>(positions.size());
-    seen_.resize(positions.size() * static_cast<std::size_t>(context_));
-    input_.resize(rows, context_ * dimension);
-    for (Index r = 0; r < rows; ++r)
-      for (Index c = 0; c < context_; ++c) {
-        const int word =
-            words[static_cast<std::size_t>(positions[static_cast<std::size_t>(r)] - 1 - c)];
-        seen_[static_cast<std::size_t>(r * context_ + c)] = word;
-        input_.row(r).segment(c * dimension, dimension) = embeddings_.value.row(word);
+    input_.resize(static_cast<Index>(positions.size()), context_ * dimension);
+    seen_.clear();
+    for (Index row = 0; const position at : positions) {
+      for (Index i = 0; i < context_; ++i) {
+        const word_number word = words[at - 1 - static_cast<std::size_t>(i)];
+        input_.row(row).segment(i * dimension, dimension) = embeddings_.value.row(word);
+        seen_.push_back(word);
       }
+      ++row;
+    }
     hidden_.noalias() = input_ * weights_.value;
     hidden_ = (hidden_.rowwise() + bias_.value).array().tanh();
     return hidden_;
@@ -84,24 +91,24 @@ public:
   }
 
 private:
-  /// Of the embeddings only the rows of words that were seen.
+  /// Touches the embeddings of the words that were seen, and no others.
   void learn_embeddings(const matrix& d_input, float rate) {
     const Index dimension = embeddings_.value.cols();
-    for (Index r = 0; r < d_input.rows(); ++r)
-      for (Index c = 0; c < context_; ++c)
-        embeddings_.gradient.row(seen_[static_cast<std::size_t>(r * context_ + c)]) +=
-            d_input.row(r).segment(c * dimension, dimension);
+    auto word = seen_.begin();
+    for (Index row = 0; row < d_input.rows(); ++row)
+      for (Index i = 0; i < context_; ++i)
+        embeddings_.gradient.row(*word++) += d_input.row(row).segment(i * dimension, dimension);
     std::sort(seen_.begin(), seen_.end());
     seen_.erase(std::unique(seen_.begin(), seen_.end()), seen_.end());
-    for (const int word : seen_) {
-      embeddings_.learn_row(word, rate);
-      embeddings_.gradient.row(word).setZero();
+    for (const word_number once : seen_) {
+      embeddings_.learn_row(once, rate);
+      embeddings_.gradient.row(once).setZero();
     }
   }
 
   learnt<matrix> embeddings_, weights_;
   learnt<row_vector> bias_;
   Index context_;
-  std::vector<int> seen_; // words before, row by row
+  std::vector<word_number> seen_; // by the last forward, row by row
   matrix input_, hidden_;
 };

@@ -17,7 +17,7 @@
 struct options {
   std::string text; ///< a file or a directory
   std::string save; ///< a file to write, or none
-  int epochs = 3, batch = 512, dimension = 64, context = 4;
+  int epochs = 2, batch = 1024, dimension = 128, context = 4;
   std::uint64_t seed = 1;
   bool materialised = false, compare = false, help = false;
 };
@@ -29,9 +29,9 @@ constexpr const char* usage =
     "softmax over all words that the text has. The last tenth of the text is held out.\n"
     "TEXT: a file, or a directory of which every file is read; by "
     "default\n" PERDITA_EXAMPLES_HEADERS "\n\n"
-    "  --epochs N      how often the text is read             (3)\n"
-    "  --batch N       positions in the text per step         (512)\n"
-    "  --dimension N   numbers per embedding and hidden state (64)\n"
+    "  --epochs N      how often the text is read             (2)\n"
+    "  --batch N       positions in the text per step         (1024)\n"
+    "  --dimension N   numbers per embedding and hidden state (128)\n"
     "  --context N     words before, from which it guesses    (4)\n"
     "  --seed N        of the random numbers                  (1)\n"
     "  --materialised  hold the scores of a batch in memory, as one does without the head\n"

@@ -8,6 +8,7 @@
 #include <cerrno>
 #include <cmath>
 #include <cstddef>
+#include <cstdint>
 #include <cstring>
 #include <filesystem>
 #include <fstream>
@@ -90,15 +91,18 @@ template <class Found> void for_each_word(std::string_view text, Found found) {
   }
 }
 
+using word_number = std::uint32_t;
+using position = std::uint32_t; // in a text
+
 /// A text as numbers of words. Its last tenth is held out: nothing is learnt from it, and what
 /// occurs only there is `unknown`.
 struct corpus {
-  static constexpr int unknown = 0;
-  std::vector<int> words;   ///< the whole text
+  static constexpr word_number unknown = 0;
+  std::vector<word_number> words; ///< the whole text
   std::vector<int> counts;  ///< how often each word of the vocabulary occurs in the training part
   std::size_t training = 0; ///< size of the training part
 
-  int vocabulary() const { return static_cast<int>(counts.size()); }
+  std::size_t vocabulary() const { return counts.size(); }
   std::size_t held_out() const { return words.size() - training; }
 };
 
@@ -108,26 +112,25 @@ inline corpus read_corpus(const std::string& path) {
   std::size_t size = 0;
   for_each_word(text, [&](std::string_view) { ++size; });
   if (size < least || size > most)
-    throw std::runtime_error(path + ": expected at least " + std::to_string(least) +
-                             " words and at most " + std::to_string(most) + ", found " +
-                             std::to_string(size));
+    throw std::runtime_error(path + ": expected " + std::to_string(least) + " to " +
+                             std::to_string(most) + " words, found " + std::to_string(size));
   corpus result;
   result.training = size - size / 10;
   result.counts = {0};
-  std::unordered_map<std::string_view, int> numbers;
+  std::unordered_map<std::string_view, word_number> numbers;
   for_each_word(text, [&](std::string_view word) {
     const bool learning = result.words.size() < result.training;
     const auto known = numbers.find(word);
-    int number = corpus::unknown;
+    word_number number = corpus::unknown;
     if (known != numbers.end())
       number = known->second;
     else if (learning) {
-      number = result.vocabulary();
+      number = static_cast<word_number>(result.vocabulary());
       numbers.emplace(word, number);
       result.counts.push_back(0);
     }
     if (learning)
-      ++result.counts[static_cast<std::size_t>(number)];
+      ++result.counts[number];
     result.words.push_back(number);
   });
   return result;
@@ -165,28 +168,27 @@ template <class Probability> double perplexity(const corpus& text, Probability p
 
 inline double unigram_perplexity(const corpus& text) {
   const std::vector<double> p = unigram_model(text);
-  return perplexity(text, [&](int, int word) { return p[static_cast<std::size_t>(word)]; });
+  return perplexity(text, [&](word_number, word_number word) { return p[word]; });
 }
 
 /// Counts of pairs, each less 0.75; what that frees goes to the unigram model (Ney et al. 1994).
 inline double bigram_perplexity(const corpus& text) {
   constexpr double discount = 0.75;
   const std::vector<double> unigram = unigram_model(text);
-  std::map<std::pair<int, int>, int> pairs;
+  std::map<std::pair<word_number, word_number>, int> pairs;
   for (std::size_t i = 1; i < text.training; ++i)
     ++pairs[{text.words[i - 1], text.words[i]}];
   std::vector<double> before(unigram.size()), kinds(unigram.size());
   for (const auto& [pair, count] : pairs) {
-    before[static_cast<std::size_t>(pair.first)] += count;
-    kinds[static_cast<std::size_t>(pair.first)] += 1;
+    before[pair.first] += count;
+    kinds[pair.first] += 1;
   }
-  return perplexity(text, [&](int previous, int word) {
-    const auto i = static_cast<std::size_t>(previous);
-    const double p = unigram[static_cast<std::size_t>(word)];
-    if (before[i] == 0)
+  return perplexity(text, [&](word_number previous, word_number word) {
+    const double p = unigram[word];
+    if (before[previous] == 0)
       return p;
     const auto pair = pairs.find({previous, word});
     const double kept = pair == pairs.end() ? 0 : pair->second - discount;
-    return (kept + discount * kinds[i] * p) / before[i];
+    return (kept + discount * kinds[previous] * p) / before[previous];
   });
 }
