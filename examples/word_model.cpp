@@ -14,8 +14,10 @@
 #include <cstdio>
 #include <cstring>
 #include <exception>
+#include <filesystem>
 #include <fstream>
 #include <numeric>
+#include <ostream>
 #include <span>
 #include <stdexcept>
 #include <string>
@@ -57,7 +59,7 @@ public:
   output_layer(const std::vector<double>& unigram, Index dimension, bool materialised)
       : weights_(matrix::Zero(static_cast<Index>(unigram.size()), dimension)),
         bias_(row_vector::Zero(static_cast<Index>(unigram.size()))), materialised_(materialised) {
-    // With these it starts as the unigram model, and has only the rest to learn.
+    // Without weights, and with this bias, it starts as the unigram model.
     for (std::size_t word = 0; word < unigram.size(); ++word)
       bias_.value[static_cast<Index>(word)] = static_cast<float>(std::log(unigram[word]));
   }
@@ -223,6 +225,7 @@ void model::save(std::ostream& file) {
   write(labels.data(), labels.size());
 }
 
+/// Throws where the path cannot be written to.
 std::ofstream open_to_write(const std::string& path) {
   std::ofstream file(path, std::ios::binary);
   if (!file)
@@ -265,30 +268,34 @@ epoch_result run_epoch(model& learner, int epoch, int epochs, progress& display)
           learner.in_head() - in_head_before};
 }
 
+void report(const epoch_result& result, double perplexity, const model& learner, int epoch,
+            progress& display) {
+  char figures[128];
+  std::snprintf(figures, sizeof figures,
+                "loss %.4f  held-out perplexity %.1f  %.0f words/s  %.0f %% in the head",
+                result.loss, perplexity, static_cast<double>(learner.positions()) / result.seconds,
+                100 * result.in_head / result.seconds);
+  display.keep(epoch, figures);
+}
+
 /// True if the model has become better than the unigram model.
 bool train(const corpus& text, const options& chosen) {
-  const double unigram = unigram_perplexity(text), bigram = bigram_perplexity(text);
-  model learner(text, chosen, chosen.materialised);
   std::ofstream file;
   if (!chosen.save.empty())
     file = open_to_write(chosen.save); // better now than after the training
+  const double unigram = unigram_perplexity(text), bigram = bigram_perplexity(text);
+  model learner(text, chosen, chosen.materialised);
   progress display(chosen.epochs);
-  double perplexity = 0, total = 0;
+  double perplexity = 0, seconds = 0;
   for (int epoch = 1; epoch <= chosen.epochs; ++epoch) {
     const epoch_result result = run_epoch(learner, epoch, chosen.epochs, display);
-    total += result.seconds;
     perplexity = learner.held_out_perplexity();
-    char figures[128];
-    std::snprintf(figures, sizeof figures,
-                  "loss %.4f  held-out perplexity %.1f  %.0f words/s  %.0f %% in the head",
-                  result.loss, perplexity,
-                  static_cast<double>(learner.positions()) / result.seconds,
-                  100 * result.in_head / result.seconds);
-    display.keep(epoch, figures);
+    seconds += result.seconds;
+    report(result, perplexity, learner, epoch, display);
   }
   std::printf("held-out perplexity  %.1f (unigram model %.1f, bigram model %.1f)\n", perplexity,
               unigram, bigram);
-  std::printf("training             %.1f s, %.1f s of it in the head\n", total, learner.in_head());
+  std::printf("training             %.1f s (%.1f s in the head)\n", seconds, learner.in_head());
   std::printf("scratch of the head  %.1f MiB\n", learner.scratch() / mebibyte);
   std::printf("peak memory          %.1f MiB\n", peak_memory() / mebibyte);
   if (file.is_open()) {
@@ -299,6 +306,7 @@ bool train(const corpus& text, const options& chosen) {
   return perplexity < unigram;
 }
 
+/// What a few steps came to.
 struct few_steps {
   std::vector<double> losses;
   double milliseconds = 0, mebibytes = 0; ///< of the head: a step, scratch
@@ -319,6 +327,7 @@ few_steps run_few_steps(const corpus& text, const options& chosen, bool material
   return result;
 }
 
+/// The same few steps with the head and without, side by side.
 void compare(const corpus& text, const options& chosen) {
   const few_steps head = run_few_steps(text, chosen, false);
   const few_steps materialised = run_few_steps(text, chosen, true);
@@ -337,7 +346,7 @@ void compare(const corpus& text, const options& chosen) {
 int main(int argc, char** argv) try {
   options chosen = read_options(argc, argv);
   if (chosen.help) {
-    std::printf("%s", usage);
+    print_usage();
     return 0;
   }
   if (chosen.text.empty()) {
@@ -351,6 +360,7 @@ int main(int argc, char** argv) try {
   std::printf("%s: %zu words, %zu different; the last %zu held out, %.1f %% of them unknown\n",
               chosen.text.c_str(), text.words.size(), text.vocabulary() - 1, text.held_out(),
               100 * unknown_share(text));
+  std::fflush(stdout); // whoever reads a pipe should not wait for it either
   if (chosen.compare) {
     compare(text, chosen);
     return 0;

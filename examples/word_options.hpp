@@ -5,6 +5,7 @@
 
 #include <charconv>
 #include <cstdint>
+#include <cstdio>
 #include <filesystem>
 #include <stdexcept>
 #include <string>
@@ -22,24 +23,31 @@ struct options {
   bool materialised = false, compare = false, help = false;
 };
 
-constexpr const char* usage =
-    "usage: word_model [OPTION...] [TEXT]\n"
-    "\n"
-    "Trains a language model that guesses each word of a text from the words before it, with a\n"
-    "softmax over all words that the text has. The last tenth of the text is held out.\n"
-    "TEXT: a file, or a directory of which every file is read; by "
-    "default\n" PERDITA_EXAMPLES_HEADERS "\n\n"
-    "  --epochs N      how often the text is read             (2)\n"
-    "  --batch N       positions in the text per step         (1024)\n"
-    "  --dimension N   numbers per embedding and hidden state (128)\n"
-    "  --context N     words before, from which it guesses    (4)\n"
-    "  --seed N        of the random numbers                  (1)\n"
-    "  --materialised  hold the scores of a batch in memory, as one does without the head\n"
-    "  --compare       a few steps both ways, side by side, and no more\n"
-    "  --save FILE     write the trained last layer, with hidden states of the held-out words\n"
-    "\n"
-    "Exit status: 0 if the model guesses held-out words better than their frequencies do, 1 if\n"
-    "not, 2 if it could not be trained.\n";
+inline void print_usage() {
+  const options defaults;
+  std::printf(
+      "usage: word_model [OPTION...] [TEXT]\n"
+      "\n"
+      "Trains a language model that guesses each word of a text from the words before it, with a\n"
+      "softmax over all words that the text has. The last tenth of the text is held out; words\n"
+      "that only this part has are one and the same, `unknown`.\n"
+      "TEXT: a file, or a directory of which every file is read; by default\n"
+      "%s\n"
+      "\n"
+      "  --epochs N      how often the text is read             (%d)\n"
+      "  --batch N       positions in the text per step         (%d)\n"
+      "  --dimension N   numbers per embedding and hidden state (%d)\n"
+      "  --context N     words before, from which it guesses    (%d)\n"
+      "  --seed N        of the random numbers                  (%d)\n"
+      "  --materialised  hold the scores of a batch in memory, as one does without the head\n"
+      "  --compare       a few steps both ways, side by side, and no more\n"
+      "  --save FILE     write the trained last layer, with hidden states of the held-out words\n"
+      "\n"
+      "Exit status: 0 if the model guesses held-out words better than their frequencies do, 1 if\n"
+      "not, 2 if it could not be trained.\n",
+      PERDITA_EXAMPLES_HEADERS, defaults.epochs, defaults.batch, defaults.dimension,
+      defaults.context, static_cast<int>(defaults.seed));
+}
 
 /// A whole number from least to most, or an error that names the option.
 template <class T> T whole_number(std::string_view option, std::string_view text, T least, T most) {

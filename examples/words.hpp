@@ -40,8 +40,6 @@ inline std::string read_text(const std::filesystem::path& path) {
     if (!file)
       throw std::runtime_error(name.string() + ": " + std::strerror(errno));
     text.append(std::istreambuf_iterator<char>(file), {});
-    if (file.bad())
-      throw std::runtime_error(name.string() + ": cannot be read");
   }
   return text;
 }
