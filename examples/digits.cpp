@@ -105,8 +105,11 @@ double train_and_test(const std::string& path) {
       loss_sum += static_cast<double>(value) * n;
       hit_count += hits.head(n).cast<int>().sum();
     }
-    display.show(epoch, loss_sum / kept, static_cast<double>(hit_count) / kept,
-                 kept / seconds(clock::now() - epoch_start).count());
+    char figures[96];
+    std::snprintf(figures, sizeof figures, "loss %.4f  accuracy %5.1f %%  %.0f rows/s",
+                  loss_sum / kept, 100.0 * hit_count / kept,
+                  kept / seconds(clock::now() - epoch_start).count());
+    display.show(epoch, figures);
   }
   const double total = seconds(clock::now() - start).count();
 

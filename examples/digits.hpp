@@ -1,11 +1,10 @@
 // SPDX-License-Identifier: MIT
 #pragma once
 
-/// The digits of examples/digits.cpp, and the random numbers that shuffle them.
+/// The digits of examples/digits.cpp.
 
 #include <cerrno>
 #include <charconv>
-#include <cstdint>
 #include <cstring>
 #include <fstream>
 #include <stdexcept>
@@ -15,32 +14,13 @@
 
 #include <Eigen/Core>
 
+#include "generator.hpp"
+
 // One sample per row. Perdita takes column-major matrices, Eigen's default, just as well; here a
 // row is what gets shuffled, so it should lie in one piece.
 using matrix = Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
 
 constexpr int pixels = 64, classes = 10;
-
-/// SplitMix64. The engines of <random> are the same everywhere, but its distributions and
-/// std::shuffle are not, and this example should train the same model everywhere.
-class generator {
-public:
-  explicit generator(std::uint64_t start) : state_(start) {}
-
-  float symmetric() { return static_cast<float>(bits() >> 40) * 0x1p-23f - 1; } // in [-1, 1)
-  int below(int n) {
-    return static_cast<int>(((bits() >> 32) * static_cast<std::uint64_t>(n)) >> 32);
-  }
-
-private:
-  std::uint64_t bits() {
-    std::uint64_t z = state_ += 0x9e3779b97f4a7c15u;
-    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
-    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
-    return z ^ (z >> 31);
-  }
-  std::uint64_t state_;
-};
 
 struct dataset {
   matrix images;
