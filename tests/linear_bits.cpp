@@ -52,7 +52,9 @@ TEMPLATE_TEST_CASE("linear: the same bits for any number of threads, in any orde
   linear_problem<T> p = many ? make_linear_problem<T>(35, 11, 6200, 2) : some_problem<T>(1);
   if (many)
     add_before(p, random);
-  for (const auto& [name, head] : heads<T>()) {
+  for (const named_head<T>& tried : heads<T>()) {
+    const std::string& name = tried.name;
+    const linear_subject_pointer<T>& head = tried.head;
     const linear_answer<T> roomy = run(*head, p);
     CHECK(roomy.trespass.empty());
     for (const index pieces : {0, 1, 5}) { // that the budget pays for; 0: as many as there are
@@ -91,7 +93,9 @@ TEMPLATE_TEST_CASE("linear: the same bits from any place and with any strides", 
                    double) {
   using T = TestType;
   const linear_problem<T> p = some_problem<T>(3);
-  for (const auto& [name, head] : heads<T>()) {
+  for (const named_head<T>& tried : heads<T>()) {
+    const std::string& name = tried.name;
+    const linear_subject_pointer<T>& head = tried.head;
     const linear_answer<T> first = run(*head, p);
     REQUIRE(first.trespass.empty());
     const auto check = [&](const linear_way& way, const std::string& what) {
@@ -137,7 +141,9 @@ TEMPLATE_TEST_CASE("linear: the same bits from any place and with any strides", 
 TEMPLATE_TEST_CASE("linear: the same bits with old, new or no scratch memory, and in every part",
                    "[linear]", float, double) {
   using T = TestType;
-  for (const auto& [name, head] : heads<T>()) {
+  for (const named_head<T>& tried : heads<T>()) {
+    const std::string& name = tried.name;
+    const linear_subject_pointer<T>& head = tried.head;
     perdita::workspace memory;
     const linear_problem<T> large = some_problem<T>(5);
     const linear_problem<T> small = make_linear_problem<T>(5, 300, 70, 6);
