@@ -68,6 +68,12 @@ PERDITA_NOINLINE void multiply_few(const broadcast_operand<T>& a, const panelled
   unrolled<Rows>([&](auto i) __attribute__((always_inline)) {
     unrolled<Packs>([&](auto q) __attribute__((always_inline)) { sum[i][q] = V(0); });
   });
+  // Results lie far apart, often in memory: asked for now, they are there when they are needed.
+  unrolled<Rows>([&](auto i) __attribute__((always_inline)) {
+    unrolled<Packs>([&](auto q) __attribute__((always_inline)) {
+      prefetch_to_write(c.at(i) + static_cast<index>(q) * c.panel);
+    });
+  });
   const T* from = a.data;
   const T* panel = b.data;
   const index row = a.row, step = a.step;
