@@ -121,6 +121,11 @@ void multiply_panel(broadcast_operand<T> a, const panelled_operand<T>& b, produc
     c.skip_rows(Rows);
     rows -= Rows;
   };
+  // A step of four has too few sums to keep the multiply-adders busy: of ten, sixteen, … rows two
+  // fives are better than a six and a four.
+  if constexpr (most == 6)
+    for (int fives = rows % 6 == 4 && rows > 4 ? 2 : 0; fives > 0; --fives)
+      take(std::integral_constant<index, 5>{});
   // Two fours are better than a full step and a rest of two.
   while (rows >= most && (most != 6 || rows % 6 != 2 || rows > 8))
     take(std::integral_constant<index, most>{});
