@@ -313,11 +313,16 @@ private:
   /// n columns of row k as they go into panels of `terms` rows.
   void put_in_panels(const worker& w, const matrix_data<T>& m, index row, index first, index n,
                      index k, index terms) const {
+    constexpr index ahead = 8; // rows: short pieces, far apart, that no core's prefetcher follows
     const T* from = w.line;
-    if (m.direct() && m.col_stride == 1)
+    if (m.direct() && m.col_stride == 1) {
       from = m.pointer(row, first);
-    else
+      if (m.left_in_plane(row) > ahead)
+        for (index j = 0; j < n; j += width)
+          prefetch(from + ahead * m.row_stride + j);
+    } else {
       m.read(row, first, n, w.line);
+    }
     for (index j = 0; j < n; j += width) {
       const V x = j + width <= n ? V::load(from + j) : load_first(from + j, n - j, V(0));
       x.store(w.panels + j * terms + k * width);
