@@ -59,13 +59,21 @@ private:
   std::vector<double> samples_;
 };
 
+/// How often contestants take turns: until the time is over, but neither less nor more than this.
+struct rounds {
+  std::size_t least = 15, most = 2000;
+  double seconds = seconds_per_benchmark();
+  bool warm = false; ///< everything has just been run: no turn is thrown away
+};
+
 /// Times all, in turns: forwards, then backwards, so that each follows each equally often.
-inline void compete(std::vector<contestant*> all) {
+inline void compete(std::vector<contestant*> all, const rounds& wanted = {}) {
   using clock = std::chrono::steady_clock;
-  for (contestant* c : all)
-    c->take_turn(false);
-  const std::size_t least = 15, most = 2000;
-  const auto end = clock::now() + std::chrono::duration<double>(seconds_per_benchmark());
+  if (!wanted.warm)
+    for (contestant* c : all)
+      c->take_turn(false);
+  const std::size_t least = wanted.least, most = wanted.most;
+  const auto end = clock::now() + std::chrono::duration<double>(wanted.seconds);
   for (std::size_t n = 0; n < least || (n < most && clock::now() < end); ++n) {
     for (contestant* c : all)
       c->take_turn();

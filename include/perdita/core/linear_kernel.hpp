@@ -221,17 +221,21 @@ private:
     if (thresholds_.measured())
       measure(made);
     const bool emitted = thresholds_.measured() && kept_;
-    for (index piece = 0; piece < shape_.pieces(); piece += slots_) {
-      const index n = std::min(slots_, shape_.pieces() - piece);
-      for_each(n, [&](const worker& w, index s) {
+    // Both products of a few pieces, then of the next: few enough to be in the last-level cache
+    // still, and enough for every worker to have several.
+    const index together = std::min(slots_, std::max<index>(16, 4 * workers_));
+    for (index piece = 0; piece < shape_.pieces(); piece += together) {
+      const index n = std::min(together, shape_.pieces() - piece), kept = kept_ ? piece : 0;
+      for_each(n, [&](const worker& w, index i) {
         if (!emitted)
-          emit(w, piece + s, slot(s), made);
-        add_to_weights(w, piece + s, s, first_block);
+          emit(w, piece + i, slot(kept + i), made);
+        add_to_weights(w, piece + i, kept + i, first_block);
       });
       const index strip = columns_per_task();
-      for_each((depth_ + strip - 1) / strip, [&](const worker& w, index i) {
-        for (index s = 0; s < n; ++s)
-          add_to_hidden(w, piece + s, s, i * strip, std::min(strip, depth_ - i * strip));
+      for_each((depth_ + strip - 1) / strip, [&](const worker& w, index task) {
+        for (index i = 0; i < n; ++i)
+          add_to_hidden(w, piece + i, kept + i, task * strip,
+                        std::min(strip, depth_ - task * strip));
       });
     }
     if (!hidden_lies_)
@@ -326,7 +330,7 @@ private:
 
   /// Columns of the gradient of the hidden states that one task adds to.
   index columns_per_task() const {
-    const index share = depth_ / (4 * workers_) / width * width;
+    const index share = depth_ / (2 * workers_) / width * width;
     return std::clamp(share, 4 * width, shape::columns);
   }
   /// Columns of the gradient of the hidden states += gradient of the scores times weights.

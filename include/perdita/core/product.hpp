@@ -69,6 +69,12 @@ PERDITA_NOINLINE void multiply_few(const broadcast_operand<T>& a, const panelled
   unrolled<Rows>([&](auto i) __attribute__((always_inline)) {
     unrolled<Packs>([&](auto q) __attribute__((always_inline)) { sum[i][q] = V(0); });
   });
+  // Results lie far apart, often in memory: asked for now, they are there when they are needed.
+  unrolled<Rows>([&](auto i) __attribute__((always_inline)) {
+    unrolled<Packs>([&](auto q) __attribute__((always_inline)) {
+      prefetch_to_write(c.at(i) + static_cast<index>(q) * c.panel);
+    });
+  });
   const T* from = a.data;
   const T* panel = b.data;
   const index row = a.row, step = a.step;
@@ -116,6 +122,11 @@ void multiply_panel(broadcast_operand<T> a, const panelled_operand<T>& b, produc
     c.skip_rows(Rows);
     rows -= Rows;
   };
+  // A step of four has too few sums to keep the multiply-adders busy: of ten, sixteen, … rows two
+  // fives are better than a six and a four.
+  if constexpr (most == 6)
+    for (int fives = rows % 6 == 4 && rows > 4 ? 2 : 0; fives > 0; --fives)
+      take(std::integral_constant<index, 5>{});
   // Two fours are better than a full step and a rest of two.
   while (rows >= most && (most != 6 || rows % 6 != 2 || rows > 8))
     take(std::integral_constant<index, most>{});
@@ -197,7 +208,11 @@ void put_in_panels(const matrix_data<T>& m, index row, index first, index n, ind
                    T* copy, T* panels) {
   using V = pack<T>;
   constexpr auto width = static_cast<index>(lanes<T>);
+  constexpr index ahead = 8; // rows: short pieces, far apart, that no core's prefetcher follows
   const T* from = row_of(m, row, first, n, copy);
+  if (rows_lie(m) && m.left_in_plane(row) > ahead)
+    for (index j = 0; j < n; j += width)
+      prefetch(from + ahead * m.row_stride + j);
   for (index j = 0; j < n; j += width) {
     const V x = j + width <= n ? V::load(from + j) : load_first(from + j, n - j, V(0));
     x.store(panels + j * depth + k * width);
