@@ -12,7 +12,6 @@
 /// large for the caches is written past them, whole lines at a time.
 
 #include <algorithm>
-#include <cstring>
 
 #include "row_job.hpp"
 #include "workspace.hpp"
