@@ -126,12 +126,8 @@ private:
     index j = 0;
     for (; j + width <= cols_; j += width)
       slope(V::load(x + j)).store(out + j);
-    if (j < cols_) {
-      alignas(64) T tail[lanes<T>] = {};
-      std::copy(x + j, x + cols_, tail);
-      slope(V::load(tail)).store(tail);
-      std::copy(tail, tail + (cols_ - j), out + j);
-    }
+    if (j < cols_)
+      store_first(slope(load_first(x + j, cols_ - j, V(0))), out + j, cols_ - j);
     out[job_.label(r)] = static_cast<T>(target * job_.row_scale(r));
     if (gradient_in_place_)
       return;

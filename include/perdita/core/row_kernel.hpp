@@ -12,7 +12,6 @@
 /// large for the caches is written past them, whole lines at a time.
 
 #include <algorithm>
-#include <cstring>
 
 #include "row_job.hpp"
 #include "workspace.hpp"
@@ -234,15 +233,25 @@ private:
     T target_gradient;
   };
 
+  /// What is looked at while something else is summed.
+  struct lookout {
+    const T* x;
+    index offset; // from the columns that are summed to those of x
+    index last;   // the last column to look at a pack from: again and again, if need be
+    index hole;   // the first column of the pack with the target in it, or -1
+    T hole_lane;
+  };
+
   struct absorb_cursor {
-    live_row* row;
+    live_row *row, *after;
+    index first_chunk, chunk; // of the run, and the one that is summed
     const T* x;
     T* image;
-    const T* next;  // what to look at meanwhile
-    index next_end; // the last column to look at a pack from: again and again, if need be
     side_cursor<T> side;
-    index hole, next_hole; // the pack with the target in it, or -1
-    T hole_lane, next_hole_lane;
+    index hole; // the pack with the target in it, or -1
+    T hole_lane;
+    lookout next;
+    bool looks = false; // at anything
     V shift, seen;
     V rivals; // the maximum of what was seen of chunks that are done
     V sum[statistic::terms];
@@ -342,7 +351,7 @@ private:
   }
 
   /// Whether the shift moved for chunk c.
-  bool choose_shift(live_row& row, const V& seen, index c) {
+  bool choose_shift(live_row& row, const V& seen, index c) const {
     T look;
     if constexpr (statistic::look_is_maximum) {
       look = max_lanes(seen);
@@ -462,10 +471,10 @@ private:
     }
   }
 
-  /// What is left of chunk c once its whole packs are written.
-  void flush(live_row& row, const emit_cursor& e, index c) {
+  /// What is left of `run` chunks from number c on once their whole packs are written.
+  void flush(live_row& row, const emit_cursor& e, index c, index run) {
     const index first = c * chunk_columns + e.head;
-    const index n = std::min(chunk_columns, cols_ - first);
+    const index n = std::min(run * chunk_columns, cols_ - first);
     if (c == 0 && e.head > 0) {
       emit_cursor head = e;
       head.from -= e.head;
@@ -514,16 +523,14 @@ private:
               k + 1 < count ? &current_[k + 1] : nullptr);
   }
 
-  /// Up to which chunk whole ones can be taken in one go: where nothing is copied first, and for
-  /// the gradient of row e where its factors are the same.
-  index chunks_at_once(const live_row* a, const live_row* e, const emit_cursor& emitting) const {
+  /// Up to which chunk they can be taken in one go: where nothing is copied first, and for the
+  /// gradient of row e where its factors are the same.
+  index chunks_at_once(const live_row* e, const emit_cursor& emitting) const {
     if (!statistic::look_is_maximum || !scores_in_place_ || (job_.soft && !soft_in_place_) ||
         (e && ((e->shifted && emitting.head > 0) || !gradient_in_place_)))
       return 0;
-    index n = cols_ / chunk_columns;
-    if (a && !speculates) // the chunk after them is looked at meanwhile
-      n -= 1;
-    return e ? std::min(n, (cols_ - emitting.head) / chunk_columns) : n;
+    // Where a last chunk is so short that row e may have no pack in it, it goes by itself.
+    return chunk_size(chunks_ - 1) < 2 * width ? chunks_ - 1 : chunks_;
   }
   /// The same from chunk c on, where all chunks of row e have the same factor.
   static index run_from(index c, index at_once, const live_row* e) {
@@ -541,8 +548,10 @@ private:
       row.sums[k].add(a.sum[k]);
   }
   /// What happened inside a run of chunks.
-  void accept_run(live_row& row, const absorb_cursor& a, index c, index run) const {
-    std::fill_n(row.shifts + c, run, row.shift);
+  static void accept_run(live_row& row, const absorb_cursor& a) {
+    if (a.chunk == a.first_chunk)
+      return;
+    std::fill(row.shifts + a.first_chunk + 1, row.shifts + a.chunk + 1, row.shift);
     if constexpr (statistic::look_is_maximum)
       row.rivals = std::max(row.rivals, max_lanes(a.rivals));
   }
@@ -552,7 +561,7 @@ private:
     const V nothing = statistic::template look_at_nothing<V>();
     absorb_cursor a;
     emit_cursor none;
-    const index at_once = chunks_at_once(&row, nullptr, none);
+    const index at_once = chunks_at_once(nullptr, none);
     for (index c = 0; c < chunks_;) {
       index run = run_from(c, at_once, nullptr);
       const index first = c * chunk_columns, n = size_of(c, run);
@@ -563,25 +572,25 @@ private:
         choose_shift(row, look_at(row, a.x, 0, chunk_size(0), 0, nothing), 0);
       if (row.label >= first && row.label < first + n)
         row.raw_target = a.x[row.label - first];
-      start_sums(row, a);
+      start_sums(row, a, c);
       const index packs = step<true, false>(0, n / width, a, none);
-      if (run > 1) {
+      if (packs < n / width) {
         run = packs / chunk_packs;
-        accept_run(row, a, c, run);
-        c += run - 1; // whose shift is not settled
-      } else {
-        if (n % width)
-          absorb_tail(a, packs * width, n % width);
+      } else if (n % width) {
+        absorb_tail(a, packs * width, n % width);
         a.seen = look_at(row, a.x, first, n, packs * width, a.seen);
       }
+      accept_run(row, a);
+      c += run - 1; // whose shift is not settled
       if (!choose_shift(row, a.seen, c)) {
         accept(row, a);
         ++c;
       }
     }
   }
-  void start_sums(live_row& row, absorb_cursor& a) const {
+  void start_sums(live_row& row, absorb_cursor& a, index c) const {
     a.row = &row;
+    a.first_chunk = a.chunk = c;
     a.shift = V(row.shift);
     a.rivals = V(row.rivals);
     a.seen = statistic::template look_at_nothing<V>();
@@ -594,86 +603,105 @@ private:
   void advance(live_row* a, live_row* e, live_row* after) {
     absorb_cursor absorbing;
     emit_cursor emitting;
-    const V nothing = statistic::template look_at_nothing<V>();
-    const T* x = nullptr;
-    V seen = nothing;
     if (a) {
-      x = scores(*a, 0, chunk_size(0), stage_x_[0]);
-      seen = a->looked ? a->look : look_at(*a, x, 0, chunk_size(0), 0, nothing);
+      // Copied scores have no room for another row's.
+      absorbing.after = scores_in_place_ ? after : nullptr;
+      absorbing.x = scores(*a, 0, chunk_size(0), stage_x_[0]);
+      absorbing.seen = a->looked ? a->look
+                                 : look_at(*a, absorbing.x, 0, chunk_size(0), 0,
+                                           statistic::template look_at_nothing<V>());
     }
     if constexpr (Gradient)
       if (e)
         open(*e, emitting);
-    const index at_once = chunks_at_once(a, e, emitting);
+    const index at_once = chunks_at_once(e, emitting);
     for (index c = 0; c < chunks_;) {
-      index run = run_from(c, at_once, e);
-      const index first = c * chunk_columns, n = size_of(c, run);
-      const bool last = c + run == chunks_;
-      index absorb_packs = 0, emit_packs = 0;
-      const T* next = nullptr;
-      bool looks = false;
-      live_row* next_row = last ? after : a;
-      const index next_first = last ? 0 : first + chunk_columns;
-      const index next_size = run > 1 ? n : chunk_size(last ? 0 : c + 1);
-      if (a) {
-        choose_shift(*a, seen, c);
-        if (a->label >= first && a->label < first + n)
-          a->raw_target = x[a->label - first];
-        // Copied scores have no room for another row's.
-        if (next_row && (!last || scores_in_place_))
-          next = scores(*next_row, next_first, next_size, stage_x_[(c + 1) % 2]);
-        set_hole(hole_in(*a, first, n), absorbing.hole, absorbing.hole_lane);
-        set_hole(next ? hole_in(*next_row, next_first, next_size) : -1, absorbing.next_hole,
-                 absorbing.next_hole_lane);
-        absorbing.x = x;
-        // A sum may not see a pack twice, a maximum may.
-        looks = next && next_size >= (statistic::look_is_maximum ? width : n / width * width);
-        absorbing.next = looks ? next : x;
-        absorbing.next_end = looks ? (next_size / width - 1) * width : n;
-        absorbing.image = image_of(*a, first);
-        absorbing.side = side(a->row, first, n, stage_soft_);
-        start_sums(*a, absorbing);
-        absorb_packs = n / width;
-      }
-      index both = 0;
-      if constexpr (Gradient) {
-        if (e)
-          emit_packs = aim(*e, emitting, c, run);
-        both = std::min(absorb_packs, emit_packs);
-        if (both > 0)
-          both = step<true, true>(0, both, absorbing, emitting);
-        if (run > 1 && both > 0)
-          absorb_packs = emit_packs = both;
-        if (emit_packs > both)
-          step<false, true>(both, emit_packs, absorbing, emitting);
-      }
-      if (absorb_packs > both)
-        absorb_packs = step<true, false>(both, absorb_packs, absorbing, emitting);
-      if (a) {
-        if (run > 1) {
-          run = absorb_packs / chunk_packs;
-          accept_run(*a, absorbing, c, run);
-          seen = absorbing.seen;
-          next = x + run * chunk_columns;
-        } else if (next) {
-          const index seen_columns = looks ? std::min(n, next_size) / width * width : 0;
-          seen = look_at(*next_row, next, next_first, next_size, seen_columns,
-                         looks ? absorbing.seen : nothing);
-          if (last) {
-            next_row->look = seen;
-            next_row->looked = true;
-          }
-        }
-        if (n % width)
-          absorb_tail(absorbing, n / width * width, n % width);
-        accept(*a, absorbing);
-        x = next;
-      }
+      const index run = run_from(c, at_once, e);
+      const index absorb_packs = a ? aim(*a, absorbing, c, run) : 0;
+      const index emit_packs = e ? aim(*e, emitting, c, run) : 0;
+      const index done = take(absorb_packs, emit_packs, run, absorbing, emitting);
+      if (a)
+        settle(*a, absorbing, c, run, done);
       if constexpr (Gradient)
         if (e)
-          flush(*e, emitting, c);
-      c += run;
+          flush(*e, emitting, c, done);
+      c += done;
     }
+  }
+
+  /// Points at `run` chunks from number c on, whose scores a.x is at; returns the number of whole
+  /// packs in them.
+  index aim(live_row& row, absorb_cursor& a, index c, index run) const {
+    const index first = c * chunk_columns, n = size_of(c, run);
+    choose_shift(row, a.seen, c);
+    if (row.label >= first && row.label < first + n)
+      row.raw_target = a.x[row.label - first];
+    set_hole(hole_in(row, first, n), a.hole, a.hole_lane);
+    a.image = image_of(row, first);
+    a.side = side(row.row, first, n, stage_soft_);
+    start_sums(row, a, c);
+    look_ahead(a);
+    return n / width;
+  }
+
+  /// From the chunk that is summed to the rest of its row, or to the first chunk of the row after.
+  void look_ahead(absorb_cursor& a) const {
+    const index c = a.chunk + 1 < chunks_ ? a.chunk + 1 : 0, first = c * chunk_columns;
+    const live_row* row = c > 0 ? a.row : a.after;
+    const index n = c > 0 && scores_in_place_ ? cols_ - first : chunk_size(c);
+    const T* x = row ? scores(*row, first, n, stage_x_[c % 2]) : nullptr;
+    // A sum may not see a pack twice, a maximum may.
+    a.looks = x && n >= (statistic::look_is_maximum ? width : chunk_size(a.chunk) / width * width);
+    a.next = {a.x, (a.first_chunk - a.chunk) * chunk_columns, 0, -1, 0};
+    if (!a.looks)
+      return;
+    a.next.x = x;
+    a.next.last = (n / width - 1) * width;
+    set_hole(hole_in(*row, first, n), a.next.hole, a.next.hole_lane);
+    a.next.hole *= width;
+  }
+
+  /// Packs of sums and of the gradient, as many as they have in common together; returns how many
+  /// of the chunks are done: fewer where the shift has to move.
+  index take(index absorb_packs, index emit_packs, index run, absorb_cursor& absorbing,
+             const emit_cursor& emitting) const {
+    index at = 0;
+    if constexpr (Gradient) {
+      const index both = std::min(absorb_packs, emit_packs);
+      if (both > 0)
+        at = step<true, true>(0, both, absorbing, emitting);
+      if (at < both)
+        return at / chunk_packs;
+      if (emit_packs > both)
+        step<false, true>(both, emit_packs, absorbing, emitting);
+    }
+    if (absorb_packs > at)
+      at = step<true, false>(at, absorb_packs, absorbing, emitting);
+    return at < absorb_packs ? at / chunk_packs : run;
+  }
+
+  /// Ends `done` of the chunks that a was aimed at, and goes to the next.
+  void settle(live_row& row, absorb_cursor& a, index c, index run, index done) const {
+    const index n = size_of(c, run);
+    if (done == run && n % width)
+      absorb_tail(a, n / width * width, n % width);
+    accept_run(row, a);
+    accept(row, a);
+    const index end = c + done < chunks_ ? c + done : 0, first = end * chunk_columns;
+    live_row* next = end > 0 ? &row : a.after;
+    if (!next)
+      return;
+    const T* x = scores_in_place_ ? next->x + first : stage_x_[end % 2];
+    if (done == run) { // the rest of what a.next was at
+      const index size = chunk_size(end), seen = std::min(size, chunk_size(c + done - 1));
+      a.seen = look_at(*next, x, first, size, a.looks ? seen / width * width : 0,
+                       a.looks ? a.seen : statistic::template look_at_nothing<V>());
+    }
+    if (end == 0) {
+      next->look = a.seen;
+      next->looked = true;
+    }
+    a.x = x;
   }
 
   static void set_hole(index hole, index& pack_number, T& lane) {
@@ -714,10 +742,10 @@ private:
           if constexpr (carries)
             image.store(a.image + j);
           if constexpr (!speculates) {
-            const index ahead = std::min(j, a.next_end);
-            look = V::load(a.next + ahead);
-            if (ahead == a.next_hole * width) [[unlikely]]
-              look = select(iota<T>() == V(a.next_hole_lane), nothing, look);
+            const index ahead = std::min(j + a.next.offset, a.next.last);
+            look = V::load(a.next.x + ahead);
+            if (ahead == a.next.hole) [[unlikely]]
+              look = select(iota<T>() == V(a.next.hole_lane), nothing, look);
           }
           a.seen = statistic::look(a.seen, look);
         }
@@ -741,6 +769,7 @@ private:
         for (V& sum : a.sum)
           sum = V(0);
         a.seen = nothing;
+        a.next = absorbing.next;
       }
     }
     return i;
@@ -748,10 +777,18 @@ private:
 
   /// From one chunk of a run to the next; false if the shift has to move first.
   PERDITA_NOINLINE bool turn(absorb_cursor& a) const {
+    const index c = a.chunk + 1, n = chunk_size(c);
+    if (!speculates && n % width) {
+      const index first = c * chunk_columns;
+      a.seen = look_at(*a.row, a.row->x + first, first, n, n / width * width, a.seen);
+    }
     if (any(!(statistic::choose(formula_.score(a.seen), a.shift, chunk_columns) == a.shift)))
       return false;
     accept(*a.row, a);
     a.rivals = max(a.seen, a.rivals);
+    a.chunk = c;
+    if (!speculates && c + 1 == chunks_)
+      look_ahead(a);
     return true;
   }
 

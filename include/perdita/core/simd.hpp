@@ -272,13 +272,27 @@ template <class I> PERDITA_INLINE batch<I> add_bits(const batch<I>& a, const bat
   return a + b;
 }
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+/// table[index & 7], lane by lane, the table in a register: from memory, Zen 3 takes half as long
+/// again, and a compiler that is short of registers would leave it there.
+PERDITA_INLINE __m256 permuted(__m256 table, __m256i index) {
+#if defined(__GNUC__)
+  __m256 result;
+  asm("vpermps %1, %2, %0" : "=x"(result) : "x"(table), "x"(index));
+  return result;
+#else
+  return _mm256_permutevar8x32_ps(table, index);
+#endif
+}
+#endif
+
 /// table[index & 15], lane by lane; the table is 64-byte aligned.
 PERDITA_INLINE batch<float> lookup(const float* table, const batch<std::int32_t>& index) {
 #if defined(__AVX512F__)
   return _mm512_permutexvar_ps(index.data, _mm512_load_ps(table));
 #elif defined(__AVX2__)
-  const __m256 low = _mm256_permutevar8x32_ps(_mm256_load_ps(table), index.data);
-  const __m256 high = _mm256_permutevar8x32_ps(_mm256_load_ps(table + 8), index.data);
+  const __m256 low = permuted(_mm256_load_ps(table), index.data);
+  const __m256 high = permuted(_mm256_load_ps(table + 8), index.data);
   return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index.data, 28)));
 #else
   constexpr std::size_t n = batch<float>::size;
@@ -293,6 +307,20 @@ PERDITA_INLINE batch<float> lookup(const float* table, const batch<std::int32_t>
 
 #endif
 
+/// a; zero where x < cut (not where x is NaN).
+template <class Real>
+PERDITA_INLINE Real zero_if_less(const Real& x, const Real& cut, const Real& a) {
+#if !PERDITA_NO_SIMD && defined(__AVX__) && !defined(__AVX512F__)
+  // Not a blend, for which GCC 12 tests the sign of the mask first.
+  if constexpr (std::is_same_v<Real, batch<float>>)
+    return _mm256_and_ps(_mm256_cmp_ps(x.data, cut.data, _CMP_NLT_UQ), a.data);
+  else
+    return _mm256_and_pd(_mm256_cmp_pd(x.data, cut.data, _CMP_NLT_UQ), a.data);
+#else
+  return reg::select(x < cut, Real(0), a);
+#endif
+}
+
 /// a + b as integers, read as a real; zero where x < cut (not where x is NaN).
 template <class Real, class Integer>
 PERDITA_INLINE Real add_bits_unless_less(const Real& x, const Real& cut, const Integer& a,
@@ -304,7 +332,7 @@ PERDITA_INLINE Real add_bits_unless_less(const Real& x, const Real& cut, const I
   } else
 #endif
   {
-    return reg::select(x < cut, Real(0), from_bits(add_bits(a, b)));
+    return zero_if_less<Real>(x, cut, from_bits(add_bits(a, b)));
   }
 }
 
@@ -318,7 +346,7 @@ PERDITA_INLINE Real multiply_unless_less(const Real& a, const Real& cut, const R
   } else
 #endif
   {
-    return reg::multiply(reg::select(a < cut, Real(0), a), b);
+    return reg::multiply(zero_if_less(a, cut, a), b);
   }
 }
 
@@ -333,7 +361,7 @@ PERDITA_INLINE Real fma_unless_less(const Real& x, const Real& cut, const Real& 
   } else
 #endif
   {
-    return reg::select(x < cut, Real(0), reg::fma(a, b, c));
+    return zero_if_less<Real>(x, cut, reg::fma(a, b, c));
   }
 }
 
@@ -573,6 +601,10 @@ template <int Half> PERDITA_INLINE pack<double> widen_half(const pack<float>& a)
   pack<double> wide;
   wide.r[0] = _mm512_maskz_cvtps_pd(0xFF, _mm512_maskz_extractf32x8_ps(0xFF, a.r[0].data, Half));
   return wide;
+#elif !PERDITA_NO_SIMD && defined(__AVX__) && !defined(__AVX512F__)
+  const __m256 half = a.r[Half].data;
+  return pack<double>({_mm256_cvtps_pd(_mm256_castps256_ps128(half)),
+                       _mm256_cvtps_pd(_mm256_extractf128_ps(half, 1))});
 #else
   alignas(64) float narrow[16];
   alignas(64) double wide[8];
@@ -598,6 +630,11 @@ PERDITA_INLINE pack<float> narrow(const pack<double> (&wide)[2]) {
   pack<float> result;
   result.r[0] = _mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1);
   return result;
+#elif !PERDITA_NO_SIMD && defined(__AVX__) && !defined(__AVX512F__)
+  const auto half = [](const pack<double>& w) __attribute__((always_inline)) {
+    return _mm256_set_m128(_mm256_cvtpd_ps(w.r[1].data), _mm256_cvtpd_ps(w.r[0].data));
+  };
+  return pack<float>({half(wide[0]), half(wide[1])});
 #else
   alignas(64) double d[16];
   alignas(64) float f[16];
@@ -610,6 +647,51 @@ PERDITA_INLINE pack<float> narrow(const pack<double> (&wide)[2]) {
 }
 PERDITA_INLINE pack<double> narrow(const pack<double> (&wide)[1]) { return wide[0]; }
 
+#if !PERDITA_NO_SIMD && defined(__AVX__) && !defined(__AVX512F__)
+namespace reg {
+
+/// All ones in the first `bytes` bytes of a pack, from byte 32 * part on; a multiple of four.
+PERDITA_INLINE __m256i mask_first(std::ptrdiff_t bytes, std::size_t part) {
+  alignas(64) static constexpr auto words = [] {
+    std::array<std::int32_t, 32> w{};
+    for (std::size_t i = 0; i < 16; ++i)
+      w[i] = -1;
+    return w;
+  }();
+  const std::int32_t* from = words.data() + 16 - bytes / 4 + 8 * part;
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+}
+PERDITA_INLINE batch<float> load_where(const __m256i& m, const float* p,
+                                       const batch<float>& other) {
+  return _mm256_blendv_ps(other.data, _mm256_maskload_ps(p, m), _mm256_castsi256_ps(m));
+}
+PERDITA_INLINE batch<double> load_where(const __m256i& m, const double* p,
+                                        const batch<double>& other) {
+  return _mm256_blendv_pd(other.data, _mm256_maskload_pd(p, m), _mm256_castsi256_pd(m));
+}
+PERDITA_INLINE void store_where(const __m256i& m, float* p, const batch<float>& a) {
+  _mm256_maskstore_ps(p, m, a.data);
+}
+PERDITA_INLINE void store_where(const __m256i& m, double* p, const batch<double>& a) {
+  _mm256_maskstore_pd(p, m, a.data);
+}
+
+/// Folds the upper half of a onto the lower one until one number is left.
+template <class F> PERDITA_INLINE float fold_halves(batch<float> a, F f) {
+  a = f(a, batch<float>(_mm256_permute2f128_ps(a.data, a.data, 1)));
+  a = f(a, batch<float>(_mm256_permute_ps(a.data, 0x4e)));
+  a = f(a, batch<float>(_mm256_permute_ps(a.data, 0xb1)));
+  return _mm256_cvtss_f32(a.data);
+}
+template <class F> PERDITA_INLINE double fold_halves(batch<double> a, F f) {
+  a = f(a, batch<double>(_mm256_permute2f128_pd(a.data, a.data, 1)));
+  a = f(a, batch<double>(_mm256_permute_pd(a.data, 0x5)));
+  return _mm256_cvtsd_f64(a.data);
+}
+
+} // namespace reg
+#endif
+
 /// The first n lanes from p, `filler` in the others; nothing else is read.
 template <class T>
 PERDITA_INLINE pack<T> load_first(const T* p, std::ptrdiff_t n, const pack<T>& filler) {
@@ -620,6 +702,11 @@ PERDITA_INLINE pack<T> load_first(const T* p, std::ptrdiff_t n, const pack<T>& f
   else
     result.r[0] = _mm512_mask_loadu_pd(filler.r[0].data, static_cast<__mmask8>((1U << n) - 1), p);
   return result;
+#elif !PERDITA_NO_SIMD && defined(__AVX__)
+  const std::ptrdiff_t bytes = n * static_cast<std::ptrdiff_t>(sizeof(T));
+  return detail::each<pack<T>>([&](auto i) __attribute__((always_inline)) {
+    return reg::load_where(reg::mask_first(bytes, i), p + i * pack<T>::step, filler.r[i]);
+  });
 #else
   alignas(64) T v[lanes<T>];
   filler.store(v);
@@ -634,6 +721,10 @@ template <class T> PERDITA_INLINE void store_first(const pack<T>& a, T* p, std::
     _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1U << n) - 1), a.r[0].data);
   else
     _mm512_mask_storeu_pd(p, static_cast<__mmask8>((1U << n) - 1), a.r[0].data);
+#elif !PERDITA_NO_SIMD && defined(__AVX__)
+  const std::ptrdiff_t bytes = n * static_cast<std::ptrdiff_t>(sizeof(T));
+  for (std::size_t i = 0; i < a.r.size(); ++i)
+    reg::store_where(reg::mask_first(bytes, i), p + i * pack<T>::step, a.r[i]);
 #else
   alignas(64) T v[lanes<T>];
   a.store(v);
@@ -666,10 +757,14 @@ template <std::size_t N, class T, class F> PERDITA_INLINE T fold_halves(T* v, F 
 
 /// Σ of the lanes in the one fixed tree: halves onto halves.
 template <class T> PERDITA_INLINE T sum_lanes(const pack<T>& a) {
+  const auto add = [](auto x, auto y) __attribute__((always_inline)) { return x + y; };
+#if !PERDITA_NO_SIMD && defined(__AVX__) && !defined(__AVX512F__)
+  return reg::fold_halves(a.r[0] + a.r[1], add);
+#else
   alignas(64) T v[lanes<T>];
   a.store(v);
-  return detail::fold_halves<lanes<T>>(
-      v, [](T x, T y) __attribute__((always_inline)) { return x + y; });
+  return detail::fold_halves<lanes<T>>(v, add);
+#endif
 }
 /// The largest lane; no lane is NaN.
 template <class T> PERDITA_INLINE T max_lanes(const pack<T>& a) {
@@ -678,6 +773,11 @@ template <class T> PERDITA_INLINE T max_lanes(const pack<T>& a) {
     return _mm512_reduce_max_ps(a.r[0].data);
   else
     return _mm512_reduce_max_pd(a.r[0].data);
+#elif !PERDITA_NO_SIMD && defined(__AVX__)
+  return reg::fold_halves(
+      reg::maximum(a.r[0], a.r[1]),
+      [](const auto& x, const auto& y)
+          __attribute__((always_inline)) { return reg::maximum(x, y); });
 #else
   alignas(64) T v[lanes<T>];
   a.store(v);
@@ -691,6 +791,11 @@ template <class T> PERDITA_INLINE T first_lane(const pack<T>& a) {
     return _mm512_cvtss_f32(a.r[0].data);
   else
     return _mm512_cvtsd_f64(a.r[0].data);
+#elif !PERDITA_NO_SIMD && defined(__AVX__)
+  if constexpr (sizeof(T) == 4)
+    return _mm256_cvtss_f32(a.r[0].data);
+  else
+    return _mm256_cvtsd_f64(a.r[0].data);
 #else
   alignas(64) T v[lanes<T>];
   a.store(v);
