@@ -264,16 +264,20 @@ private:
     }
     if constexpr (!statistic::look_is_maximum)
       for (index p = 0; p < packs_; ++p)
-        seen_[p] =
-            folded([&](index i) { return i < cols_ ? part_[i * tile_packs_ + p] : nothing; });
+        seen_[p] = folded([&](index i) { return part_[i * tile_packs_ + p]; });
   }
 
-  /// Σ f(i) over W numbers, halves onto halves, as sum_lanes() does with lanes.
-  template <index Apart = 1, class F> static PERDITA_INLINE auto folded(F f, index i = 0) {
-    if constexpr (Apart == width)
+  /// Σ f(i) over W numbers, halves onto halves, as sum_lanes() does with lanes; those past the last
+  /// column are 0.
+  template <index Apart = 1, class F> PERDITA_INLINE auto folded(F f, index i = 0) const {
+    if constexpr (Apart == width) {
       return f(i);
-    else
-      return folded<2 * Apart>(f, i) + folded<2 * Apart>(f, i + Apart);
+    } else {
+      auto sum = folded<2 * Apart>(f, i);
+      if (i + Apart < cols_)
+        sum += folded<2 * Apart>(f, i + Apart);
+      return sum;
+    }
   }
 
   /// Whether the shift of a pack moved.
@@ -371,9 +375,8 @@ private:
       s.label_weight = W::load(label_weight_ + at);
       s.classes = W(static_cast<double>(cols_));
       for (int k = 0; k < statistic::terms; ++k)
-        s.term[k] = folded([&](index i) {
-          return i < cols_ ? lane(sums_, k, i)[p].folded(static_cast<int>(h)) : W(0);
-        });
+        s.term[k] =
+            folded([&](index i) { return lane(sums_, k, i)[p].folded(static_cast<int>(h)); });
       const row_outcome<W> result = formula_.finish(s);
       add_values(select(keep[h] == W(0), W(0), result.value * W::load(weight_ + at)), at, block,
                  totals);
