@@ -28,38 +28,55 @@ struct row_formula {
 ///
 ///   −log p_y = softplus(u),  1 − p_y = σ(u),  ∂u/∂z_j = e^{z_j} / Σ_{k≠y} e^{z_k},  ∂u/∂z_y = −1,
 ///
-/// so that a confident row keeps its digits: nothing is subtracted from 1.
-template <class W> struct target_odds {
-  W surprise;    // −log p of the target; +inf where it is masked
-  W miss, hit;   // 1 − p and p of the target; 1 and 0 where it is masked
-  W above;       // log Σ e^z − shift, where some rival is above -inf
-  W log_sum_exp; // -inf where all is masked
+/// so that a confident row keeps its digits: nothing is subtracted from 1. What is asked of it is
+/// rounded to T in the end, and only as exact as that needs.
+template <class T, class W> struct target_odds {
+  W surprise;  // −log p of the target; +inf where it is masked
+  W miss, hit; // 1 − p and p of the target; 1 and 0 where it is masked
+  W per_rival; // (1 − p) / Σ of the rivals' images, where some rival is above -inf
+  W above;     // log Σ e^z − shift, where some rival is above -inf
 
-  template <class Row> explicit target_odds(const Row& row) {
+  template <class Row> PERDITA_INLINE explicit target_odds(const Row& row) {
     const W zero(0), one(1), nothing(-std::numeric_limits<double>::infinity());
-    const auto masked = row.target == nothing;
-    const auto all_masked = masked & (row.term[0] == zero);
-    const W rivals = select(all_masked, one, row.term[0]);
+    masked_ = row.target == nothing;
+    all_masked_ = masked_ & (row.term[0] == zero);
+    shift_ = row.shift;
+    target_ = row.target;
+    const W rivals = select(all_masked_, one, row.term[0]);
     // e^z over e^{max(shift, target)}: of the target, and of its rivals together, at least 1 where
     // the shift is above
-    const W lead = row.shift - row.target, back = lead - row.shift;
-    // What its rounding lost; NaN where it is infinite.
-    const W lost = (row.shift - (lead - back)) - (row.target + back);
-    const W near = exp(-abs(lead)), bent = select(lead > zero, zero - lost, lost);
-    const W e = select(abs(lead) < W(1e3), fma(near, bent, near), near);
+    const W lead = row.shift - row.target, distance = abs(lead);
     const auto behind = lead > zero;
-    const W a = select(behind, e, one), b = select(behind, rivals, rivals * e);
-    const W log_both = log1p(select(behind, (b - one) + a, b)), all = one / (a + b);
+    W e = exp_to<T>(-distance);
+    if constexpr (std::is_same_v<T, double>) {
+      // What the lead's rounding lost; NaN where it is infinite. Scores in float lose nothing that
+      // shows.
+      const W back = lead - row.shift;
+      const W lost = (row.shift - (lead - back)) - (row.target + back);
+      e = select(distance < W(1e3), fma(e, select(behind, zero - lost, lost), e), e);
+    }
+    const W a = select(behind, e, one), unit = select(behind, one, e), b = rivals * unit;
+    const auto [log_both, all] = log1p_and_inverse_to<T>(select(behind, (b - one) + a, b));
     surprise = max(zero, lead) + log_both;
     miss = b * all;
     hit = a * all;
+    per_rival = unit * all;
     above = max(zero, -lead) + log_both;
-    log_sum_exp = select(masked, row.shift + log_both, row.target + surprise);
-    log_sum_exp = select(all_masked, nothing, log_sum_exp);
   }
+  /// -inf where all is masked.
+  W log_sum_exp() const {
+    const W lse = select(masked_, shift_ + above, target_ + surprise);
+    return select(all_masked_, W(-std::numeric_limits<double>::infinity()), lse);
+  }
+
+private:
+  W shift_, target_;
+  decltype(W() == W()) masked_, all_masked_;
 };
+
 template <class Row>
-target_odds(const Row&) -> target_odds<std::remove_cvref_t<decltype(std::declval<Row>().target)>>;
+target_odds(const Row&)
+    -> target_odds<double, std::remove_cvref_t<decltype(std::declval<Row>().target)>>;
 
 /// The log-odds against the target; +inf for a masked target, also where its rivals are masked.
 template <class Row> auto log_odds_against(const Row& row) {
@@ -82,7 +99,7 @@ template <class Row, class W> PERDITA_INLINE W per_rival(const W& numerator, con
 template <class Row> auto softmax_report(const Row& row) {
   const target_odds o(row);
   using W = decltype(o.hit);
-  return row_report<W>{o.log_sum_exp, -o.surprise, W(0), W(0)};
+  return row_report<W>{o.log_sum_exp(), -o.surprise, W(0), W(0)};
 }
 
 } // namespace perdita::inline PERDITA_ABI::core
