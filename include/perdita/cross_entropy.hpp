@@ -87,7 +87,7 @@ template <class T, bool General> struct cross_entropy_formula : row_formula {
 
     if constexpr (General) {
       const W b = row.target_side, b_rivals = row.term[2];
-      const W over = select(row.term[0] == zero, inf, b_rivals * o.above - row.term[1]);
+      const W over = select(row.term[0] == zero, inf, b_rivals * o.above() - row.term[1]);
       value = value + weighted(b, o.surprise) + select(b_rivals == zero, zero, over);
       rivals = rivals + (b + b_rivals);
       target = target + (b_rivals * o.hit - b * o.miss);
@@ -116,7 +116,7 @@ template <class T, bool General> struct cross_entropy_formula : row_formula {
     row_report<W> r = softmax_report(row);
     r.penalty = W(p.log_z_penalty) * o.log_sum_exp() * o.log_sum_exp();
     if constexpr (General) { // Σ_c p_c (lse − z_c)
-      const W rivals = select(row.term[0] == W(0), W(0), o.above - row.term[3] / row.term[0]);
+      const W rivals = select(row.term[0] == W(0), W(0), o.above() - row.term[3] / row.term[0]);
       r.entropy = weighted(o.hit, o.surprise) + weighted(o.miss, rivals);
     }
     return r;
@@ -315,6 +315,8 @@ private:
   double label_weight(index y) const {
     return class_weights_.empty() ? 1.0 : static_cast<double>(class_weights_[std::size_t(y)]);
   }
+
+  bool has_label_weights() const { return !class_weights_.empty(); }
 
   void check(const core::row_job<T>& job) const {
     const auto same = [&](const std::vector<T>& v, const char* what) {

@@ -30,48 +30,49 @@ struct row_formula {
 ///
 /// so that a confident row keeps its digits: nothing is subtracted from 1. What is asked of it is
 /// rounded to T in the end, and only as exact as that needs.
-template <class T, class W> struct target_odds {
+template <class T, class W> class target_odds {
+  static constexpr double far = 650; // e^650 and its product with any sum are finite
+
+public:
   W surprise;  // −log p of the target; +inf where it is masked
   W miss, hit; // 1 − p and p of the target; 1 and 0 where it is masked
   W per_rival; // (1 − p) / Σ of the rivals' images, where some rival is above -inf
-  W above;     // log Σ e^z − shift, where some rival is above -inf
 
-  template <class Row> PERDITA_INLINE explicit target_odds(const Row& row) {
-    const W zero(0), one(1), nothing(-std::numeric_limits<double>::infinity());
-    masked_ = row.target == nothing;
-    all_masked_ = masked_ & (row.term[0] == zero);
-    shift_ = row.shift;
-    target_ = row.target;
-    const W rivals = select(all_masked_, one, row.term[0]);
-    // e^z over e^{max(shift, target)}: of the target, and of its rivals together, at least 1 where
-    // the shift is above
-    const W lead = row.shift - row.target, distance = abs(lead);
-    const auto behind = lead > zero;
-    W e = exp_to<T>(-distance);
+  template <class Row>
+  PERDITA_INLINE explicit target_odds(const Row& row)
+      : images_(row.term[0]), shift_(row.shift), target_(row.target), lead_(shift_ - target_) {
+    const W reach = min(W(far), lead_);
+    e_ = exp_to<T>(reach);
     if constexpr (std::is_same_v<T, double>) {
       // What the lead's rounding lost; NaN where it is infinite. Scores in float lose nothing that
       // shows.
-      const W back = lead - row.shift;
-      const W lost = (row.shift - (lead - back)) - (row.target + back);
-      e = select(distance < W(1e3), fma(e, select(behind, zero - lost, lost), e), e);
+      const W back = lead_ - shift_;
+      const W lost = (shift_ - (lead_ - back)) - (target_ + back);
+      e_ = select(abs(lead_) < W(1e3), fma(e_, lost, e_), e_);
     }
-    const W a = select(behind, e, one), unit = select(behind, one, e), b = rivals * unit;
-    const auto [log_both, all] = log1p_and_inverse_to<T>(select(behind, (b - one) + a, b));
-    surprise = max(zero, lead) + log_both;
-    miss = b * all;
-    hit = a * all;
-    per_rival = unit * all;
-    above = max(zero, -lead) + log_both;
+    // Rivals to target; not 0 where both are masked.
+    const W odds = max(W(0x1p-600), images_) * e_;
+    const auto [log_both, inverse] = log1p_and_inverse_to<T>(odds);
+    surprise = log_both + (lead_ - reach);
+    miss = odds * inverse;
+    hit = select(lead_ > W(far), W(0), inverse);
+    per_rival = e_ * inverse;
+  }
+  /// log Σ e^z − shift, where some rival is above -inf.
+  PERDITA_INLINE W above() const {
+    const W one(1), behind = log1p_and_inverse_to<T>((images_ - one) + one / e_).log;
+    return select(lead_ > W(0), behind, surprise - lead_);
   }
   /// -inf where all is masked.
   W log_sum_exp() const {
-    const W lse = select(masked_, shift_ + above, target_ + surprise);
-    return select(all_masked_, W(-std::numeric_limits<double>::infinity()), lse);
+    const W nothing(-std::numeric_limits<double>::infinity());
+    const auto masked = target_ == nothing;
+    const W lse = select(masked, shift_ + above(), target_ + surprise);
+    return select(masked & (images_ == W(0)), nothing, lse);
   }
 
 private:
-  W shift_, target_;
-  decltype(W() == W()) masked_, all_masked_;
+  W images_, shift_, target_, lead_, e_; // e^lead
 };
 
 template <class Row>

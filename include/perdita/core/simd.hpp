@@ -104,6 +104,10 @@ template <class I> PERDITA_INLINE I add_bits(I a, I b) {
   using U = std::make_unsigned_t<I>;
   return static_cast<I>(static_cast<U>(a) + static_cast<U>(b));
 }
+template <class I> PERDITA_INLINE I subtract_bits(I a, I b) {
+  using U = std::make_unsigned_t<I>;
+  return static_cast<I>(static_cast<U>(a) - static_cast<U>(b));
+}
 PERDITA_INLINE float lookup(const float* table, std::int32_t index) { return table[index & 15]; }
 
 #else
@@ -272,6 +276,9 @@ template <int N, class I> PERDITA_INLINE batch<I> shift_right(const batch<I>& a)
 }
 template <class I> PERDITA_INLINE batch<I> add_bits(const batch<I>& a, const batch<I>& b) {
   return a + b;
+}
+template <class I> PERDITA_INLINE batch<I> subtract_bits(const batch<I>& a, const batch<I>& b) {
+  return a - b;
 }
 
 /// table[index & 15], lane by lane; the table is 64-byte aligned.
@@ -536,6 +543,12 @@ template <class T> PERDITA_INLINE pack_bits<T> operator+(const pack_bits<T>& a, 
   using integer = typename reg::types<T>::integer;
   return detail::each<pack_bits<T>>([&](auto i) __attribute__((always_inline)) {
     return reg::add_bits(a.r[i], integer(b));
+  });
+}
+template <class T> PERDITA_INLINE pack_bits<T> operator-(const pack_bits<T>& a) {
+  using integer = typename reg::types<T>::integer;
+  return detail::each<pack_bits<T>>([&](auto i) __attribute__((always_inline)) {
+    return reg::subtract_bits(integer(bits_of<T>{0}), a.r[i]);
   });
 }
 /// table[index & 15] per lane; the table is 64-byte aligned.
