@@ -53,7 +53,7 @@ public:
     // Rivals to target; not 0 where both are masked.
     const W odds = max(W(0x1p-600), images_) * e_;
     const auto [log_both, inverse] = log1p_and_inverse_to<T>(odds);
-    surprise = log_both + (lead_ - reach);
+    surprise = log_both + max(W(0), lead_ - W(far));
     miss = odds * inverse;
     hit = select(lead_ > W(far), W(0), inverse);
     per_rival = e_ * inverse;

@@ -259,9 +259,9 @@ double row_loss<Derived, T>::check_and_weigh(const core::row_job<T>& job,
     if (job.labels) {
       job.read_labels(first, n, labels);
       for (index i = 0; i < n; ++i) { // without a branch
-        const bool skip = labels[i] == job.ignore_index;
-        ignored += skip;
-        wrong += !skip & ((labels[i] < 0) | (labels[i] >= cols));
+        const bool counts = labels[i] != job.ignore_index;
+        ignored += !counts;
+        wrong += counts & ((labels[i] < 0) | (labels[i] >= cols));
       }
     }
     if (wrong) [[unlikely]]
