@@ -380,6 +380,91 @@ TEMPLATE_TEST_CASE("vector maths: symmetry", "[core][math]", float, double) {
   CHECK(differences == 0);
 }
 
+TEST_CASE("vector maths in double: as exact as the type that results are rounded to",
+          "[core][math]") {
+  using P = pack<double>;
+  using W = wide<double>;
+  const auto relative = [](double got, const W& exact) {
+    return exact == 0 ? std::fabs(got) : static_cast<double>(abs(W((W(got) - exact) / exact)));
+  };
+  struct errors {
+    double exp = 0, log1p = 0, inverse = 0;
+  };
+  const auto add = [&]<class T>(errors& worst, T, double x) {
+    double e[P::size], log[P::size], inverse[P::size];
+    core::exp_to<T>(P(x)).store(e);
+    worst.exp = std::max(worst.exp, relative(e[0], exp(W(x))));
+    const auto both = core::log1p_and_inverse_to<T>(P(e[0]));
+    both.log.store(log);
+    both.inverse.store(inverse);
+    worst.log1p = std::max(worst.log1p, relative(log[0], log1p(W(e[0]))));
+    worst.inverse = std::max(worst.inverse, relative(inverse[0], W(1 / (1 + W(e[0])))));
+  };
+  errors single, twice;
+  double position = 0.5;
+  for (int i = 0; i < 1 << 15; ++i) {
+    position += 0.6180339887498949;
+    position -= std::floor(position);
+    for (const double x : {690 * (2 * position - 1), 40 * (2 * position - 1), position - 0.5}) {
+      add(single, float{}, x);
+      add(twice, double{}, x);
+    }
+  }
+  const double for_float = 0x1p-34, for_double = 0x1p-52;
+  for (const double e : {single.exp, single.log1p, single.inverse})
+    CHECK(e <= for_float);
+  CHECK(single.exp > for_float / 2); // a looser bound would hide mistakes
+  for (const double e : {twice.exp, twice.log1p, twice.inverse})
+    CHECK(e <= for_double);
+  for (const double x : {-691.0, -1e300, -limits<double>::infinity()}) {
+    double e[P::size];
+    core::exp_to<float>(P(x)).store(e);
+    CHECK(std::fabs(e[0] / 0x1p-995 - 1) < 1); // what e^-690 is near to
+    core::exp_to<double>(P(x < -700 ? x : -709.0)).store(e);
+    CHECK(e[0] == 0);
+  }
+  double v[P::size];
+  for (const double x : {0.0, limits<double>::min(), 1e-300}) {
+    core::log1p_and_inverse_to<float>(P(x)).log.store(v);
+    CHECK(std::fabs(v[0] - x) <= x * 0x1p-34);
+  }
+  const double nan = limits<double>::quiet_NaN();
+  core::exp_to<float>(P(nan)).store(v);
+  CHECK(std::isnan(v[0]));
+  const auto both = core::log1p_and_inverse_to<float>(P(nan));
+  both.log.store(v);
+  CHECK(std::isnan(v[0]));
+  both.inverse.store(v);
+  CHECK(std::isnan(v[0]));
+}
+
+TEMPLATE_TEST_CASE("transposed copies write the copy and nothing else", "[core][simd]", float,
+                   double) {
+  using T = TestType;
+  using core::copy_transposed;
+  std::size_t wrong = 0;
+  for (std::ptrdiff_t rows = 0; rows <= 35; ++rows)
+    for (std::ptrdiff_t cols = 0; cols <= 35; ++cols)
+      for (const std::ptrdiff_t gap : {0, 3}) {
+        const std::ptrdiff_t from_step = cols + gap, to_step = rows + gap;
+        // No longer than what may be read, so that a sanitizer sees a step too far.
+        const auto size = [](std::ptrdiff_t n, std::ptrdiff_t m, std::ptrdiff_t step) {
+          return static_cast<std::size_t>(n * m > 0 ? (n - 1) * step + m : 0);
+        };
+        std::vector<T> from(size(rows, cols, from_step)), to(size(cols, rows, to_step), T(-1));
+        for (std::size_t i = 0; i < from.size(); ++i)
+          from[i] = static_cast<T>(i);
+        std::vector<T> expected = to;
+        for (std::ptrdiff_t i = 0; i < rows; ++i)
+          for (std::ptrdiff_t j = 0; j < cols; ++j)
+            expected[static_cast<std::size_t>(j * to_step + i)] =
+                from[static_cast<std::size_t>(i * from_step + j)];
+        copy_transposed(from.data(), from_step, rows, cols, to.data(), to_step);
+        wrong += to != expected;
+      }
+  CHECK(wrong == 0);
+}
+
 TEST_CASE("vector maths: error of every float", "[.exhaustive]") {
   for (const auto& f : functions<float>()) {
     measurement<float> m(f);

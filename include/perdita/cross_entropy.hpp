@@ -67,39 +67,40 @@ template <class T, bool General> struct cross_entropy_formula : row_formula {
     return select(b == V(0), share, share - pull) * steepness(z);
   }
 
-  template <class Row> auto finish(const Row& row) const {
+  template <class Row> PERDITA_INLINE auto finish(const Row& row) const {
     using W = decltype(row.target);
-    const W zero(0), inf(std::numeric_limits<double>::infinity());
-    const target_odds o(row);
+    const W zero(0), one(1), inf(std::numeric_limits<double>::infinity());
+    const target_odds<T, W> o(row);
 
-    // f(u) = (1 − p)^γ softplus(u), and f'(u)
-    W f = o.surprise, df = o.miss;
+    // f(u) = (1 − p)^γ softplus(u), and f'(u) = (1 − p) df
+    W f = o.surprise, df = one;
     if (p.focal_gamma > 0) {
       const W gamma(p.focal_gamma), focus = exp(gamma * log(o.miss));
+      const W ratio = select(o.miss == zero, one, o.surprise / o.miss);
       f = weighted(focus, f);
-      df = weighted(focus, o.miss + weighted(o.hit, gamma * o.surprise));
+      df = weighted(focus, one + weighted(o.hit, gamma * ratio));
     }
     const W hard = p.soft ? zero : row.label_weight * W(1 - p.smoothing);
     W value = weighted(hard, f);
-    W rivals = hard * df; // ∂value/∂u: what the rivals share in proportion to e^z
-    W target = zero - rivals;
+    W rivals = hard * df; // what the rivals share in proportion to p
+    W target = zero - rivals * o.miss;
 
     if constexpr (General) {
       const W b = row.target_side, b_rivals = row.term[2];
-      const W over = select(row.term[0] == zero, inf, b_rivals * o.above - row.term[1]);
+      const W over = select(row.term[0] == zero, inf, b_rivals * o.above() - row.term[1]);
       value = value + weighted(b, o.surprise) + select(b_rivals == zero, zero, over);
-      rivals = rivals + (b + b_rivals) * o.miss;
+      rivals = rivals + (b + b_rivals);
       target = target + (b_rivals * o.hit - b * o.miss);
     }
     if (p.log_z_penalty > 0) {
-      const W lse = o.log_sum_exp, pull = W(2 * p.log_z_penalty) * lse;
+      const W lse = o.log_sum_exp(), pull = W(2 * p.log_z_penalty) * lse;
       value = value + W(p.log_z_penalty) * lse * lse;
-      rivals = rivals + weighted(o.miss, pull);
+      rivals = rivals + pull;
       target = target + weighted(o.hit, pull);
     }
     row_outcome<W> out;
     out.value = value;
-    out.image_scale = per_rival(rivals, row);
+    out.image_scale = select(row.term[0] == zero, zero, rivals * o.per_rival);
     out.target_gradient = target;
     if constexpr (General) {
       const W slower(p.inverse_temperature);
@@ -113,9 +114,9 @@ template <class T, bool General> struct cross_entropy_formula : row_formula {
     const target_odds o(row);
     using W = decltype(o.hit);
     row_report<W> r = softmax_report(row);
-    r.penalty = W(p.log_z_penalty) * o.log_sum_exp * o.log_sum_exp;
+    r.penalty = W(p.log_z_penalty) * o.log_sum_exp() * o.log_sum_exp();
     if constexpr (General) { // Σ_c p_c (lse − z_c)
-      const W rivals = select(row.term[0] == W(0), W(0), o.above - row.term[3] / row.term[0]);
+      const W rivals = select(row.term[0] == W(0), W(0), o.above() - row.term[3] / row.term[0]);
       r.entropy = weighted(o.hit, o.surprise) + weighted(o.miss, rivals);
     }
     return r;
@@ -161,7 +162,7 @@ template <class T, bool Product> struct cross_entropy_hessian : row_formula {
       second = gamma * weighted(focus, two * o.hit + (gamma - one) * o.hit * o.hit * ratio - hn);
     }
     const W c(2 * p.log_z_penalty), t(p.inverse_temperature * p.inverse_temperature);
-    const W penalty = p.log_z_penalty > 0 ? c * o.log_sum_exp : zero;
+    const W penalty = p.log_z_penalty > 0 ? c * o.log_sum_exp() : zero;
     const W a = t * (weighted(hard, first) + W(smoothed_weight) + penalty);
     const W f = t * weighted(hard, second);
     row_outcome<W> out;
@@ -314,6 +315,8 @@ private:
   double label_weight(index y) const {
     return class_weights_.empty() ? 1.0 : static_cast<double>(class_weights_[std::size_t(y)]);
   }
+
+  bool has_label_weights() const { return !class_weights_.empty(); }
 
   void check(const core::row_job<T>& job) const {
     const auto same = [&](const std::vector<T>& v, const char* what) {

@@ -40,7 +40,7 @@ struct log_softmax_formula : row_formula {
     row_outcome<W> out;
     out.value = W(0);
     out.coefficient[0] = row.shift;
-    out.coefficient[1] = select(row.term[0] == W(0), W(0), o.above); // all rivals masked
+    out.coefficient[1] = select(row.term[0] == W(0), W(0), o.above()); // all rivals masked
     out.target_gradient = -o.surprise;
     return out;
   }

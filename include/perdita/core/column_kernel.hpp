@@ -174,13 +174,14 @@ private:
     ignored_ = shifted_ = 0;
     std::fill(label_ + rows_, label_ + whole, 0);
     std::fill_n(keep_, packs_, V(1));
-    for (index i = 0; i < whole; ++i)
-      if (i >= rows_ || !job_.counts(first_ + i, job_.labels ? label_[i] : 0)) [[unlikely]] {
-        ignored_ |= std::uint64_t{1} << i / width;
-        label_[i] = 0;
-        V& keep = keep_[i / width];
-        keep = select(iota<T>() == V(static_cast<T>(i % width)), V(0), keep);
-      }
+    if (rows_ < whole || !all_count())
+      for (index i = 0; i < whole; ++i)
+        if (i >= rows_ || !job_.counts(first_ + i, job_.labels ? label_[i] : 0)) {
+          ignored_ |= std::uint64_t{1} << i / width;
+          label_[i] = 0;
+          V& keep = keep_[i / width];
+          keep = select(iota<T>() == V(static_cast<T>(i % width)), V(0), keep);
+        }
     std::fill_n(weight_, whole, 1.0);
     std::fill_n(scale_, whole, job_.scale);
     if (job_.row_weights.data || job_.upstream.data)
@@ -227,10 +228,26 @@ private:
                 stage_[j * tile_rows_ + rows_ - 1]);
   }
 
+  /// Whether no row of the tile is left out, which is told without a branch per row.
+  bool all_count() const {
+    std::int64_t ignored = 0;
+    if (job_.labels)
+      for (index i = 0; i < rows_; ++i)
+        ignored |= label_[i] == job_.ignore_index;
+    return !ignored && !job_.row_weights.data;
+  }
+
   /// Notes which packs of rows have their target in which column of a chunk.
   void mark(index column, index n) {
     const bool crowded = n < 2 * width;
     std::fill_n(where_, n, crowded ? ~std::uint64_t{0} : 0);
+    if (crowded && n == cols_) {
+      for (index i = 0; i < packs_ * width; ++i)
+        out_[i] = static_cast<T>(static_cast<std::int32_t>(label_[i]));
+      for (index p = 0; p < packs_; ++p)
+        column_[p] = V::load(out_ + p * width);
+      return;
+    }
     alignas(64) T relative[lanes<T>];
     for (index p = 0; p < packs_; ++p) {
       for (index i = 0; i < width; ++i) {
@@ -264,16 +281,20 @@ private:
     }
     if constexpr (!statistic::look_is_maximum)
       for (index p = 0; p < packs_; ++p)
-        seen_[p] =
-            folded([&](index i) { return i < cols_ ? part_[i * tile_packs_ + p] : nothing; });
+        seen_[p] = folded([&](index i) { return part_[i * tile_packs_ + p]; });
   }
 
-  /// Σ f(i) over W numbers, halves onto halves, as sum_lanes() does with lanes.
-  template <index Apart = 1, class F> static PERDITA_INLINE auto folded(F f, index i = 0) {
-    if constexpr (Apart == width)
+  /// Σ f(i) over W numbers, halves onto halves, as sum_lanes() does with lanes; those past the last
+  /// column are 0.
+  template <index Apart = 1, class F> PERDITA_INLINE auto folded(F f, index i = 0) const {
+    if constexpr (Apart == width) {
       return f(i);
-    else
-      return folded<2 * Apart>(f, i) + folded<2 * Apart>(f, i + Apart);
+    } else {
+      auto sum = folded<2 * Apart>(f, i);
+      if (i + Apart < cols_)
+        sum += folded<2 * Apart>(f, i + Apart);
+      return sum;
+    }
   }
 
   /// Whether the shift of a pack moved.
@@ -354,38 +375,46 @@ private:
     }
   }
 
+  /// Half h of the rows of a pack.
+  template <index h> PERDITA_INLINE row_summary<statistic> summary_of(index p) const {
+    const index at = p * width + h * finish_rows;
+    row_summary<statistic> s;
+    s.shift = half<h>(shift_[p]);
+    s.target = half<h>(formula_.score(raw_target_[p]));
+    s.target_side = W::load(target_side_ + at);
+    s.label_weight = W::load(label_weight_ + at);
+    s.classes = W(static_cast<double>(cols_));
+    for (int k = 0; k < statistic::terms; ++k)
+      s.term[k] = folded([&](index i) { return lane(sums_, k, i)[p].folded(static_cast<int>(h)); });
+    return s;
+  }
+  template <index h> static PERDITA_INLINE W half(const V& a) {
+    W wide[halves];
+    widen(a, wide);
+    return wide[h];
+  }
+
   void finish(index p, index block, value_sum* totals) {
-    W shift[halves], rivals[halves], raw[halves], target[halves], keep[halves];
-    widen(shift_[p], shift);
-    widen(rivals_[p], rivals);
-    widen(raw_target_[p], raw);
-    widen(formula_.score(raw_target_[p]), target);
-    widen(keep_[p], keep);
     W target_gradient[halves], gradient_scale[halves], coefficient[coefficients][halves];
-    for (index h = 0; h < halves; ++h) {
+    // Unrolled, so that what is computed stays in registers.
+    const auto finish_half = [&](auto number) __attribute__((always_inline)) {
+      constexpr index h = number();
       const index at = p * width + h * finish_rows;
-      row_summary<statistic> s;
-      s.shift = shift[h];
-      s.target = target[h];
-      s.target_side = W::load(target_side_ + at);
-      s.label_weight = W::load(label_weight_ + at);
-      s.classes = W(static_cast<double>(cols_));
-      for (int k = 0; k < statistic::terms; ++k)
-        s.term[k] = folded([&](index i) {
-          return i < cols_ ? lane(sums_, k, i)[p].folded(static_cast<int>(h)) : W(0);
-        });
-      const row_outcome<W> result = formula_.finish(s);
-      add_values(select(keep[h] == W(0), W(0), result.value * W::load(weight_ + at)), at, block,
-                 totals);
-      if (job_.report.any())
-        report(s, at, raw[h], rivals[h]);
+      const row_outcome<W> result = formula_.finish(summary_of<h>(p));
+      add_values(select(half<h>(keep_[p]) == W(0), W(0), result.value * W::load(weight_ + at)), at,
+                 block, totals);
+      if (job_.report.any()) [[unlikely]]
+        report<h>(p);
       const W scale = W::load(scale_ + at);
       (Formula::linear ? result.image_scale * scale : result.image_scale).store(image_scale_ + at);
       target_gradient[h] = result.target_gradient * scale;
       gradient_scale[h] = scale;
       for (int k = 0; k < coefficients; ++k)
         coefficient[k][h] = result.coefficient[k];
-    }
+    };
+    finish_half(std::integral_constant<index, 0>{});
+    if constexpr (halves > 1)
+      finish_half(std::integral_constant<index, 1>{});
     if constexpr (Gradient) {
       target_gradient_[p] = narrow(target_gradient);
       gradient_scale_[p] = narrow(gradient_scale);
@@ -396,13 +425,18 @@ private:
 
   /// The weighted values of eight rows from number `at` of the tile on; 0 for those that do not
   /// count.
-  void add_values(const W& weighted, index at, index block, value_sum* totals) {
-    const index row = first_ + at, n = std::min(finish_rows, rows_ - at);
-    const index per_sum = rows_per_sum(job_);
-    if (n == finish_rows && row % finish_rows == 0 && !job_.report.values.data)
-      return totals[(row - block) / per_sum].add(weighted);
+  PERDITA_INLINE void add_values(const W& weighted, index at, index block, value_sum* totals) {
+    const index row = first_ + at;
+    if (at + finish_rows <= rows_ && row % finish_rows == 0 && !job_.report.values.data)
+      return totals[(row - block) / rows_per_sum(job_)].add(weighted);
     alignas(64) double v[finish_rows];
     weighted.store(v);
+    add_single_values(v, at, block, totals);
+  }
+  PERDITA_NOINLINE void add_single_values(const double* v, index at, index block,
+                                          value_sum* totals) {
+    const index row = first_ + at, n = std::min(finish_rows, rows_ - at);
+    const index per_sum = rows_per_sum(job_);
     for (index i = 0; i < n; ++i) {
       totals[(row + i - block) / per_sum].add(row + i, v[i]);
       if (job_.report.values.data)
@@ -410,10 +444,11 @@ private:
     }
   }
 
-  void report(const row_summary<statistic>& s, index at, const W& raw_target, const W& rivals) {
+  template <index h> PERDITA_NOINLINE void report(index p) {
+    const index at = p * width + h * finish_rows;
     index numbers[finish_rows], lanes_of[finish_rows], count = 0;
     alignas(64) T keep[lanes<T>];
-    keep_[at / width].store(keep);
+    keep_[p].store(keep);
     for (index i = 0; i < std::min(finish_rows, rows_ - at); ++i) {
       if (keep[at % width + i] == T(0)) {
         store_ignored_report(job_, first_ + at + i);
@@ -422,7 +457,8 @@ private:
         numbers[count++] = first_ + at + i;
       }
     }
-    store_report(formula_, job_, s, numbers, lanes_of, raw_target, rivals, count);
+    store_report(formula_, job_, summary_of<h>(p), numbers, lanes_of, half<h>(raw_target_[p]),
+                 half<h>(rivals_[p]), count);
   }
 
   /// The factors from image to share for the chunk that starts at a column.

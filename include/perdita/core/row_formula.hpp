@@ -28,38 +28,56 @@ struct row_formula {
 ///
 ///   −log p_y = softplus(u),  1 − p_y = σ(u),  ∂u/∂z_j = e^{z_j} / Σ_{k≠y} e^{z_k},  ∂u/∂z_y = −1,
 ///
-/// so that a confident row keeps its digits: nothing is subtracted from 1.
-template <class W> struct target_odds {
-  W surprise;    // −log p of the target; +inf where it is masked
-  W miss, hit;   // 1 − p and p of the target; 1 and 0 where it is masked
-  W above;       // log Σ e^z − shift, where some rival is above -inf
-  W log_sum_exp; // -inf where all is masked
+/// so that a confident row keeps its digits: nothing is subtracted from 1. What is asked of it is
+/// rounded to T in the end, and only as exact as that needs.
+template <class T, class W> class target_odds {
+  static constexpr double far = 650; // e^650 and its product with any sum are finite
 
-  template <class Row> explicit target_odds(const Row& row) {
-    const W zero(0), one(1), nothing(-std::numeric_limits<double>::infinity());
-    const auto masked = row.target == nothing;
-    const auto all_masked = masked & (row.term[0] == zero);
-    const W rivals = select(all_masked, one, row.term[0]);
-    // e^z over e^{max(shift, target)}: of the target, and of its rivals together, at least 1 where
-    // the shift is above
-    const W lead = row.shift - row.target, back = lead - row.shift;
-    // What its rounding lost; NaN where it is infinite.
-    const W lost = (row.shift - (lead - back)) - (row.target + back);
-    const W near = exp(-abs(lead)), bent = select(lead > zero, zero - lost, lost);
-    const W e = select(abs(lead) < W(1e3), fma(near, bent, near), near);
-    const auto behind = lead > zero;
-    const W a = select(behind, e, one), b = select(behind, rivals, rivals * e);
-    const W log_both = log1p(select(behind, (b - one) + a, b)), all = one / (a + b);
-    surprise = max(zero, lead) + log_both;
-    miss = b * all;
-    hit = a * all;
-    above = max(zero, -lead) + log_both;
-    log_sum_exp = select(masked, row.shift + log_both, row.target + surprise);
-    log_sum_exp = select(all_masked, nothing, log_sum_exp);
+public:
+  W surprise;  // −log p of the target; +inf where it is masked
+  W miss, hit; // 1 − p and p of the target; 1 and 0 where it is masked
+  W per_rival; // (1 − p) / Σ of the rivals' images, where some rival is above -inf
+
+  template <class Row>
+  PERDITA_INLINE explicit target_odds(const Row& row)
+      : images_(row.term[0]), shift_(row.shift), target_(row.target), lead_(shift_ - target_) {
+    const W reach = min(W(far), lead_);
+    e_ = exp_to<T>(reach);
+    if constexpr (std::is_same_v<T, double>) {
+      // What the lead's rounding lost; NaN where it is infinite. Scores in float lose nothing that
+      // shows.
+      const W back = lead_ - shift_;
+      const W lost = (shift_ - (lead_ - back)) - (target_ + back);
+      e_ = select(abs(lead_) < W(1e3), fma(e_, lost, e_), e_);
+    }
+    // Rivals to target; not 0 where both are masked.
+    const W odds = max(W(0x1p-600), images_) * e_;
+    const auto [log_both, inverse] = log1p_and_inverse_to<T>(odds);
+    surprise = log_both + max(W(0), lead_ - W(far));
+    miss = odds * inverse;
+    hit = select(lead_ > W(far), W(0), inverse);
+    per_rival = e_ * inverse;
   }
+  /// log Σ e^z − shift, where some rival is above -inf.
+  PERDITA_INLINE W above() const {
+    const W one(1), behind = log1p_and_inverse_to<T>((images_ - one) + one / e_).log;
+    return select(lead_ > W(0), behind, surprise - lead_);
+  }
+  /// -inf where all is masked.
+  W log_sum_exp() const {
+    const W nothing(-std::numeric_limits<double>::infinity());
+    const auto masked = target_ == nothing;
+    const W lse = select(masked, shift_ + above(), target_ + surprise);
+    return select(masked & (images_ == W(0)), nothing, lse);
+  }
+
+private:
+  W images_, shift_, target_, lead_, e_; // e^lead
 };
+
 template <class Row>
-target_odds(const Row&) -> target_odds<std::remove_cvref_t<decltype(std::declval<Row>().target)>>;
+target_odds(const Row&)
+    -> target_odds<double, std::remove_cvref_t<decltype(std::declval<Row>().target)>>;
 
 /// The log-odds against the target; +inf for a masked target, also where its rivals are masked.
 template <class Row> auto log_odds_against(const Row& row) {
@@ -82,7 +100,7 @@ template <class Row, class W> PERDITA_INLINE W per_rival(const W& numerator, con
 template <class Row> auto softmax_report(const Row& row) {
   const target_odds o(row);
   using W = decltype(o.hit);
-  return row_report<W>{o.log_sum_exp, -o.surprise, W(0), W(0)};
+  return row_report<W>{o.log_sum_exp(), -o.surprise, W(0), W(0)};
 }
 
 /// ∂value/∂score of z: `factor` takes the image to the share, and what is below `cut` to 0. Where

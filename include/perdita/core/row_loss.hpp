@@ -136,7 +136,8 @@ struct row_head {
 ///   visit(job, f)               calls f(formula) with the formula that serves the job
 ///
 /// and, where they differ from these defaults, label_weight(y), the class weight in the mean's
-/// denominator (1), and check(job), which fails if the loss cannot take such a job;
+/// denominator (1), has_label_weights(), false where all of those are 1 and need not be asked for,
+/// and check(job), which fails if the loss cannot take such a job;
 ///
 /// and a formula (core/row_formula.hpp) declares the algebra.
 template <class Derived, class T> class row_loss {
@@ -200,6 +201,7 @@ protected:
   }
 
   double label_weight(index) const { return 1; }
+  bool has_label_weights() const { return true; }
   void check(const core::row_job<T>&) const {}
 
 private:
@@ -231,6 +233,8 @@ private:
   void check_matrices(const core::row_job<T>& job, const call_options<T>& call,
                       bool has_gradient) const;
   double check_and_weigh(const core::row_job<T>& job, const call_options<T>& call) const;
+  void fail_at_label(const core::row_job<T>& job, const std::int64_t* labels, index first,
+                     index n) const;
   template <class Run> T reduce(core::row_job<T>& job, const call_options<T>& call, Run run) const;
 };
 
@@ -280,26 +284,35 @@ double row_loss<Derived, T>::check_and_weigh(const core::row_job<T>& job,
   if (cols > 0)
     self().check(job);
 
+  using plain_label_weight = double (row_loss::*)(index) const;
+  constexpr bool plain = std::is_same_v<decltype(&Derived::label_weight), plain_label_weight>;
+  const bool equal = !job.row_weights.data && (plain || !self().has_label_weights());
   core::exact_sum weights;
   index ones = 0; // weights of 1 are only counted
   constexpr index batch = 256;
   std::int64_t labels[batch];
   for (index first = 0; first < rows; first += batch) {
     const index n = std::min(batch, rows - first);
-    if (job.labels)
+    std::int64_t ignored = 0, wrong = 0;
+    if (job.labels) {
       job.read_labels(first, n, labels);
-    for (index i = 0; i < n; ++i) {
-      double weight = 1;
-      if (job.labels) {
-        if (labels[i] == job.ignore_index)
-          continue;
-        if (labels[i] < 0 || labels[i] >= cols) [[unlikely]]
-          core::fail_at(name, "labels", first + i, core::to_text(labels[i]),
-                        "0 to " + core::to_text(cols - 1) + ", or ignore_index " +
-                            core::to_text(job.ignore_index));
-        weight = self().label_weight(static_cast<index>(labels[i]));
+      for (index i = 0; i < n; ++i) { // without a branch
+        const bool counts = labels[i] != job.ignore_index;
+        ignored += !counts;
+        wrong += counts & ((labels[i] < 0) | (labels[i] >= cols));
       }
-      weight *= job.row_weight(first + i);
+    }
+    if (wrong) [[unlikely]]
+      fail_at_label(job, labels, first, n);
+    if (equal) {
+      ones += n - ignored;
+      continue;
+    }
+    for (index i = 0; i < n; ++i) {
+      if (job.labels && labels[i] == job.ignore_index)
+        continue;
+      const double of_label = job.labels ? self().label_weight(static_cast<index>(labels[i])) : 1;
+      const double weight = of_label * job.row_weight(first + i);
       if (weight == 1)
         ++ones;
       else
@@ -307,6 +320,18 @@ double row_loss<Derived, T>::check_and_weigh(const core::row_job<T>& job,
     }
   }
   return weights.value() + static_cast<double>(ones);
+}
+
+/// For the first label out of range among those of n rows, of which there is one.
+template <class Derived, class T>
+void row_loss<Derived, T>::fail_at_label(const core::row_job<T>& job, const std::int64_t* labels,
+                                         index first, index n) const {
+  const index cols = job.scores.cols;
+  for (index i = 0; i < n; ++i)
+    if (labels[i] != job.ignore_index && (labels[i] < 0 || labels[i] >= cols))
+      core::fail_at(self().name, "labels", first + i, core::to_text(labels[i]),
+                    "0 to " + core::to_text(cols - 1) + ", or ignore_index " +
+                        core::to_text(job.ignore_index));
 }
 
 /// Checks a job, settles its scale, and reduces what run() returns.

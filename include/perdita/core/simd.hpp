@@ -106,6 +106,10 @@ template <class I> PERDITA_INLINE I add_bits(I a, I b) {
   using U = std::make_unsigned_t<I>;
   return static_cast<I>(static_cast<U>(a) + static_cast<U>(b));
 }
+template <class I> PERDITA_INLINE I subtract_bits(I a, I b) {
+  using U = std::make_unsigned_t<I>;
+  return static_cast<I>(static_cast<U>(a) - static_cast<U>(b));
+}
 PERDITA_INLINE float lookup(const float* table, std::int32_t index) { return table[index & 15]; }
 
 #else
@@ -267,9 +271,20 @@ template <class I> PERDITA_INLINE auto from_bits(const batch<I>& a) {
   return real(std::bit_cast<typename real::register_type>(a.data));
 }
 template <int N, class I> PERDITA_INLINE batch<I> shift_left(const batch<I>& a) { return a << N; }
-template <int N, class I> PERDITA_INLINE batch<I> shift_right(const batch<I>& a) { return a >> N; }
+template <int N, class I> PERDITA_INLINE batch<I> shift_right(const batch<I>& a) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  if constexpr (sizeof(I) == 8) { // there is no such instruction, and xsimd goes lane by lane
+    const __m256i sign = _mm256_set1_epi64x(std::int64_t{1} << (63 - N));
+    return batch<I>(_mm256_sub_epi64(_mm256_xor_si256(_mm256_srli_epi64(a.data, N), sign), sign));
+  }
+#endif
+  return a >> N;
+}
 template <class I> PERDITA_INLINE batch<I> add_bits(const batch<I>& a, const batch<I>& b) {
   return a + b;
+}
+template <class I> PERDITA_INLINE batch<I> subtract_bits(const batch<I>& a, const batch<I>& b) {
+  return a - b;
 }
 
 #if defined(__AVX2__) && !defined(__AVX512F__)
@@ -417,7 +432,16 @@ template <class T> struct pack {
   static constexpr std::size_t step = reg::types<T>::size;
 
   pack() = default;
-  PERDITA_INLINE pack(const registers& values) : r(values) {}
+  PERDITA_INLINE pack(const registers& values) { *this = values; }
+  /// Register by register: GCC would copy the bytes by sixteen, and a load of a whole register must
+  /// then wait until they have reached the cache.
+  PERDITA_INLINE pack(const pack& other) { *this = other.r; }
+  PERDITA_INLINE pack& operator=(const pack& other) { return *this = other.r; }
+  PERDITA_INLINE pack& operator=(const registers& values) {
+    for (std::size_t i = 0; i < r.size(); ++i)
+      r[i] = values[i];
+    return *this;
+  }
   PERDITA_INLINE pack(T a) {
     const auto lane = reg::set(a);
     for (auto& x : r)
@@ -561,6 +585,12 @@ template <class T> PERDITA_INLINE pack_bits<T> operator+(const pack_bits<T>& a, 
   using integer = typename reg::types<T>::integer;
   return detail::each<pack_bits<T>>([&](auto i) __attribute__((always_inline)) {
     return reg::add_bits(a.r[i], integer(b));
+  });
+}
+template <class T> PERDITA_INLINE pack_bits<T> operator-(const pack_bits<T>& a) {
+  using integer = typename reg::types<T>::integer;
+  return detail::each<pack_bits<T>>([&](auto i) __attribute__((always_inline)) {
+    return reg::subtract_bits(integer(bits_of<T>{0}), a.r[i]);
   });
 }
 /// table[index & 15] per lane; the table is 64-byte aligned.
@@ -834,6 +864,104 @@ PERDITA_INLINE void transpose(__m512 (&r)[16]) {
     r[12 + c] = _mm512_shuffle_f32x4(d, e, 0xdd);
   });
 }
+#elif !PERDITA_NO_SIMD && defined(__AVX2__)
+/// Rows to columns: 4 x 4 blocks, those in the lower and those in the upper halves at once.
+PERDITA_INLINE void transpose(__m256& a, __m256& b, __m256& c, __m256& d) {
+  const __m256 low01 = _mm256_unpacklo_ps(a, b), low23 = _mm256_unpacklo_ps(c, d);
+  const __m256 high01 = _mm256_unpackhi_ps(a, b), high23 = _mm256_unpackhi_ps(c, d);
+  a = _mm256_shuffle_ps(low01, low23, 0x44);
+  b = _mm256_shuffle_ps(low01, low23, 0xee);
+  c = _mm256_shuffle_ps(high01, high23, 0x44);
+  d = _mm256_shuffle_ps(high01, high23, 0xee);
+}
+/// The first n numbers from p on, n <= 4; the others are 0.
+PERDITA_INLINE __m128 load_up_to_4(const float* p, std::ptrdiff_t n) {
+  if (n >= 4)
+    return _mm_loadu_ps(p);
+  const __m128i order = _mm_setr_epi32(0, 1, 2, 3);
+  return _mm_maskload_ps(p, _mm_cmpgt_epi32(_mm_set1_epi32(static_cast<int>(n)), order));
+}
+/// Not by a mask, which takes long on some machines.
+PERDITA_INLINE void store_up_to_4(float* p, __m128 a, std::ptrdiff_t n) {
+  if (n >= 4)
+    return _mm_storeu_ps(p, a);
+  if (n & 2) {
+    _mm_storel_pi(reinterpret_cast<__m64*>(p), a);
+    a = _mm_movehl_ps(a, a);
+    p += 2;
+  }
+  if (n & 1)
+    _mm_store_ss(p, a);
+}
+/// m rows of n numbers to n rows of m, m <= 8 and n <= 4.
+PERDITA_INLINE void transpose_4_columns(const float* from, std::ptrdiff_t from_step,
+                                        std::ptrdiff_t m, std::ptrdiff_t n, float* to,
+                                        std::ptrdiff_t to_step) {
+  __m256 r[4];
+  for (std::ptrdiff_t k = 0; k < 4; ++k) {
+    const __m128 zero = _mm_setzero_ps();
+    r[k] = _mm256_set_m128(k + 4 < m ? load_up_to_4(from + (k + 4) * from_step, n) : zero,
+                           k < m ? load_up_to_4(from + k * from_step, n) : zero);
+  }
+  transpose(r[0], r[1], r[2], r[3]);
+  for (std::ptrdiff_t k = 0; k < 4; ++k)
+    if (k < n) {
+      store_up_to_4(to + k * to_step, _mm256_castps256_ps128(r[k]), m);
+      if (m > 4)
+        store_up_to_4(to + k * to_step + 4, _mm256_extractf128_ps(r[k], 1), m - 4);
+    }
+}
+/// m rows of n numbers to n rows of m, m <= 4 and n <= 8.
+PERDITA_INLINE void transpose_4_rows(const float* from, std::ptrdiff_t from_step, std::ptrdiff_t m,
+                                     std::ptrdiff_t n, float* to, std::ptrdiff_t to_step) {
+  __m256 r[4];
+  for (std::ptrdiff_t k = 0; k < 4; ++k) {
+    const float* const row = from + k * from_step;
+    if (k >= m)
+      r[k] = _mm256_setzero_ps();
+    else if (n == 8)
+      r[k] = _mm256_loadu_ps(row);
+    else
+      r[k] = _mm256_set_m128(n > 4 ? load_up_to_4(row + 4, n - 4) : _mm_setzero_ps(),
+                             load_up_to_4(row, n));
+  }
+  transpose(r[0], r[1], r[2], r[3]);
+  for (std::ptrdiff_t k = 0; k < 4; ++k) {
+    if (k < n)
+      store_up_to_4(to + k * to_step, _mm256_castps256_ps128(r[k]), m);
+    if (k + 4 < n)
+      store_up_to_4(to + (k + 4) * to_step, _mm256_extractf128_ps(r[k], 1), m);
+  }
+}
+PERDITA_INLINE void transpose_8_by_8(const float* from, std::ptrdiff_t from_step, float* to,
+                                     std::ptrdiff_t to_step) {
+  __m256 r[8]; // {row k, row k + 4} of the left half, then of the right half
+  for (std::ptrdiff_t k = 0; k < 4; ++k)
+    for (std::ptrdiff_t half = 0; half < 2; ++half)
+      r[4 * half + k] = _mm256_set_m128(_mm_loadu_ps(from + (k + 4) * from_step + 4 * half),
+                                        _mm_loadu_ps(from + k * from_step + 4 * half));
+  transpose(r[0], r[1], r[2], r[3]);
+  transpose(r[4], r[5], r[6], r[7]);
+  for (std::ptrdiff_t k = 0; k < 8; ++k)
+    _mm256_storeu_ps(to + k * to_step, r[k]);
+}
+#endif
+#if !PERDITA_NO_SIMD && defined(__AVX2__)
+/// Pairs, eight at a time: {a0 b0 a1 b1 …} to {a0 a1 …} and {b0 b1 …}, and back.
+PERDITA_INLINE void split_pairs(const float* from, float* a, float* b) {
+  const __m256 x = _mm256_loadu_ps(from), y = _mm256_loadu_ps(from + 8);
+  const auto ordered = [](__m256 v) __attribute__((always_inline)) {
+    return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(v), 0xd8));
+  };
+  _mm256_storeu_ps(a, ordered(_mm256_shuffle_ps(x, y, 0x88)));
+  _mm256_storeu_ps(b, ordered(_mm256_shuffle_ps(x, y, 0xdd)));
+}
+PERDITA_INLINE void join_pairs(const float* a, const float* b, float* to) {
+  const __m256 x = _mm256_loadu_ps(a), y = _mm256_loadu_ps(b);
+  const __m256 low = _mm256_unpacklo_ps(x, y), high = _mm256_unpackhi_ps(x, y);
+  _mm256_storeu_ps(to, _mm256_permute2f128_ps(low, high, 0x20));
+  _mm256_storeu_ps(to + 8, _mm256_permute2f128_ps(low, high, 0x31));
+}
 #endif
 } // namespace detail
 
@@ -843,6 +971,21 @@ template <class T>
 void copy_transposed(const T* from, std::ptrdiff_t from_step, std::ptrdiff_t rows,
                      std::ptrdiff_t cols, T* to, std::ptrdiff_t to_step) {
   std::ptrdiff_t i = 0;
+#if !PERDITA_NO_SIMD && defined(__AVX2__)
+  if constexpr (sizeof(T) == 4) {
+    if (cols == 2 && from_step == 2) {
+      for (; i + 8 <= rows; i += 8)
+        detail::split_pairs(from + 2 * i, to + i, to + to_step + i);
+    } else if (rows == 2 && to_step == 2) {
+      std::ptrdiff_t j = 0;
+      for (; j + 8 <= cols; j += 8)
+        detail::join_pairs(from + j, from + from_step + j, to + 2 * j);
+      from += j;
+      to += 2 * j;
+      cols -= j;
+    }
+  }
+#endif
 #if !PERDITA_NO_SIMD && defined(__AVX512F__)
   if constexpr (sizeof(T) == 4)
     for (; i < rows; i += 16)
@@ -861,6 +1004,25 @@ void copy_transposed(const T* from, std::ptrdiff_t from_step, std::ptrdiff_t row
             store_first(pack<T>({r[k]}), to + (j + column) * to_step + i, m);
         });
       }
+#elif !PERDITA_NO_SIMD && defined(__AVX2__)
+  if constexpr (sizeof(T) == 4)
+    for (; i < rows; i += 8) {
+      const std::ptrdiff_t m = rows - i < 8 ? rows - i : 8;
+      for (std::ptrdiff_t j = 0; j < cols; j += 8) {
+        const std::ptrdiff_t n = cols - j < 8 ? cols - j : 8;
+        const T* const x = from + i * from_step + j;
+        T* const y = to + j * to_step + i;
+        if (m == 8 && n == 8) {
+          detail::transpose_8_by_8(x, from_step, y, to_step);
+        } else if (m <= 4) {
+          detail::transpose_4_rows(x, from_step, m, n, y, to_step);
+        } else {
+          detail::transpose_4_columns(x, from_step, m, n < 4 ? n : 4, y, to_step);
+          if (n > 4)
+            detail::transpose_4_columns(x + 4, from_step, m, n - 4, y + 4 * to_step, to_step);
+        }
+      }
+    }
 #endif
   for (; i < rows; ++i)
     for (std::ptrdiff_t j = 0; j < cols; ++j)
