@@ -43,6 +43,9 @@ public:
       samples_.push_back(elapsed.count());
   }
 
+  /// A turn that was timed elsewhere.
+  void add_sample(double seconds) { samples_.push_back(seconds); }
+
   /// The fraction q of the samples is faster than this, in seconds.
   double quantile(double q) const {
     std::vector<double> sorted = samples_;
@@ -72,7 +75,8 @@ inline void compete(std::vector<contestant*> all, const rounds& wanted = {}) {
   if (!wanted.warm)
     for (contestant* c : all)
       c->take_turn(false);
-  const std::size_t least = wanted.least, most = wanted.most;
+  const std::size_t taken = all.empty() ? 0 : all.front()->samples();
+  const std::size_t least = wanted.least - std::min(wanted.least, taken), most = wanted.most;
   const auto end = clock::now() + std::chrono::duration<double>(wanted.seconds);
   for (std::size_t n = 0; n < least || (n < most && clock::now() < end); ++n) {
     for (contestant* c : all)
