@@ -517,21 +517,19 @@ private:
       measure(scores_are_kept);
       emitted = scores_are_kept;
     }
-    const index together = pieces_together();
-    for (index piece = 0; piece < shape_.pieces(); piece += together) {
-      const index n = std::min(together, shape_.pieces() - piece);
-      for_each(n, [&](const worker& w, index i) {
-        const index s = slot_of(piece, i);
+    for (index piece = 0; piece < shape_.pieces(); piece += slots_) {
+      const index n = std::min(slots_, shape_.pieces() - piece);
+      for_each(n, [&](const worker& w, index s) {
         if (!emitted) {
           if (!scores_are_kept)
-            make_piece(w, piece + i, slot(s));
-          emit(w, piece + i, slot(s));
+            make_piece(w, piece + s, slot(s));
+          emit(w, piece + s, slot(s));
         }
         if (linear_.d_bias.data)
-          add_to_bias(piece + i, slot(s), !first_block || linear_.accumulate_weights);
+          add_to_bias(piece + s, slot(s), !first_block || linear_.accumulate_weights);
         const bool accumulate = !first_block || (direct_weights_ && linear_.accumulate_weights);
-        if (!add_live_to_weights(w, piece + i, s, accumulate))
-          add_to_weights(w, piece + i, slot(s), accumulate);
+        if (!add_live_to_weights(w, piece + s, s, accumulate))
+          add_to_weights(w, piece + s, slot(s), accumulate);
       });
       const index strip = columns_per_task();
       for_each((depth_ + strip - 1) / strip, [&](const worker& w, index i) {
@@ -541,12 +539,6 @@ private:
     if (!direct_hidden_)
       put_hidden();
   }
-
-  /// Pieces whose gradients go into both products before the next ones are looked at: few enough
-  /// to be in the last-level cache still, and enough for every worker to have several.
-  index pieces_together() const { return std::min(slots_, std::max<index>(16, 4 * workers_)); }
-  /// The place of the i-th piece from `piece` on.
-  index slot_of(index piece, index i) const { return roomy_ ? piece + i : i; }
 
   void emit(const worker& w, index piece, T* scores) const {
     const index first = first_of(piece), n = size_of(piece);
@@ -595,15 +587,14 @@ private:
   }
   /// Columns of the gradient of the hidden states += gradient of the scores times weights.
   void add_to_hidden(const worker& w, index piece, index pieces, index d, index cols) const {
-    for (index i = 0; i < pieces; ++i) {
-      const index s = slot_of(piece, i);
-      if (add_live_to_hidden(w, piece + i, s, d, cols))
+    for (index s = 0; s < pieces; ++s) {
+      if (add_live_to_hidden(w, piece + s, s, d, cols))
         continue;
-      for (index first = 0; first < size_of(piece + i); first += shape::depth) {
-        const index terms = std::min(shape::depth, size_of(piece + i) - first);
+      for (index first = 0; first < size_of(piece + s); first += shape::depth) {
+        const index terms = std::min(shape::depth, size_of(piece + s) - first);
         for (index k = 0; k < terms; ++k)
-          put_in_panels(w, linear_.weights, first_of(piece + i) + first + k, d, cols, k, terms);
-        const bool accumulate = piece + i + first > 0 || (direct_hidden_ && job_.accumulate);
+          put_in_panels(w, linear_.weights, first_of(piece + s) + first + k, d, cols, k, terms);
+        const bool accumulate = piece + s + first > 0 || (direct_hidden_ && job_.accumulate);
         for (index p = 0; p < panels(); ++p)
           multiply<T>({slot(s) + p * shape_.panel() + first * width, 1, width, width * width},
                       {w.panels, terms * width}, {nullptr, 0, width, places_ + p * width, d},
