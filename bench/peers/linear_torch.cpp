@@ -7,8 +7,10 @@
 //
 // A benchmark is named linear_peer/NAME/ROWSxFEATURESxCLASSES/threads:N; x_roomy and x_tight are
 // its time divided by that of the linear head, with the default budget and with one piece of scores
-// per thread. (linear_cross_entropy, which takes the rows in chunks, is there in Python only.)
+// per thread.
 
+#include <algorithm>
+#include <cmath>
 #include <cstddef>
 #include <memory>
 #include <string>

@@ -67,6 +67,14 @@ template <class T, bool General> struct cross_entropy_formula : row_formula {
     return select(b == V(0), share, share - pull) * steepness(z);
   }
 
+  /// Out of line: rare, and long where everything around it is in registers.
+  template <class W> PERDITA_NOINLINE void focus(const target_odds<T, W>& o, W& f, W& df) const {
+    const W zero(0), one(1), gamma(p.focal_gamma), power = exp(gamma * log(o.miss));
+    const W ratio = select(o.miss == zero, one, o.surprise / o.miss);
+    f = weighted(power, f);
+    df = weighted(power, one + weighted(o.hit, gamma * ratio));
+  }
+
   template <class Row> PERDITA_INLINE auto finish(const Row& row) const {
     using W = decltype(row.target);
     const W zero(0), one(1), inf(std::numeric_limits<double>::infinity());
@@ -74,12 +82,8 @@ template <class T, bool General> struct cross_entropy_formula : row_formula {
 
     // f(u) = (1 − p)^γ softplus(u), and f'(u) = (1 − p) df
     W f = o.surprise, df = one;
-    if (p.focal_gamma > 0) {
-      const W gamma(p.focal_gamma), focus = exp(gamma * log(o.miss));
-      const W ratio = select(o.miss == zero, one, o.surprise / o.miss);
-      f = weighted(focus, f);
-      df = weighted(focus, one + weighted(o.hit, gamma * ratio));
-    }
+    if (p.focal_gamma > 0)
+      focus(o, f, df);
     const W hard = p.soft ? zero : row.label_weight * W(1 - p.smoothing);
     W value = weighted(hard, f);
     W rivals = hard * df; // what the rivals share in proportion to p

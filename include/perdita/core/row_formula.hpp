@@ -59,12 +59,12 @@ public:
     per_rival = e_ * inverse;
   }
   /// log Σ e^z − shift, where some rival is above -inf.
-  PERDITA_INLINE W above() const {
+  PERDITA_NOINLINE W above() const {
     const W one(1), behind = log1p_and_inverse_to<T>((images_ - one) + one / e_).log;
     return select(lead_ > W(0), behind, surprise - lead_);
   }
   /// -inf where all is masked.
-  W log_sum_exp() const {
+  PERDITA_NOINLINE W log_sum_exp() const {
     const W nothing(-std::numeric_limits<double>::infinity());
     const auto masked = target_ == nothing;
     const W lse = select(masked, shift_ + above(), target_ + surprise);
