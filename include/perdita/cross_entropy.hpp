@@ -75,7 +75,7 @@ template <class T, bool General> struct cross_entropy_formula : row_formula {
     df = weighted(power, one + weighted(o.hit, gamma * ratio));
   }
 
-  template <class Row> PERDITA_INLINE auto finish(const Row& row) const {
+  template <class Row> PERDITA_NOINLINE auto finish(const Row& row) const {
     using W = decltype(row.target);
     const W zero(0), one(1), inf(std::numeric_limits<double>::infinity());
     const target_odds<T, W> o(row);
@@ -330,8 +330,8 @@ private:
     };
     same(class_weights_, "class_weights");
     same(prior_, "prior");
-    core::require(!job.has_soft_target() || job.labels || options_.focal_gamma == 0, name, "focal_gamma",
-                  options_.focal_gamma, "0 with soft targets");
+    core::require(!job.has_soft_target() || job.labels || options_.focal_gamma == 0, name,
+                  "focal_gamma", options_.focal_gamma, "0 with soft targets");
   }
 
   core::cross_entropy_parameters<T> parameters(const core::row_job<T>& job) const {

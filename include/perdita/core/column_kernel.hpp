@@ -519,21 +519,12 @@ private:
     const std::uint64_t special = where_[j] | ignored_;
     for (index p = 0; p < packs_; ++p) {
       prefetch(x + ahead + p * width);
-      const V z = formula_.score(V::load(x + p * width));
-      V g(0);
-      if constexpr (statistic::has_image && (Formula::uses_share || Formula::proportional))
-        g = multiply_unless_less(exp_shifted(z - shift[p]), cut_[p], factor_[p]);
-      if constexpr (!Formula::proportional) {
-        V b = bias;
-        if (q)
-          b = fma(V::load(q + p * width), weight, bias);
-        const V c[coefficients] = {coefficient_[0][p], coefficient_[1][p], coefficient_[2][p]};
-        // The row's scale is in the share already, so that a plain row has the same bits here.
-        if constexpr (Formula::linear)
-          g = formula_.slope(z, g, Formula::has_side ? b * gradient_scale_[p] : b, c);
-        else
-          g = formula_.slope(z, g, b, c) * gradient_scale_[p];
-      }
+      V b = bias;
+      if (Formula::has_side && q)
+        b = fma(V::load(q + p * width), weight, bias);
+      const V c[coefficients] = {coefficient_[0][p], coefficient_[1][p], coefficient_[2][p]};
+      V g = slope_of(formula_, formula_.score(V::load(x + p * width)), shift[p], factor_[p],
+                     cut_[p], b, gradient_scale_[p], c);
       if (marked(special, p)) [[unlikely]] {
         g = select(column_[p] == V(static_cast<T>(j)), target_gradient_[p], g);
         g = select(keep_[p] == V(0), V(0), g);

@@ -13,6 +13,7 @@
 
 #include <algorithm>
 
+#include "row_formula.hpp"
 #include "row_job.hpp"
 #include "workspace.hpp"
 
@@ -459,15 +460,8 @@ private:
     if constexpr (carries) {
       return multiply_unless_less(read, e.cut, e.factor);
     } else {
-      const V z = formula_.score(read);
-      V share(0);
-      if constexpr (statistic::has_image && Formula::uses_share)
-        share = multiply_unless_less(exp_shifted(z - e.shift), e.cut, e.factor);
-      // The row's scale is in the share already, so that a plain row has the same bits here.
-      if constexpr (Formula::linear)
-        return formula_.slope(z, share, Formula::has_side ? side * e.scale : side, e.coefficient);
-      else
-        return formula_.slope(z, share, side, e.coefficient) * e.scale;
+      return slope_of(formula_, formula_.score(read), e.shift, e.factor, e.cut, side, e.scale,
+                      e.coefficient);
     }
   }
 
