@@ -92,11 +92,13 @@ struct multiply_adds {
     lanes a(0.5F), b(0.25F);
     benchmark::DoNotOptimize(a);
     benchmark::DoNotOptimize(b);
-    std::array<lanes, chains> x;
-    x.fill(a);
+    lanes x[chains];
+    for (auto& chain : x)
+      chain = a;
+    // Written out: a loop over the chains may leave them in memory.
     for (std::size_t i = 0; i < rounds; ++i)
-      for (auto& chain : x)
-        chain = core::fma(chain, a, b);
+      core::detail::unrolled<static_cast<std::ptrdiff_t>(chains)>([&](
+          auto k) __attribute__((always_inline)) { x[k] = core::fma(x[k], a, b); });
     benchmark::DoNotOptimize(x);
   }
 };
