@@ -42,7 +42,6 @@ template <class T> struct product_result {
 
 /// How many results the registers hold: rows of the broadcast operand times packs.
 template <class T> struct product_shape {
-  static constexpr index registers = static_cast<index>(pack<T>{}.r.size()); // of a pack
 #if PERDITA_NO_SIMD
   static constexpr index rows = 1, packs = 1;
 #elif defined(__AVX512F__)
