@@ -93,7 +93,7 @@ std::vector<double> row_masses(const linear_problem<float>& p) {
 
 TEST_CASE("linear: what drop_mass drops is within the share, and its effect within the bound",
           "[linear]") {
-  const auto p = peaked_problem();
+  const auto p = peaked_problem(70, GENERATE(3000, 6000)); // looked through at once; tried first
   const gradients exact = differentiate(p, {});
   const auto masses = row_masses(p);
   double longest = 0;
@@ -183,9 +183,22 @@ TEST_CASE("linear: flat rows have nothing to drop, and lose nothing", "[linear]"
   CHECK(g.weights == exact.weights);
 }
 
+TEST_CASE("linear: where nothing is worth a list, scores that are not kept are not searched",
+          "[linear]") {
+  auto p = make_linear_problem<float>(40, 8, 6000, 8, 0.05);
+  p.bias.assign(p.bias.size(), 0);
+  const std::size_t one_piece = std::size_t{100} << 10;
+  std::vector<double> dropped(static_cast<std::size_t>(p.rows), -1);
+  const gradients exact = differentiate(p, {.budget = one_piece}),
+                  g = differentiate(p, {.budget = one_piece, .drop_mass = 0.5, .dropped = dropped});
+  CHECK(g.hidden == exact.hidden);
+  CHECK(g.weights == exact.weights);
+  CHECK(dropped == std::vector<double>(dropped.size(), 0));
+}
+
 TEST_CASE("linear: filtered gradients have the same bits for any number of threads",
           "[linear][threads]") {
-  auto p = peaked_problem(40, 1500);
+  auto p = peaked_problem(40, GENERATE(1500, 5000));
   ignore_some(p);
   for (const std::size_t budget : {std::size_t{0}, std::size_t{100} << 10}) {
     const perdita::linear_options options{.budget = budget, .drop_mass = 0.2};

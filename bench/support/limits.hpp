@@ -83,7 +83,7 @@ struct exponentials {
 /// Nothing but multiply-adds that do not wait for each other: in ten registers or more, because
 /// with no more than latency times units (eight on most machines) one late result delays the next.
 struct multiply_adds {
-  static constexpr std::size_t registers = lanes::registers().size();
+  static constexpr std::size_t registers = core::registers<float>;
   static constexpr std::size_t chains = registers == 1 ? 10 : registers == 2 ? 6 : 3;
   static constexpr std::size_t rounds = 8192;
   static constexpr std::size_t count = chains * rounds * width; ///< per thread and run

@@ -95,21 +95,27 @@ public:
       dropped_[(panel * slices_ + slice) * steps + k] = narrow(wide);
     }
   }
-  /// Settles the thresholds of a panel; dropped[i] is the mass that row i loses.
-  void choose(index panel, double (&dropped)[lanes<T>]) const {
-    alignas(64) T part[lanes<T>], all[lanes<T>], threshold[lanes<T>];
+  /// As if put() had been called for every slice, with nothing.
+  void forget(index panel) const {
+    std::fill_n(dropped_ + panel * slices_ * steps, slices_ * steps, V(0));
+  }
+  void keep_all(index panel) const { threshold_[panel] = V(-1); }
+  /// Settles the thresholds of a panel, of which `part` has been measured; dropped[i] is the mass
+  /// that row i loses of it.
+  void choose(index panel, double part, double (&dropped)[lanes<T>]) const {
+    alignas(64) T some[lanes<T>], all[lanes<T>], threshold[lanes<T>];
     double mass[steps][lanes<T>] = {};
     for (index s = 0; s < slices_; ++s)
       for (index k = 0; k < steps; ++k) {
-        dropped_[(panel * slices_ + s) * steps + k].store(part);
+        dropped_[(panel * slices_ + s) * steps + k].store(some);
         for (index i = 0; i < width; ++i)
-          mass[k][i] += static_cast<double>(part[i]);
+          mass[k][i] += static_cast<double>(some[i]);
       }
     mass_[panel].store(all);
     threshold_[panel].store(threshold);
     for (index i = 0; i < width; ++i) {
       index k = steps - 1;
-      while (k > 0 && !(mass[k][i] <= filter_.share * static_cast<double>(all[i])))
+      while (k > 0 && !(mass[k][i] <= filter_.share * part * static_cast<double>(all[i])))
         --k;
       dropped[i] = mass[k][i];
       for (; k > 0; --k)

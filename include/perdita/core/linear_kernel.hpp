@@ -216,11 +216,8 @@ private:
 
   void go_back(bool first_block, bool made) {
     if (thresholds_.any())
-      for (index p = 0; p < block_.panels(); ++p)
-        thresholds_.begin(p, block_.mass(p), job_.scale);
-    if (thresholds_.measured())
-      measure(made);
-    const bool emitted = thresholds_.measured() && kept_;
+      begin_thresholds();
+    const bool emitted = thresholds_.measured() && measure(made) && kept_;
     // Both products of a few pieces, then of the next: few enough to be in the last-level cache
     // still, and enough for every worker to have several.
     const index together = std::min(slots_, std::max<index>(16, 4 * workers_));
@@ -253,28 +250,80 @@ private:
                  block_.side(p, first, n, w.soft), block_.labels(p, first, n), block_.slopes(p));
   }
 
-  /// Chooses the rows' thresholds, once it is known what each would drop.
-  void measure(bool made) {
+  // ---- filtering
+
+  void begin_thresholds() {
+    for (index p = 0; p < block_.panels(); ++p)
+      thresholds_.begin(p, block_.mass(p), job_.scale);
+  }
+  /// Chooses the rows' thresholds, once it is known what each would drop. Returns whether all
+  /// pieces were emitted for that.
+  bool measure(bool made) {
     for (index i = 0; i < workers_; ++i)
       clear(all_workers_[i].masses);
-    const auto weigh = [&](const worker& w, index piece, T* scores) {
-      emit(w, piece, scores, made);
-      for (index p = 0; p < block_.panels(); ++p)
-        thresholds_.measure(p, scores + p * shape_.panel(), size_of(piece), w.masses[p]);
-    };
-    for_slices(weigh, [this](const worker& w, index s) {
-      for (index p = 0; p < block_.panels(); ++p)
-        thresholds_.put(p, s, w.masses[p]);
-      clear(w.masses);
-    });
+    const bool all = made || worth_measuring();
+    if (all)
+      for_slices([&](const worker& w, index piece, T* scores) { weigh(w, piece, scores, made); },
+                 [this](const worker& w, index s) { put_masses(w, s); });
     for (index p = 0; p < block_.panels(); ++p) {
-      double dropped[lanes<T>];
-      thresholds_.choose(p, dropped);
+      double dropped[lanes<T>] = {};
+      if (all)
+        thresholds_.choose(p, 1, dropped);
+      else
+        thresholds_.keep_all(p);
       if (linear_.dropped.data)
         for (index i = 0; i < block_.rows_in(p); ++i)
           linear_.dropped[block_.rows()[p * width + i]] = dropped[i];
     }
+    return all;
   }
+  void weigh(const worker& w, index piece, T* scores, bool made) const {
+    emit(w, piece, scores, made);
+    for (index p = 0; p < block_.panels(); ++p)
+      thresholds_.measure(p, scores + p * shape_.panel(), size_of(piece), w.masses[p]);
+  }
+  void put_masses(const worker& w, index slice) const {
+    for (index p = 0; p < block_.panels(); ++p)
+      thresholds_.put(p, slice, w.masses[p]);
+    clear(w.masses);
+  }
+  /// Where scores are not kept, all of them have to be made once more to find the thresholds. So a
+  /// few pieces are looked at first: whether there would be a list for any of them, if the others
+  /// were like them.
+  bool worth_measuring() {
+    constexpr index one_in = 16, offset = 8;
+    const index samples = (slices_ - offset + one_in - 1) / one_in;
+    if (slices_ <= offset)
+      return true;
+    const auto piece_of = [this](index k) {
+      const index s = k * one_in + offset, pieces = shape_.pieces();
+      return (s * pieces / slices_ + (s + 1) * pieces / slices_) / 2;
+    };
+    index classes = 0;
+    for (index k = 0; k < samples; ++k)
+      classes += size_of(piece_of(k));
+    for (index p = 0; p < block_.panels(); ++p)
+      thresholds_.forget(p);
+    for_each(samples, [&](const worker& w, index k) {
+      weigh(w, piece_of(k), slot(w.number), false);
+      put_masses(w, k);
+    });
+    double dropped[lanes<T>];
+    for (index p = 0; p < block_.panels(); ++p)
+      thresholds_.choose(p, static_cast<double>(classes) / static_cast<double>(shape_.classes),
+                         dropped);
+    std::atomic<bool> few{false};
+    for_each(samples, [&](const worker& w, index k) {
+      const index piece = piece_of(k);
+      emit(w, piece, slot(w.number), false);
+      if (thresholds_.few(slot(w.number), size_of(piece), shape_.panel(), block_.count()))
+        few = true;
+    });
+    begin_thresholds();
+    return few;
+  }
+
+  // ---- products
 
   /// Rows of the gradient of the weights += gradient of the scores, transposed, times hidden.
   void add_to_weights(const worker& w, index piece, index s, bool first_block) const {

@@ -82,9 +82,8 @@ PERDITA_NOINLINE void multiply_few(const broadcast_operand<T>& a, const panelled
     for (index left = std::min(width, depth - k); left > 0; --left) {
       V y[Packs];
       unrolled<Packs>([&](auto q) __attribute__((always_inline)) {
-        y[q] = V::load(panel + static_cast<index>(q) * b.panel);
-        for (auto& r : y[q].r) // one load, not one for each row
-          r = reg::kept(r);
+        // one load, not one for each row
+        y[q] = kept(V::load(panel + static_cast<index>(q) * b.panel));
       });
       unrolled<Rows>([&](auto i) __attribute__((always_inline)) {
         const V one(x[static_cast<index>(i) * row]);

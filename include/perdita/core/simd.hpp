@@ -384,17 +384,15 @@ PERDITA_INLINE Real fma_unless_less(const Real& x, const Real& cut, const Real& 
 
 template <class T> struct pack;
 
+/// How many of them a pack takes. They lie in plain arrays: std::array would mean thousands of
+/// small calls, and a compiler that thinks about each of them.
+template <class T> inline constexpr std::size_t registers = lanes<T> / reg::types<T>::size;
+
 /// One truth value per lane of a pack<T>.
-template <class T> struct pack_mask {
-  using registers = std::array<typename reg::types<T>::mask, lanes<T> / reg::types<T>::size>;
-  registers r;
-};
+template <class T> struct pack_mask { typename reg::types<T>::mask r[registers<T>]; };
 
 /// Integers of the width of T, one per lane: only what the vector maths needs.
-template <class T> struct pack_bits {
-  using registers = std::array<typename reg::types<T>::integer, lanes<T> / reg::types<T>::size>;
-  registers r;
-};
+template <class T> struct pack_bits { typename reg::types<T>::integer r[registers<T>]; };
 
 namespace detail {
 /// {f(0), f(1), …}: one call per register, unrolled; one per lane, as a loop, for plain scalars
@@ -402,14 +400,14 @@ namespace detail {
 template <class Result, class F> PERDITA_INLINE Result each(F f) {
 #if PERDITA_NO_SIMD
   Result result;
-  for (std::size_t i = 0; i < result.r.size(); ++i)
+  for (std::size_t i = 0; i < std::size(result.r); ++i)
     result.r[i] = f(i);
   return result;
 #else
   return [&]<std::size_t... I>(std::index_sequence<I...>) __attribute__((always_inline)) {
     return Result{{f(std::integral_constant<std::size_t, I>{})...}};
   }
-  (std::make_index_sequence<std::tuple_size_v<typename Result::registers>>{});
+  (std::make_index_sequence<std::extent_v<decltype(Result::r)>>{});
 #endif
 }
 /// f(0), …, f(N − 1), written out: each number is a constant.
@@ -425,20 +423,20 @@ template <std::ptrdiff_t N, class F> PERDITA_INLINE void unrolled(F f) {
 /// 64 bytes of T: a value of the formulas that losses are written in.
 template <class T> struct pack {
   using value_type = T;
-  using registers = std::array<typename reg::types<T>::value, lanes<T> / reg::types<T>::size>;
-  registers r;
+  using array = typename reg::types<T>::value[registers<T>];
+  array r;
 
   static constexpr std::size_t size = lanes<T>;
   static constexpr std::size_t step = reg::types<T>::size;
 
   pack() = default;
-  PERDITA_INLINE pack(const registers& values) { *this = values; }
+  PERDITA_INLINE pack(const array& values) { *this = values; }
   /// Register by register: GCC would copy the bytes by sixteen, and a load of a whole register must
   /// then wait until they have reached the cache.
   PERDITA_INLINE pack(const pack& other) { *this = other.r; }
   PERDITA_INLINE pack& operator=(const pack& other) { return *this = other.r; }
-  PERDITA_INLINE pack& operator=(const registers& values) {
-    for (std::size_t i = 0; i < r.size(); ++i)
+  PERDITA_INLINE pack& operator=(const array& values) {
+    for (std::size_t i = 0; i < registers<T>; ++i)
       r[i] = values[i];
     return *this;
   }
@@ -454,12 +452,12 @@ template <class T> struct pack {
     });
   }
   PERDITA_INLINE void store(T* p) const {
-    for (std::size_t i = 0; i < r.size(); ++i)
+    for (std::size_t i = 0; i < registers<T>; ++i)
       reg::store(p + i * step, r[i]);
   }
   /// Past the caches; p is aligned to 64 bytes.
   PERDITA_INLINE void stream(T* p) const {
-    for (std::size_t i = 0; i < r.size(); ++i)
+    for (std::size_t i = 0; i < registers<T>; ++i)
       reg::stream(p + i * step, r[i]);
   }
 };
@@ -512,6 +510,11 @@ PERDITA_INLINE pack<T> fnma(const pack<T>& a, const pack<T>& b, const pack<T>& c
   return detail::each<pack<T>>([&](auto i) __attribute__((always_inline)) {
     return reg::fnma(a.r[i], b.r[i], c.r[i]);
   });
+}
+/// The same numbers, held in registers from here on.
+template <class T> PERDITA_INLINE pack<T> kept(const pack<T>& a) {
+  return detail::each<pack<T>>([&](auto i)
+                                   __attribute__((always_inline)) { return reg::kept(a.r[i]); });
 }
 template <class T> PERDITA_INLINE pack<T> sqrt(const pack<T>& a) {
   return detail::each<pack<T>>([&](auto i) __attribute__((always_inline)) {
@@ -753,7 +756,7 @@ template <class T> PERDITA_INLINE void store_first(const pack<T>& a, T* p, std::
     _mm512_mask_storeu_pd(p, static_cast<__mmask8>((1U << n) - 1), a.r[0].data);
 #elif !PERDITA_NO_SIMD && defined(__AVX__)
   const std::ptrdiff_t bytes = n * static_cast<std::ptrdiff_t>(sizeof(T));
-  for (std::size_t i = 0; i < a.r.size(); ++i)
+  for (std::size_t i = 0; i < registers<T>; ++i)
     reg::store_where(reg::mask_first(bytes, i), p + i * pack<T>::step, a.r[i]);
 #else
   alignas(64) T v[lanes<T>];
