@@ -55,7 +55,7 @@ public:
     const auto [log_both, inverse] = log1p_and_inverse_to<T>(odds);
     surprise = log_both + max(W(0), lead_ - W(far));
     miss = odds * inverse;
-    hit = select(lead_ > W(far), W(0), inverse);
+    hit = select(lead_ > W(far), odds - odds, inverse); // 0, but NaN where a rival is
     per_rival = e_ * inverse;
   }
   /// log Σ e^z − shift, where some rival is above -inf.

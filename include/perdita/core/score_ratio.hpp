@@ -1,0 +1,82 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+/// Losses that put another function in the place of softmax's exponential:
+///
+///   ℓ = −log( f(x_y) / Σ_k f(x_k) ),   f ≥ 0,   with S = Σ_k f(x_k):
+///   ∂ℓ/∂x_j = f'(x_j)/S,   ∂ℓ/∂x_y = −(f'(x_y)/f(x_y)) (S − f(x_y))/S
+///
+/// f is a polynomial of second degree in a number z that comes from x alone, so that the sums of z
+/// and z² over the rivals are all there is to know.
+
+#include <limits>
+#include <type_traits>
+
+#include "row_formula.hpp"
+#include "row_loss.hpp"
+#include "traits.hpp"
+
+namespace perdita::inline PERDITA_ABI {
+
+namespace core {
+
+/// Map: score(x) gives z; constant(), linear and quadratic are f's coefficients; slope(z) is f'.
+template <class Map> struct score_ratio_formula : row_formula {
+  using statistic = power_sums;
+  static constexpr bool proportional = false;
+  static constexpr bool linear = false;
+
+  Map map;
+
+  template <class V> PERDITA_INLINE V score(const V& x) const { return map.score(x); }
+  template <class V> PERDITA_INLINE V slope(const V& z, const V&, const V&, const V* c) const {
+    return select(masked(z), V(0), map.slope(z) * c[0]);
+  }
+  template <class Row> PERDITA_NOINLINE auto finish(const Row& row) const {
+    using W = std::remove_cvref_t<decltype(row.target)>;
+    const W zero(0), one(1), inf(std::numeric_limits<double>::infinity()), z = row.target;
+    const auto of = [&](const W& n, const W& sum, const W& squares) {
+      W f = W(map.constant()) * n;
+      if constexpr (Map::linear != 0) // 0 times inf would be NaN
+        f = fma(W(Map::linear), sum, f);
+      if constexpr (Map::quadratic != 0)
+        f = fma(W(Map::quadratic), squares, f);
+      return f;
+    };
+    const W rivals = of(row.term[0], row.term[1], row.term[2]), f = of(one, z, z * z);
+    const W inverse = one / (rivals + f);
+    const auto lost = masked(z);
+    row_outcome<W> out;
+    out.value = select(lost, inf, log1p(rivals / f));
+    out.coefficient[0] = select(lost & (rivals == zero), zero, select(lost, one / rivals, inverse));
+    out.target_gradient = select(lost, zero, zero - (map.slope(z) / f) * (rivals * inverse));
+    return out;
+  }
+
+private:
+  template <class V> static PERDITA_INLINE auto masked(const V& z) {
+    return z == V(-std::numeric_limits<typename V::value_type>::infinity());
+  }
+};
+
+} // namespace core
+
+/// Base of the functors: Derived declares its name, options, settings(), traits and, open to
+/// score_ratio_access, map().
+struct score_ratio_access {
+  template <class Loss> static auto map(const Loss& loss) { return loss.map(); }
+};
+template <class Derived, class T> class score_ratio_loss : public row_loss<Derived, T> {
+public:
+  static constexpr bool takes_soft_targets = false;
+  static constexpr bool has_softmax = false;
+
+private:
+  friend row_loss<Derived, T>;
+  template <class F> void visit(const core::row_job<T>&, F f) const {
+    auto map = score_ratio_access::map(static_cast<const Derived&>(*this));
+    f(core::score_ratio_formula<decltype(map)>{{}, map});
+  }
+};
+
+} // namespace perdita::inline PERDITA_ABI
