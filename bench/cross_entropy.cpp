@@ -17,8 +17,7 @@
 //            score, at the speed they have in the first-level cache. What x_limit means where a
 //            problem fits the caches and arithmetic decides.
 //   noise    median ÷ lower quartile of the samples, of the loss or of the traffic, whichever is
-//   more:
-//            where this is far above 1.05 somebody else used the machine, and the ratios mean
+//            more: where this is far above 1.05 somebody else used the machine, and the ratios mean
 //            little.
 //
 // Time and bytes_per_second (scores read plus gradient written) are those of the lower quartile.

@@ -5,12 +5,10 @@
 //
 //   sh bench/run                                      everything, with the peers and the figures
 //   build/bench/bench/bench_linear --benchmark_filter='linear/float/1024x1024x32768/.*threads:2'
-//   PERDITA_BENCH_LARGE=1 ...                         with what takes minutes: 8192x2304x256000,
-//   and
-//                                                     2048x2304x256000 on one thread
-//   PERDITA_BENCH_HEAD=FILE ...                       filter/file/...: a trained head (the format
-//   is
-//                                                     in support/linear_problem.hpp)
+//   PERDITA_BENCH_LARGE=1 ...    with what takes minutes: 8192x2304x256000, and 2048x2304x256000 on
+//                                one thread
+//   PERDITA_BENCH_HEAD=FILE ...  filter/file/...: a trained head (the format is in
+//                                support/linear_problem.hpp)
 //
 // linear/STORAGE/ROWSxFEATURESxCLASSES/MODE/threads:N, MODE being "value", "roomy" (value and
 // gradients, no score computed twice) or "tight" (the scores of one piece per thread held). The

@@ -82,7 +82,7 @@ def draw_peak(axes, named):
         top = 3 * i - 0.5
         if i % 2 == 0:
             axes.axhspan(top, top + 3, color=FAINT, alpha=0.1, linewidth=0)
-        axes.text(0.015, top + 0.12, " × ".join(spaced(n) for n in numbers(shape)), fontsize=8.5,
+        axes.text(0.35, top + 0.12, " × ".join(spaced(n) for n in numbers(shape)), fontsize=8.5,
                   va="top", transform=axes.get_yaxis_transform(), fontweight="bold")
     low = min([n["x_peak"] for n in named.values()] + [0.5])
     axes.set_xlim(min(0.4, low - 0.05), 1.02)

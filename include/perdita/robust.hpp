@@ -55,7 +55,9 @@ struct jensen_shannon_function {
   template <class Odds> auto operator()(const Odds& o) const {
     using W = std::remove_cvref_t<decltype(o.hit)>;
     const double rest = 1 - pi, most = -std::log1p(-pi); // −log(1 − π)
-    const W log_m = log1p(W(-rest) * o.miss);
+    // The smaller of p and 1 − p has the digits.
+    const W log_m =
+        select(o.hit < W(0.5), log(fma(W(rest), o.hit, W(pi))), log1p(W(-rest) * o.miss));
     const W ratio = weighted(o.hit, o.surprise + log_m); // −p log(p/m)
     const W divergence = W(rest) * (W(most) * o.miss - ratio) - W(pi) * log_m;
     return value_and_slope<W>{divergence * W(1 / (rest * most)),
