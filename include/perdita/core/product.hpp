@@ -68,8 +68,8 @@ PERDITA_NOINLINE void multiply_few(const broadcast_operand<T>& a, const panelled
   unrolled<Rows>([&](auto i) __attribute__((always_inline)) {
     unrolled<Packs>([&](auto q) __attribute__((always_inline)) { sum[i][q] = V(0); });
   });
-  // Results lie far apart, often in memory: these, and those of the same rows' next packs, for which
-  // a product of few terms alone would be too short.
+  // Results lie far apart, often in memory: these, and those of the same rows' next packs, for
+  // which a product of few terms alone would be too short.
   unrolled<Rows>([&](auto i) __attribute__((always_inline)) {
     unrolled<2 * Packs>([&](auto q) __attribute__((always_inline)) {
       prefetch_to_write(c.at(i) + static_cast<index>(q) * c.panel);
