@@ -14,13 +14,13 @@ namespace core {
 
 /// With c = −log p_y, S = Σ_k −log p_k and K classes:  n = c/S,
 ///   ∂n/∂x_j = (p_j (S − K c) + c)/S² − δ_jy/S
-template <class T, class Passive> struct active_passive_formula : row_formula {
+template <class T> struct active_passive_formula : row_formula {
   using statistic = log_sum_exp_and_moments; // whose side numbers are all 1
   static constexpr bool proportional = false;
   static constexpr bool has_side = true;
 
   double alpha, beta;
-  Passive passive;
+  target_function<T> passive;
 
   side_cursor<T> side(index) const { return {nullptr, nullptr, nullptr, T(0), T(1)}; }
   template <class V>
@@ -28,7 +28,7 @@ template <class T, class Passive> struct active_passive_formula : row_formula {
     return fma(scale, c[0], share);
   }
   template <class Row> PERDITA_NOINLINE auto finish(const Row& row) const {
-    using W = std::remove_cvref_t<decltype(row.target)>;
+    using W = pack<double>;
     const W zero(0), inf(std::numeric_limits<double>::infinity()), k(row.classes);
     const target_odds<T, W> odds(row);
     const W c = odds.surprise;
@@ -38,7 +38,7 @@ template <class T, class Passive> struct active_passive_formula : row_formula {
     const auto void_sum = (sum == inf) | (sum == zero);
     const W inverse = select(void_sum, zero, W(alpha) / sum);
     const W per_square = select(void_sum, zero, inverse / sum);
-    const value_and_slope<W> other = passive(odds);
+    const value_and_slope other = passive(odds);
 
     row_outcome<W> out;
     out.value = select(c == inf, W(alpha), weighted(inverse, c)) + weighted(W(beta), other.value);
@@ -108,9 +108,9 @@ public:
 private:
   friend row_loss<active_passive<Passive>, T>;
   template <class F> void visit(const core::row_job<T>&, F f) const {
-    auto function = core::target_access::function(passive_);
-    f(core::active_passive_formula<T, decltype(function)>{
-        {}, options_.alpha, options_.beta, function});
+    const auto function = core::target_access::function(passive_);
+    f(core::active_passive_formula<T>{
+        {}, options_.alpha, options_.beta, core::target_function<T>(function)});
   }
   Passive passive_;
   options options_;

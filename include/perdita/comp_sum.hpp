@@ -16,9 +16,9 @@ template <class T> struct comp_sum_function {
   template <class Odds> auto operator()(const Odds& o) const {
     using W = std::remove_cvref_t<decltype(o.hit)>;
     if (rest == 0)
-      return value_and_slope<W>{o.surprise, W(1)};
+      return value_and_slope{o.surprise, W(1)};
     const W x = W(rest) * o.surprise;
-    return value_and_slope<W>{expm1(x) / W(rest), exp_for_slope<T>(x)};
+    return value_and_slope{expm1(x) / W(rest), exp_for_slope<T>(x)};
   }
 };
 

@@ -17,7 +17,7 @@ struct dco_function {
   template <class Odds> auto operator()(const Odds& o) const {
     using W = std::remove_cvref_t<decltype(o.hit)>;
     if (attempts == 1)
-      return value_and_slope<W>{o.surprise, W(1)};
+      return value_and_slope{o.surprise, W(1)};
     const W n(attempts), one(1);
     // The smaller of p and 1 − p has the digits.
     const W a = select(o.hit < W(0.5), log1p(-o.hit), log(o.miss));
@@ -26,7 +26,7 @@ struct dco_function {
     // N p / t → 1 where p is so small that N p is lost beside 1, or p itself is lost.
     const auto lost = o.surprise > W(640);
     const W slope = n * o.hit * exp(W(attempts - 1) * a) / covered;
-    return value_and_slope<W>{select(lost, o.surprise - log(n), value), select(lost, one, slope)};
+    return value_and_slope{select(lost, o.surprise - log(n), value), select(lost, one, slope)};
   }
 };
 

@@ -10,6 +10,7 @@
 #include "dco.hpp"
 #include "ldr.hpp"
 #include "linear.hpp"
+#include "orthogonal_gradient.hpp"
 #include "poly.hpp"
 #include "robust.hpp"
 #include "softmax.hpp"

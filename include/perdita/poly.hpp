@@ -18,12 +18,11 @@ struct poly1_function {
     using W = std::remove_cvref_t<decltype(o.hit)>;
     const W zero(0), one(1), e(epsilon);
     if (gamma == 0)
-      return value_and_slope<W>{o.surprise + e * o.miss, one + e * o.hit};
+      return value_and_slope{o.surprise + e * o.miss, one + e * o.hit};
     const W g(gamma), focus = exp(g * log(o.miss));
     const W steepness = select(o.miss == zero, one, weighted(o.hit, o.surprise) / o.miss);
-    return value_and_slope<W>{
-        weighted(focus, o.surprise) + e * (focus * o.miss),
-        weighted(focus, one + g * steepness + W(epsilon * (gamma + 1)) * o.hit)};
+    return value_and_slope{weighted(focus, o.surprise) + e * (focus * o.miss),
+                           weighted(focus, one + g * steepness + W(epsilon * (gamma + 1)) * o.hit)};
   }
 };
 

@@ -20,7 +20,7 @@ struct truncated_gce_function {
     using W = std::remove_cvref_t<decltype(o.hit)>;
     const W x = W(-q) * o.surprise;
     const auto cut = o.surprise >= W(-std::log(threshold));
-    return value_and_slope<W>{
+    return value_and_slope{
         select(cut, W(-std::expm1(q * std::log(threshold)) / q), expm1(x) / W(-q)),
         select(cut, W(0), exp(x))};
   }
@@ -31,8 +31,8 @@ struct symmetric_cross_entropy_function {
 
   template <class Odds> auto operator()(const Odds& o) const {
     using W = std::remove_cvref_t<decltype(o.hit)>;
-    return value_and_slope<W>{weighted(W(alpha), o.surprise) + W(reverse) * o.miss,
-                              fma(W(reverse), o.hit, W(alpha))};
+    return value_and_slope{weighted(W(alpha), o.surprise) + W(reverse) * o.miss,
+                           fma(W(reverse), o.hit, W(alpha))};
   }
 };
 
@@ -43,8 +43,8 @@ struct asymmetric_function {
   template <class Odds> auto operator()(const Odds& o) const {
     using W = std::remove_cvref_t<decltype(o.hit)>;
     const W grown = log1p(W(sign / base) * o.miss); // log(1 ± m/b)
-    return value_and_slope<W>{W(sign * std::pow(base, q) / q) * expm1(W(q) * grown),
-                              W(std::pow(base, q - 1)) * exp(W(q - 1) * grown) * o.hit};
+    return value_and_slope{W(sign * std::pow(base, q) / q) * expm1(W(q) * grown),
+                           W(std::pow(base, q - 1)) * exp(W(q - 1) * grown) * o.hit};
   }
 };
 
@@ -60,8 +60,8 @@ struct jensen_shannon_function {
         select(o.hit < W(0.5), log(fma(W(rest), o.hit, W(pi))), log1p(W(-rest) * o.miss));
     const W ratio = weighted(o.hit, o.surprise + log_m); // −p log(p/m)
     const W divergence = W(rest) * (W(most) * o.miss - ratio) - W(pi) * log_m;
-    return value_and_slope<W>{divergence * W(1 / (rest * most)),
-                              (W(most) * o.hit + ratio) * W(1 / most)};
+    return value_and_slope{divergence * W(1 / (rest * most)),
+                           (W(most) * o.hit + ratio) * W(1 / most)};
   }
 };
 

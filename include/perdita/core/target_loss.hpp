@@ -18,18 +18,37 @@ namespace perdita::inline PERDITA_ABI {
 namespace core {
 
 /// f(c) and f'(c).
-template <class W> struct value_and_slope { W value, slope; };
+struct value_and_slope {
+  pack<double> value, slope;
+};
 
-/// Function: target_odds → value_and_slope.
-template <class T, class Function> struct target_formula : row_formula {
+/// Any of these functions, from target_odds; it is not copied. All of them share one formula, and
+/// so one traversal each of rows and columns: what tells them apart is called once for every few
+/// rows.
+template <class T> class target_function {
+public:
+  using odds = target_odds<T, pack<double>>;
+
+  template <class Function>
+  explicit target_function(const Function& f)
+      : object_(&f),
+        call_([](const void* g, const odds& o) { return (*static_cast<const Function*>(g))(o); }) {}
+  value_and_slope operator()(const odds& o) const { return call_(object_, o); }
+
+private:
+  const void* object_;
+  value_and_slope (*call_)(const void*, const odds&);
+};
+
+template <class T> struct target_formula : row_formula {
   using statistic = log_sum_exp;
 
-  Function f;
+  target_function<T> f;
 
   template <class Row> PERDITA_NOINLINE auto finish(const Row& row) const {
-    using W = std::remove_cvref_t<decltype(row.target)>;
+    using W = pack<double>;
     const target_odds<T, W> odds(row);
-    const value_and_slope<W> at = f(odds);
+    const value_and_slope at = f(odds);
     row_outcome<W> out;
     out.value = at.value;
     out.image_scale = select(row.term[0] == W(0), W(0), at.slope * odds.per_rival);
@@ -52,8 +71,8 @@ template <class T, class W> W exp_for_slope(const W& x) {
 } // namespace core
 
 /// Base of the functors: Derived declares its name, options, settings(), traits() and, open to
-/// target_access, function(), which makes the Function above. Shapes, reductions, errors, masked
-/// classes and by-products are those of cross_entropy.
+/// target_access, function(), which makes a function of target_odds. Shapes, reductions, errors,
+/// masked classes and by-products are those of cross_entropy.
 template <class Derived, class T> class target_loss : public row_loss<Derived, T> {
 public:
   static constexpr bool takes_soft_targets = false;
@@ -62,8 +81,8 @@ public:
 private:
   friend row_loss<Derived, T>;
   template <class F> void visit(const core::row_job<T>&, F f) const {
-    auto function = core::target_access::function(static_cast<const Derived&>(*this));
-    f(core::target_formula<T, decltype(function)>{{}, function});
+    const auto function = core::target_access::function(static_cast<const Derived&>(*this));
+    f(core::target_formula<T>{{}, core::target_function<T>(function)});
   }
 };
 
