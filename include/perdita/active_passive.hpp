@@ -76,8 +76,8 @@ struct active_passive_options {
 /// Source: Ma, Huang, Wang, Romano, Erfani, Bailey, "Normalized loss functions for deep learning
 /// with noisy labels", ICML 2020.
 ///
-///   perdita::active_passive loss(perdita::asymmetric_gce<float>({.a = 3, .q = 1.5f}), {.alpha =
-///   5});
+///   perdita::asymmetric_gce<float> passive({.a = 3, .q = 1.5f});
+///   perdita::active_passive loss(passive, {.alpha = 5});
 template <class Passive>
 class active_passive : public row_loss<active_passive<Passive>, typename Passive::value_type> {
 public:

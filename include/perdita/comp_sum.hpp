@@ -26,9 +26,8 @@ template <class T> struct comp_sum_function {
 
 /// Comp-sum loss: the concave function Φ^τ of the sum of the rivals' odds,
 ///
-///   ℓ = Φ^τ( Σ_{k≠y} e^{x_k − x_y} ),   Φ^τ(u) = ((1 + u)^{1−τ} − 1) / (1 − τ),   Φ^1(u) = log(1 +
-///   u)
-///     = (p_y^{τ−1} − 1) / (1 − τ),      p = softmax(x)
+///   ℓ = Φ^τ( Σ_{k≠y} e^{x_k − x_y} ),   Φ^τ(u) = ((1 + u)^{1−τ} − 1) / (1 − τ)
+///     = (p_y^{τ−1} − 1) / (1 − τ),      p = softmax(x);   τ = 1: log(1 + u) = −log p_y
 ///   ∂ℓ/∂x = p_y^{τ−1} (p − e_y)
 ///
 /// τ = 0: the sum-exponential loss 1/p_y − 1.  τ = 1: cross-entropy.  1 < τ < 2: generalised

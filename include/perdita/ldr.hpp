@@ -92,12 +92,12 @@ struct average_margin_formula : row_formula {
 ///   δ_k = x_k − x_y + c for k ≠ y,  δ_y = 0
 ///   ∂ℓ/∂x = softmax(δ/λ) − e_y
 ///
-/// λ = 1, c = 0: cross-entropy − log K.  λ → 0: crammer_singer.  λ → ∞: average_margin.  ℓ is below
-/// zero, down to −λ log K, where the label leads by far. Domain, shapes, special values and
-/// accuracy: as cross_entropy, on the scores x/λ. By-products log_sum_exp, target_log_probability
-/// and hits are those of softmax(x/λ). Source: Zhu, Ying, Yang, "Label distributionally robust
-/// losses for multi-class classification", ICML 2023. (Their script first normalises the scores;
-/// that is the caller's here.)
+/// λ = 1, c = 0: cross-entropy − log K.  λ → 0: crammer_singer.  λ → ∞: average_margin.
+/// ℓ is below zero, down to −λ log K, where the label leads by far.
+/// Domain, shapes, special values and accuracy: as cross_entropy, on the scores x/λ.
+/// By-products log_sum_exp, target_log_probability and hits are those of softmax(x/λ).
+/// Source: Zhu, Ying, Yang, "Label distributionally robust losses for multi-class classification",
+/// ICML 2023. (Their script first normalises the scores; that is the caller's here.)
 template <class T = float> class ldr_kl : public row_loss<ldr_kl<T>, T> {
 public:
   struct options {
@@ -136,8 +136,7 @@ private:
 /// The multi-class hinge of Crammer and Singer, LDR-KL's limit λ → 0:
 ///
 ///   ℓ = max(0, c + max_{k≠y} x_k − x_y)
-///   ∂ℓ/∂x = e_k − e_y where ℓ > 0, else 0: k the largest rival, or an equal share for each of
-///   those
+///   ∂ℓ/∂x = e_k − e_y where ℓ > 0, else 0: k the largest rival, or equal shares for all of them
 ///
 /// Masked classes (-inf) are no rivals; a masked label costs +inf, as a rival of +inf does.
 /// Shapes, reductions, errors: as cross_entropy. No by-products but `values`.

@@ -30,9 +30,10 @@ struct stablemax_map {
 ///   ∂ℓ/∂x_j = s'(x_j)/s(x_j) (r_j − δ_jy),   r = s(x)/Σ s
 ///
 /// Not invariant to shifts. Special values: -inf is a masked class, +inf at a label costs 0 with no
-/// gradient, elsewhere NaN. Shapes, reductions, errors: as cross_entropy. No by-products but
-/// `values`. Source: Prieto, Barsbey, Mediano, Birdal, "Grokking at the edge of numerical
-/// stability", ICLR 2025.
+/// gradient, elsewhere NaN.
+/// Shapes, reductions, errors: as cross_entropy. No by-products but `values`.
+/// Source: Prieto, Barsbey, Mediano, Birdal, "Grokking at the edge of numerical stability", ICLR
+/// 2025.
 template <class T = float> class stablemax : public score_ratio_loss<stablemax<T>, T> {
 public:
   struct options {
