@@ -25,7 +25,6 @@ needs() {
       package libxsimd-dev ;;
     test)
       needs run
-      package libboost-dev
       # Catch2 3 is libcatch2-dev; Debian 12 has Catch2 2.13 under the other name.
       has_package libcatch2-dev || has_package catch2 || missing="$missing CATCH2" ;;
     bench)
@@ -50,7 +49,7 @@ needs() {
 
 if ! command -v apt-get >/dev/null 2>&1; then
   echo "deps.sh: no apt-get here, so nothing was installed. Needed: CMake 3.25, Ninja, a C++20" \
-    "compiler, xsimd 8.1 or newer, Eigen 3.4 or newer; for the tests Catch2 and the Boost headers;" \
+    "compiler, xsimd 8.1 or newer, Eigen 3.4 or newer; for the tests Catch2;" \
     "for the benchmarks Google Benchmark." >&2
   exit 0
 fi

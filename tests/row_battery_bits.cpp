@@ -283,14 +283,15 @@ template <class T> void check_threads(const row_descriptor<T>& d) {
         t.identical(base, run(*loss, p, a), size + ", the default");
         perdita::workspace memory;
         a.memory = &memory;
-        for (const std::size_t threads : {1U, 2U, 3U, 7U, 16U})
-          for (const task_order order :
-               {task_order::forward, task_order::reversed, task_order::shuffled}) {
-            const threads_executor many(threads, order);
-            a.run_on = many;
-            a.in_place = order == task_order::shuffled;
-            t.identical(base, run(*loss, p, a), size + ", " + std::to_string(threads) + " threads");
-          }
+        for (const auto& [threads, order] :
+             {std::pair(1U, task_order::reversed), std::pair(2U, task_order::forward),
+              std::pair(3U, task_order::shuffled), std::pair(7U, task_order::reversed),
+              std::pair(16U, task_order::shuffled)}) {
+          const threads_executor many(threads, order);
+          a.run_on = many;
+          a.in_place = order == task_order::shuffled;
+          t.identical(base, run(*loss, p, a), size + ", " + std::to_string(threads) + " threads");
+        }
         // One thread after the other, more tasks than it says: nothing may depend on who runs what.
         for (const task_order order : {task_order::reversed, task_order::shuffled}) {
           const one_thread_executor one(order);

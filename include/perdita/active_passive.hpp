@@ -15,27 +15,24 @@ namespace core {
 /// With c = −log p_y, S = Σ_k −log p_k and K classes:  n = c/S,
 ///   ∂n/∂x_j = (p_j (S − K c) + c)/S² − δ_jy/S
 template <class T> struct active_passive_formula : row_formula {
-  using statistic = log_sum_exp_and_moments; // whose side numbers are all 1
+  using statistic = log_sum_exp_and_total;
   static constexpr bool proportional = false;
-  static constexpr bool has_side = true;
+  static constexpr bool linear = false;
 
   double alpha, beta;
   target_function<T> passive;
 
-  side_cursor<T> side(index) const { return {nullptr, nullptr, nullptr, T(0), T(1)}; }
-  template <class V>
-  PERDITA_INLINE V slope(const V&, const V& share, const V& scale, const V* c) const {
-    return fma(scale, c[0], share);
+  template <class V> PERDITA_INLINE V slope(const V&, const V& share, const V&, const V* c) const {
+    return share + c[0];
   }
   template <class Row> PERDITA_NOINLINE auto finish(const Row& row) const {
     using W = pack<double>;
     const W zero(0), inf(std::numeric_limits<double>::infinity()), k(row.classes);
     const target_odds<T, W> odds(row);
     const W c = odds.surprise;
-    const W rivals = select(row.term[0] == zero, inf, fma(row.term[2], odds.above(), -row.term[1]));
-    const W sum = rivals + c;
+    const W sum = fma(row.term[2], odds.above(), c - row.term[1]);
     // Nothing to normalise by: a masked class, or no rival.
-    const auto void_sum = (sum == inf) | (sum == zero);
+    const auto void_sum = (row.term[2] < k - W(1)) | (c == inf) | (sum == zero);
     const W inverse = select(void_sum, zero, W(alpha) / sum);
     const W per_square = select(void_sum, zero, inverse / sum);
     const value_and_slope other = passive(odds);

@@ -61,6 +61,7 @@ template <class T, bool General> struct cross_entropy_formula : row_formula {
     const V t = z * V(static_cast<S>(1 / (p.inverse_temperature * p.cap)));
     return select(z == V(-std::numeric_limits<S>::infinity()), V(1), fnma(t, t, V(1)));
   }
+  bool slope_reads_score() const { return General && p.cap > 0; }
   template <class V>
   PERDITA_INLINE V slope(const V& z, const V& share, const V& b, const V*) const {
     const V pull = b * V(static_cast<T>(p.inverse_temperature));

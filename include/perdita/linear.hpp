@@ -308,10 +308,13 @@ private:
   }
 
   template <bool Gradient>
-  T run(core::row_job<T>& job, core::linear_job<T>& io, const call_options<T>& call) const {
-    return run_with<Gradient>(job, io, call, [](auto& kernel) { return kernel.run(); });
+  T run(core::row_job<T>& job, core::linear_job<T>& io, const call_options<T>& call,
+        const core::row_record* records = nullptr) const {
+    return run_with<Gradient>(job, io, call, [&](const auto& formula) {
+      return core::run_linear<Gradient>(formula, job, io, call.run_on, call.memory, records);
+    });
   }
-  /// Plans a call, and has use(kernel) do it.
+  /// Plans a call, and has use(formula) do it.
   template <bool Gradient, class Use>
   T run_with(core::row_job<T>& job, core::linear_job<T>& io, const call_options<T>& call,
              Use use) const {
@@ -336,12 +339,7 @@ private:
                      "0 for a loss whose gradient is not that of a softmax");
         if (io.weights.rows == 0)
           return 0.0;
-        using kernel = core::linear_kernel<formula_type, T, Gradient>;
-        workspace own;
-        workspace& memory = call.memory ? *call.memory : own;
-        const auto bytes = kernel(formula, job, io, call.run_on, nullptr).scratch_bytes();
-        kernel k(formula, job, io, call.run_on, memory.request(bytes));
-        return use(k);
+        return use(formula);
       }
     });
   }
@@ -367,25 +365,26 @@ public:
 
   void summarise(std::span<linear_record> records) const {
     check(records.size());
-    run<false>([&](auto& kernel) {
-      kernel.summarise(records.data());
-      return 0.0;
+    run_with([&](const auto& formula, auto& job, auto& io) {
+      core::summarise_linear(formula, job, io, call_.run_on, call_.memory, records.data());
     });
   }
   /// into = what both know.
   void merge(std::span<linear_record> into, std::span<const linear_record> other) const {
     check(into.size());
     check(other.size());
-    run<false>([&](auto& kernel) {
+    run_with([&](const auto& formula, auto&, auto&) {
+      using block = core::linear_block<std::remove_cvref_t<decltype(formula)>, T>;
       for (std::size_t i = 0; i < into.size(); ++i)
-        kernel.merge_records(into[i], other[i]);
-      return 0.0;
+        block::merge_records(into[i], other[i]);
     });
   }
   /// The reduced value, from the records of all classes.
   T finish(std::span<const linear_record> all) const {
     check(all.size());
-    return run<false>([&](auto& kernel) { return kernel.resume(all.data()); });
+    auto job = job_;
+    auto io = io_;
+    return head_.template run<false>(job, io, call_, all.data());
   }
   /// The gradients that belong to this slice, from the records of all classes.
   template <class DX, class DM>
@@ -394,8 +393,7 @@ public:
     auto io = io_;
     head_.set_outputs(io, d_hidden, d_weights);
     auto job = job_;
-    head_.template run_with<true>(job, io, call_,
-                                  [&](auto& kernel) { return kernel.resume(all.data()); });
+    head_.template run<true>(job, io, call_, all.data());
   }
 
 private:
@@ -406,10 +404,13 @@ private:
     head_.check("number of records", static_cast<index>(records), job_.scores.rows,
                 "the rows that the hidden states have");
   }
-  template <bool Gradient, class Use> T run(Use use) const {
+  template <class Use> void run_with(Use use) const {
     auto job = job_;
     auto io = io_;
-    return head_.template run_with<Gradient>(job, io, call_, use);
+    head_.template run_with<false>(job, io, call_, [&](const auto& formula) {
+      use(formula, job, io);
+      return 0.0;
+    });
   }
 
   linear<Loss> head_;

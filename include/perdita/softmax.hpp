@@ -31,6 +31,7 @@ struct log_softmax_formula : row_formula {
   static constexpr bool proportional = false;
   static constexpr bool linear = false;
   static constexpr bool uses_share = false;
+  static constexpr bool slope_reads_score() { return true; }
   template <class V> PERDITA_INLINE V slope(const V& z, const V&, const V&, const V* c) const {
     return (z - c[0]) - c[1];
   }

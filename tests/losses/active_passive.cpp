@@ -148,8 +148,4 @@ TEST_CASE("active_passive: options out of range are refused", "[active_passive]"
                     ContainsSubstring("beta is -1"));
 }
 
-TEMPLATE_TEST_CASE("active_passive: threads", "[active_passive][threads]", float, double) {
-  check_threads(active_passive_descriptor<TestType>());
-}
-
 } // namespace perdita_tests

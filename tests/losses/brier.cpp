@@ -109,8 +109,4 @@ TEST_CASE("brier: the definition, as it stands", "[brier]") {
   check_golden(perdita::brier<double>(), value, g);
 }
 
-TEMPLATE_TEST_CASE("brier: threads", "[brier][threads]", float, double) {
-  check_threads(brier_descriptor<TestType>());
-}
-
 } // namespace perdita_tests

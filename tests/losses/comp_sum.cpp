@@ -90,8 +90,4 @@ TEST_CASE("comp_sum: options out of range are refused", "[comp_sum]") {
                     ContainsSubstring("tau is inf"));
 }
 
-TEMPLATE_TEST_CASE("comp_sum: threads", "[comp_sum][threads]", float, double) {
-  check_threads(comp_sum_descriptor<TestType>());
-}
-
 } // namespace perdita_tests

@@ -112,8 +112,4 @@ TEST_CASE("dco: options and arguments out of range are refused", "[dco]") {
   CHECK_THROWS_WITH(perdita::dco<float>::coverage(-1, 0), ContainsSubstring("attempts is 0"));
 }
 
-TEMPLATE_TEST_CASE("dco: threads", "[dco][threads]", float, double) {
-  check_threads(dco_descriptor<TestType>());
-}
-
 } // namespace perdita_tests

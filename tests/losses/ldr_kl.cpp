@@ -121,8 +121,4 @@ TEST_CASE("ldr_kl: golden values", "[ldr_kl]") {
   CHECK_THAT(g[3], WithinAbs(0.0574596801, 1e-8));
 }
 
-TEMPLATE_TEST_CASE("ldr_kl: threads", "[ldr_kl][threads]", float, double) {
-  check_threads(ldr_kl_descriptor<TestType>());
-}
-
 } // namespace perdita_tests

@@ -173,9 +173,4 @@ TEST_CASE("ldr_kl's limits: options out of range are refused", "[ldr]") {
                     ContainsSubstring("margin is inf"));
 }
 
-TEMPLATE_TEST_CASE("ldr_kl's limits: threads", "[ldr][threads]", float, double) {
-  check_threads(crammer_singer_descriptor<TestType>());
-  check_threads(average_margin_descriptor<TestType>());
-}
-
 } // namespace perdita_tests

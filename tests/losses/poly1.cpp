@@ -84,8 +84,4 @@ TEST_CASE("poly1: options out of range are refused", "[poly1]") {
   CHECK_THROWS_WITH(perdita::poly1<float>({.gamma = -1}), ContainsSubstring("gamma is -1"));
 }
 
-TEMPLATE_TEST_CASE("poly1: threads", "[poly1][threads]", float, double) {
-  check_threads(poly1_descriptor<TestType>());
-}
-
 } // namespace perdita_tests

@@ -210,8 +210,4 @@ TEST_CASE("robust losses: options out of range are refused", "[robust]") {
   CHECK_THROWS_WITH(perdita::jensen_shannon<float>({.pi = 1}), ContainsSubstring("pi is 1"));
 }
 
-TEMPLATE_TEST_CASE("robust losses: threads", "[robust][threads]", float, double) {
-  for_all<TestType>([](const auto& d) { check_threads(d); });
-}
-
 } // namespace perdita_tests

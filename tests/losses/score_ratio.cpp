@@ -165,9 +165,4 @@ TEST_CASE("spherical_softmax: options out of range are refused", "[ratio]") {
                     ContainsSubstring("epsilon is -1"));
 }
 
-TEMPLATE_TEST_CASE("stablemax, taylor_softmax, spherical_softmax: threads", "[ratio][threads]",
-                   float, double) {
-  for_all<TestType>([](const auto& d) { check_threads(d); });
-}
-
 } // namespace perdita_tests

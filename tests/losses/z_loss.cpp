@@ -125,8 +125,4 @@ TEST_CASE("z_loss: golden values", "[z_loss]") {
   CHECK_THAT(g[3], WithinAbs(0.152740513, 1e-8));
 }
 
-TEMPLATE_TEST_CASE("z_loss: threads", "[z_loss][threads]", float, double) {
-  check_threads(z_loss_descriptor<TestType>());
-}
-
 } // namespace perdita_tests

@@ -14,6 +14,8 @@
 #include <perdita/linear.hpp>
 #include <perdita/perdita.hpp>
 
+#include "support/kernels.hpp"
+
 namespace {
 
 std::atomic<int> allocations{0};

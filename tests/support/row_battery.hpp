@@ -34,7 +34,7 @@ template <class T> void check_errors(const row_descriptor<T>& loss);
 /// Number of threads and order of tasks: the same bits.
 template <class T> void check_threads(const row_descriptor<T>& loss);
 
-/// Everything above but the threads.
+/// Everything above.
 template <class T> void check_row_loss(const row_descriptor<T>& loss);
 
 /// A row whose answer is known exactly.

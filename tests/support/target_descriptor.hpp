@@ -16,18 +16,6 @@
 #include "row_descriptor.hpp"
 #include "softmax_reference.hpp"
 
-/// The traversals that all of these losses share are compiled once, in losses/target_formula.cpp.
-namespace perdita::inline PERDITA_ABI::core {
-#define PERDITA_TESTS_SHARE(T, gradient)                                                           \
-  extern template double run_rows<gradient>(const target_formula<T>&, row_job<T>&,                 \
-                                            const executor&, workspace*);
-PERDITA_TESTS_SHARE(float, false)
-PERDITA_TESTS_SHARE(float, true)
-PERDITA_TESTS_SHARE(double, false)
-PERDITA_TESTS_SHARE(double, true)
-#undef PERDITA_TESTS_SHARE
-} // namespace perdita::inline PERDITA_ABI::core
-
 namespace perdita_tests {
 
 /// A label with probability p: c = -log p and miss = 1 - p come by themselves, because neither can

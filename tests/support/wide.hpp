@@ -4,19 +4,46 @@
 // The arithmetic of every reference: 113 bits, and an exponent that never runs out. Nothing here or
 // in a descriptor calls the library.
 
-#include <boost/multiprecision/cpp_bin_float.hpp>
-
+#include <cmath>
 #include <cstdint>
+#include <cstdio>
 #include <limits>
 #include <string>
 #include <vector>
 
 namespace perdita_tests {
 
-using wide = boost::multiprecision::cpp_bin_float_quad;
+#if __LDBL_MANT_DIG__ == 113
+using wide = long double;
+using std::exp, std::expm1, std::log, std::log1p, std::pow, std::sqrt, std::tanh, std::sin,
+    std::cos, std::ldexp, std::frexp;
+#elif defined(__SIZEOF_FLOAT128__) && defined(__GLIBC__)
+__extension__ typedef __float128 wide;
+// What <math.h> calls expf128 and the like, by names that no compiler's own declarations contradict.
+#define PERDITA_WIDE(name)                                                                         \
+  extern "C" wide perdita_wide_##name(wide) noexcept __asm__(#name "f128");                        \
+  inline wide name(wide x) { return perdita_wide_##name(x); }
+PERDITA_WIDE(exp)
+PERDITA_WIDE(expm1)
+PERDITA_WIDE(log)
+PERDITA_WIDE(log1p)
+PERDITA_WIDE(sqrt)
+PERDITA_WIDE(tanh)
+PERDITA_WIDE(sin)
+PERDITA_WIDE(cos)
+#undef PERDITA_WIDE
+extern "C" wide perdita_wide_pow(wide, wide) noexcept __asm__("powf128");
+extern "C" wide perdita_wide_ldexp(wide, int) noexcept __asm__("ldexpf128");
+extern "C" wide perdita_wide_frexp(wide, int*) noexcept __asm__("frexpf128");
+inline wide pow(wide x, wide y) { return perdita_wide_pow(x, y); }
+inline wide ldexp(wide x, int exponent) { return perdita_wide_ldexp(x, exponent); }
+inline wide frexp(wide x, int* exponent) { return perdita_wide_frexp(x, exponent); }
+#else
+#error "the references need arithmetic of 113 bits: Linux with glibc on x86-64 or AArch64"
+#endif
 
-inline wide infinity() { return std::numeric_limits<wide>::infinity(); }
-inline wide not_a_number() { return std::numeric_limits<wide>::quiet_NaN(); }
+inline wide infinity() { return std::numeric_limits<double>::infinity(); }
+inline wide not_a_number() { return std::numeric_limits<double>::quiet_NaN(); }
 inline bool is_nan(const wide& x) { return !(x == x); }
 inline bool is_finite(const wide& x) { return x - x == 0; }
 inline wide larger(const wide& a, const wide& b) { return a > b ? a : b; }
@@ -51,6 +78,10 @@ template <class Counts> wide log_sum_exp(const std::vector<wide>& z, Counts coun
 }
 
 /// Digits for a message.
-inline std::string text(const wide& x) { return x.str(17); }
+inline std::string text(const wide& x) {
+  char digits[32];
+  std::snprintf(digits, sizeof digits, "%.17g", static_cast<double>(x));
+  return digits;
+}
 
 } // namespace perdita_tests

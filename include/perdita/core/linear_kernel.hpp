@@ -75,9 +75,6 @@ public:
     });
     return total.value();
   }
-  static void merge_records(row_record& a, const row_record& b) {
-    linear_block<Formula, T>::merge_records(a, b);
-  }
 
 private:
   /// A thread's own memory.
@@ -452,5 +449,34 @@ private:
   T *stage_hidden_ = nullptr, *stage_weights_ = nullptr;
   worker* all_workers_ = nullptr;
 };
+
+/// Has use(kernel) do its part, with the scratch that the kernel asks for.
+template <bool Gradient, class Formula, class T, class Use>
+auto with_linear_kernel(const Formula& formula, const row_job<T>& job, const linear_job<T>& linear,
+                        const executor& run_on, workspace* memory, Use use) {
+  using kernel = linear_kernel<Formula, T, Gradient>;
+  workspace own;
+  const auto bytes = kernel(formula, job, linear, run_on, nullptr).scratch_bytes();
+  kernel k(formula, job, linear, run_on, (memory ? *memory : own).request(bytes));
+  return use(k);
+}
+
+/// Σ of the weighted values of all rows, and their gradients if the job has any. From records of
+/// all classes, where there are records: values and by-products or gradients, not both.
+template <bool Gradient, class Formula, class T>
+double run_linear(const Formula& formula, const row_job<T>& job, const linear_job<T>& linear,
+                  const executor& run_on, workspace* memory, const row_record* records) {
+  return with_linear_kernel<Gradient>(formula, job, linear, run_on, memory, [=](auto& kernel) {
+    return records ? kernel.resume(records) : kernel.run();
+  });
+}
+
+/// What is known of every row that counts after the classes at hand.
+template <class Formula, class T>
+void summarise_linear(const Formula& formula, const row_job<T>& job, const linear_job<T>& linear,
+                      const executor& run_on, workspace* memory, row_record* records) {
+  with_linear_kernel<false>(formula, job, linear, run_on, memory,
+                            [=](auto& kernel) { kernel.summarise(records); });
+}
 
 } // namespace perdita::inline PERDITA_ABI::core

@@ -19,6 +19,7 @@ struct row_formula {
   static constexpr bool linear = true;          ///< slope is linear in share and side together
   static constexpr bool uses_share = true;      ///< slope() reads its second argument
   static constexpr bool has_side = false;       ///< side(first) gives a number per class
+  static constexpr bool slope_reads_score() { return false; } ///< slope() reads z
   double label_weight(index) const { return 1; }
   template <class V> PERDITA_INLINE V score(const V& x) const { return x; }
 };
@@ -103,21 +104,26 @@ template <class Row> auto softmax_report(const Row& row) {
   return row_report<W>{o.log_sum_exp(), -o.surprise, W(0), W(0)};
 }
 
-/// ∂value/∂score of z: `factor` takes the image to the share, and what is below `cut` to 0. Where
-/// slopes are linear the row's scale is in the factor already, so that a plain row has the same
-/// bits however it is served.
+/// ∂value/∂score of z, from its share. Where slopes are linear the row's scale is in the share
+/// already, so that a plain row has the same bits however it is served.
 template <class Formula, class V>
-PERDITA_INLINE V slope_of(const Formula& formula, const V& z, const V& shift, const V& factor,
-                          const V& cut, const V& side, const V& scale, const V* c) {
-  V share(0);
-  if constexpr (Formula::statistic::has_image && (Formula::uses_share || Formula::proportional))
-    share = multiply_unless_less(exp_shifted(z - shift), cut, factor);
+PERDITA_INLINE V slope_at(const Formula& formula, const V& z, const V& share, const V& side,
+                          const V& scale, const V* c) {
   if constexpr (Formula::proportional)
     return share;
   else if constexpr (Formula::linear)
     return formula.slope(z, share, Formula::has_side ? side * scale : side, c);
   else
     return formula.slope(z, share, side, c) * scale;
+}
+/// The same from z alone: `factor` takes its image to the share, and what is below `cut` to 0.
+template <class Formula, class V>
+PERDITA_INLINE V slope_of(const Formula& formula, const V& z, const V& shift, const V& factor,
+                          const V& cut, const V& side, const V& scale, const V* c) {
+  V share(0);
+  if constexpr (Formula::statistic::has_image && (Formula::uses_share || Formula::proportional))
+    share = multiply_unless_less(exp_shifted(z - shift), cut, factor);
+  return slope_at(formula, z, share, side, scale, c);
 }
 
 } // namespace perdita::inline PERDITA_ABI::core

@@ -8,7 +8,7 @@
 /// line 16 KiB ahead is asked for in time (without that, alternating between rows starves the
 /// hardware's prefetcher: a factor of two on Zen 4). The next chunk's maximum is taken in the same
 /// loop too. Images e^{z-s} stay in the row itself where the gradient overwrites the scores, and
-/// in scratch otherwise; formulas whose slope needs the score compute them again. A gradient too
+/// in scratch otherwise; formulas whose slope reads the score compute them again. A gradient too
 /// large for the caches is written past them, whole lines at a time.
 
 #include <algorithm>
@@ -153,8 +153,8 @@ template <class Formula, class T, bool Gradient> class row_kernel {
   using V = pack<T>;
   using statistic = typename Formula::statistic;
   static constexpr index width = static_cast<index>(lanes<T>);
-  /// The gradient is a multiple of the images, so these are all that a row leaves behind.
-  static constexpr bool carries = Gradient && Formula::proportional && statistic::has_image;
+  /// The gradient can be made of the images, so these are all that a row leaves behind.
+  static constexpr bool may_carry = Gradient && statistic::has_image;
   /// With no gradient to overwrite the scores, a chunk is summed with the shift of the chunk
   /// before, and again in the rare case that its maximum is too far above it.
   static constexpr bool speculates = !Gradient && statistic::look_is_maximum;
@@ -278,7 +278,7 @@ private:
     for (index k = 0; k < n; ++k) {
       T* shifts = memory.take<T>(static_cast<std::size_t>(chunks_ + width));
       T* factors = memory.take<T>(static_cast<std::size_t>(chunks_ + width));
-      T* image = carries && !images_in_row_
+      T* image = carries() && !images_in_row_
                      ? memory.take<T>(static_cast<std::size_t>(cols_ + 2 * width))
                      : nullptr;
       if (!real)
@@ -293,6 +293,7 @@ private:
       *stage = memory.take<T>(static_cast<std::size_t>(chunk_columns + 2 * width));
   }
 
+  PERDITA_INLINE bool carries() const { return may_carry && !formula_.slope_reads_score(); }
   index chunk_size(index c) const { return std::min(chunk_columns, cols_ - c * chunk_columns); }
   // ---- sources
 
@@ -376,7 +377,7 @@ private:
   }
 
   T* image_of(live_row& row, index column) const {
-    if constexpr (!carries)
+    if (!carries())
       return nullptr;
     return row.image ? row.image + column : row.gradient + column;
   }
@@ -392,7 +393,7 @@ private:
     if constexpr (Formula::has_side)
       side = select(here, a.side.first(at, n), V(0));
     const V image = statistic::absorb(a.sum, z, a.shift, side);
-    if constexpr (carries)
+    if (carries())
       store_first(image, a.image + at, n);
   }
 
@@ -400,7 +401,7 @@ private:
 
   /// Prepares the row's first chunk. A streamed row starts at its first aligned address.
   void open(const live_row& row, emit_cursor& e) const {
-    e.streaming = job_.streaming && gradient_in_place_ && (carries || scores_in_place_) &&
+    e.streaming = job_.streaming && gradient_in_place_ && (carries() || scores_in_place_) &&
                   (!job_.soft || soft_in_place_);
     e.head = 0;
     if (e.streaming) {
@@ -431,7 +432,7 @@ private:
       return 0;
     const index hole = row.label - first;
     set_hole(hole >= 0 && hole < n ? hole : -1, e.hole, e.hole_lane);
-    e.from = carries ? image_of(row, first) : scores(row, first, n, stage_emit_);
+    e.from = carries() ? image_of(row, first) : scores(row, first, n, stage_emit_);
     e.to = gradient_in_place_ ? row.gradient + first : stage_gradient_;
     e.side = side(row.row, first, n, stage_soft_emit_);
     // The last pack of a streamed chunk reaches into the next, which may have another shift.
@@ -457,12 +458,11 @@ private:
 
   /// A pack of the gradient, from images or, where the formula needs them, scores.
   PERDITA_INLINE V gradient_of(const V& read, const V& side, const emit_cursor& e) const {
-    if constexpr (carries) {
-      return multiply_unless_less(read, e.cut, e.factor);
-    } else {
-      return slope_of(formula_, formula_.score(read), e.shift, e.factor, e.cut, side, e.scale,
+    if (carries())
+      return slope_at(formula_, V(0), multiply_unless_less(read, e.cut, e.factor), side, e.scale,
                       e.coefficient);
-    }
+    return slope_of(formula_, formula_.score(read), e.shift, e.factor, e.cut, side, e.scale,
+                    e.coefficient);
   }
 
   /// What is left of `run` chunks from number c on once their whole packs are written.
@@ -733,7 +733,7 @@ private:
             look = select(here, nothing, look);
           }
           const V image = statistic::absorb(a.sum, z, a.shift, side);
-          if constexpr (carries)
+          if (carries())
             image.store(a.image + j);
           if constexpr (!speculates) {
             const index ahead = std::min(j + a.next.offset, a.next.last);

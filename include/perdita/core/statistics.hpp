@@ -120,6 +120,26 @@ struct log_sum_exp_and_moments : log_sum_exp {
   }
 };
 
+/// Log-sum-exp with the sum of the scores and their number, both without those that are -inf:
+/// Σ e^{z-s}, Σ (z-s), n.
+struct log_sum_exp_and_total : log_sum_exp {
+  static constexpr int terms = 3;
+
+  template <class V> static PERDITA_INLINE V absorb(V* sum, const V& z, const V& shift, const V&) {
+    const V d = z - shift, zero(0);
+    const V image = exp_shifted(d);
+    const auto masked = z == look_at_nothing<V>();
+    sum[0] += image;
+    sum[1] += select(masked, zero, d);
+    sum[2] += select(masked, zero, V(1));
+    return image;
+  }
+  template <class W> static void rebase(W* t, const W& delta) {
+    t[0] = t[0] * exp(delta);
+    t[1] = fma(t[2], delta, t[1]);
+  }
+};
+
 /// Log-sum-exp with one more sum: Σ e^{z-s}, Σ e^{z-s} b.
 struct log_sum_exp_and_mean : log_sum_exp {
   static constexpr int terms = 2;
@@ -180,23 +200,12 @@ struct weighted_sums {
 
 /// The largest score, which is the shift, and how many scores are as large: none where all are
 /// -inf.
-struct maximum_and_ties {
-  static constexpr int terms = 1;
+struct maximum_and_ties : log_sum_exp {
   static constexpr bool has_image = false;
-  static constexpr bool look_is_maximum = true;
-  static constexpr bool counts = false;
 
-  template <class V> static PERDITA_INLINE V look_at_nothing() {
-    return log_sum_exp::look_at_nothing<V>();
-  }
-  template <class V> static PERDITA_INLINE V look(const V& seen, const V& z) {
-    return log_sum_exp::look(seen, z);
-  }
-  template <class V> static PERDITA_INLINE V first_shift() { return log_sum_exp::first_shift<V>(); }
   template <class V> static PERDITA_INLINE V choose(const V& seen, const V& shift, index) {
     return max(seen, shift);
   }
-  template <class V> static PERDITA_INLINE V absent(const V&) { return look_at_nothing<V>(); }
   /// What is neither the maximum nor below it is NaN, and has to show.
   template <class V> static PERDITA_INLINE V absorb(V* sum, const V& z, const V& shift, const V&) {
     const V one(1), zero(0);
@@ -206,22 +215,12 @@ struct maximum_and_ties {
   template <class W> static void rebase(W* t, const W& delta) {
     t[0] = select(delta < W(0), W(0), t[0]);
   }
-  template <class S> static auto common(const S& a, const S& b) { return max(a.shift, b.shift); }
 };
 
 /// Count, Σ z and Σ z² of the scores that are not -inf, with no shift.
-struct power_sums {
+struct power_sums : weighted_sums {
   static constexpr int terms = 3;
-  static constexpr bool has_image = false;
-  static constexpr bool look_is_maximum = true;
-  static constexpr bool counts = false; // what is absent is not counted
 
-  template <class V> static PERDITA_INLINE V look_at_nothing() { return V(0); }
-  template <class V> static PERDITA_INLINE V look(const V& seen, const V&) { return seen; }
-  template <class V> static PERDITA_INLINE V first_shift() { return V(0); }
-  template <class V> static PERDITA_INLINE V choose(const V&, const V& shift, index) {
-    return shift;
-  }
   template <class V> static PERDITA_INLINE V absent(const V&) {
     return log_sum_exp::look_at_nothing<V>();
   }
@@ -229,13 +228,11 @@ struct power_sums {
     const V zero(0);
     const auto masked = z == log_sum_exp::look_at_nothing<V>();
     const V x = select(masked, zero, z);
-    sum[0] += select(masked, zero, V(1));
+    sum[0] += select(masked, zero, V(1)); // what is absent is not counted
     sum[1] += x;
     sum[2] = fma(x, x, sum[2]);
     return z;
   }
-  template <class W> static void rebase(W*, const W&) {}
-  template <class S> static auto common(const S& a, const S&) { return a.shift; }
 };
 
 /// Count, Σ (z-s), Σ (z-s)²: mean and variance without cancellation, because every chunk is

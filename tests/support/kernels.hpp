@@ -1,0 +1,38 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+// The traversals that several test files need, compiled once for all of them, in kernels/*.cpp. The
+// test cases have this precompiled; a program that does not include it compiles its own.
+
+#include <perdita/linear.hpp>
+#include <perdita/perdita.hpp>
+
+#define PERDITA_TEST_ROWS(how, T, ...)                                                             \
+  how double run_rows<false>(const __VA_ARGS__&, row_job<T>&, const executor&, workspace*);        \
+  how double run_rows<true>(const __VA_ARGS__&, row_job<T>&, const executor&, workspace*);
+
+#define PERDITA_TEST_LINEAR(how, T, ...)                                                           \
+  how double run_linear<false>(const __VA_ARGS__&, const row_job<T>&, const linear_job<T>&,        \
+                               const executor&, workspace*, const row_record*);                    \
+  how double run_linear<true>(const __VA_ARGS__&, const row_job<T>&, const linear_job<T>&,         \
+                              const executor&, workspace*, const row_record*);
+
+#define PERDITA_TEST_ROW_KERNELS(how, T)                                                           \
+  PERDITA_TEST_ROWS(how, T, cross_entropy_formula<T, false>)                                       \
+  PERDITA_TEST_ROWS(how, T, cross_entropy_formula<T, true>)                                        \
+  PERDITA_TEST_ROWS(how, T, target_formula<T>)                                                     \
+  PERDITA_TEST_ROWS(how, T, ldr_kl_formula<T>)                                                     \
+  PERDITA_TEST_ROWS(how, T, z_loss_formula)                                                        \
+  PERDITA_TEST_ROWS(how, T, sparsemax_formula)
+
+#define PERDITA_TEST_LINEAR_KERNELS(how, T)                                                        \
+  PERDITA_TEST_LINEAR(how, T, cross_entropy_formula<T, false>)                                     \
+  PERDITA_TEST_LINEAR(how, T, cross_entropy_formula<T, true>)                                      \
+  PERDITA_TEST_LINEAR(how, T, z_loss_formula)
+
+namespace perdita::inline PERDITA_ABI::core {
+PERDITA_TEST_ROW_KERNELS(extern template, float)
+PERDITA_TEST_ROW_KERNELS(extern template, double)
+PERDITA_TEST_LINEAR_KERNELS(extern template, float)
+PERDITA_TEST_LINEAR_KERNELS(extern template, double)
+} // namespace perdita::inline PERDITA_ABI::core
