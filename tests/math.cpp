@@ -22,8 +22,7 @@ namespace core = perdita::core;
 using core::pack;
 
 template <class T> using limits = std::numeric_limits<T>;
-template <class T>
-using wide = std::conditional_t<sizeof(T) == 4, double, perdita_tests::wide>;
+template <class T> using wide = std::conditional_t<sizeof(T) == 4, double, perdita_tests::wide>;
 template <class T> using unsigned_of = std::make_unsigned_t<core::bits_of<T>>;
 
 template <class T> unsigned_of<T> bits(T x) { return std::bit_cast<unsigned_of<T>>(x); }
@@ -54,9 +53,9 @@ template <class T> std::vector<function<T>> functions() {
   const double cut = single ? -69 : -690;
   using P = pack<T>;
   using W = wide<T>;
-  using std::exp, std::expm1, std::log, std::log1p, std::tanh;
   using perdita_tests::exp, perdita_tests::expm1, perdita_tests::log, perdita_tests::log1p,
       perdita_tests::tanh;
+  using std::exp, std::expm1, std::log, std::log1p, std::tanh;
   return {
       {"exp_shifted", [](const P& x) { return core::exp_shifted(x); },
        [](const W& x) -> W { return exp(x); }, T(cut), T(20), cut, 20, bound(1.0, 1.1),
@@ -97,8 +96,7 @@ template <class T> double error(T got, const wide<T>& exact) {
   int exponent = 0;
   frexp(size, &exponent);
   exponent = std::max(exponent, limits<T>::min_exponent);
-  return static_cast<double>(
-      ldexp(off < 0 ? -off : off, limits<T>::digits - exponent));
+  return static_cast<double>(ldexp(off < 0 ? -off : off, limits<T>::digits - exponent));
 }
 
 /// Runs a function over points in packs and keeps the worst error. An element's result must be the

@@ -11,42 +11,12 @@
 #include <vector>
 
 #include "support/catch.hpp"
+#include "support/margin_descriptor.hpp"
 #include "support/row_battery.hpp"
 #include "support/target_descriptor.hpp"
 
 namespace perdita_tests {
 namespace {
-
-/// What the two have in common.
-template <class T, class Loss> class margin_descriptor : public row_descriptor<T> {
-public:
-  std::string name() const override { return Loss::name; }
-  int settings() const override { return 3; }
-  double margin(int setting) const {
-    constexpr double margins[] = {1, 0, 2.5};
-    return margins[setting];
-  }
-  std::string describe(int setting) const override {
-    return "margin " + perdita::core::to_text(margin(setting));
-  }
-  std::vector<int> few_settings() const override { return {0}; }
-  std::unique_ptr<row_subject<T>> make(int setting, index,
-                                       perdita::reduction reduction) const override {
-    return std::make_unique<row_subject_of<Loss>>(
-        Loss({.margin = static_cast<T>(margin(setting)),
-              .ignore_index = row_descriptor<T>::ignore_index,
-              .reduction = reduction}));
-  }
-  perdita::loss_traits traits(int) const override { return Loss::traits; }
-
-protected:
-  static row_expectation nothing_reported() {
-    row_expectation e;
-    e.log_sum_exp.reported = e.target_log_probability.reported = false;
-    e.entropy.reported = e.penalty.reported = e.hit_reported = false;
-    return e;
-  }
-};
 
 template <class T>
 class crammer_singer_descriptor final : public margin_descriptor<T, perdita::crammer_singer<T>> {
@@ -65,7 +35,7 @@ public:
       ties += k != y && row.scores[k] == most && most > -infinity();
     const wide gap = ties == 0 ? wide(0) : wide(most - row.scores[y] + this->margin(setting));
     const bool active = gap > 0;
-    row_expectation e = this->nothing_reported();
+    row_expectation e = nothing_reported();
     e.value = {active ? gap : wide(0), 2 * size_of(gap)};
     if (sizeof(T) == 8)
       e.value.slack += size_of(most) + size_of(row.scores[y]);
@@ -96,7 +66,7 @@ public:
       mean += x / n;
     for (const wide& x : row.scores)
       spread += size_of(wide(x - mean)) / n;
-    row_expectation e = this->nothing_reported();
+    row_expectation e = nothing_reported();
     const wide value = (mean - row.scores[y]) + c * (n - 1) / n;
     e.value = {value, 4 * (spread + size_of(value) + c) + 2 * size_of(mean)};
     for (std::size_t k = 0; k < row.scores.size(); ++k) {

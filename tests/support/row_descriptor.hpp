@@ -40,6 +40,14 @@ struct row_expectation {
   bool hit = false, hit_reported = true;
 };
 
+/// An expectation of a loss that has no by-products but the values.
+inline row_expectation nothing_reported() {
+  row_expectation e;
+  e.log_sum_exp.reported = e.target_log_probability.reported = false;
+  e.entropy.reported = e.penalty.reported = e.hit_reported = false;
+  return e;
+}
+
 /// How the elements are kept in memory.
 enum class kept { compute, bfloat16, half };
 

@@ -19,7 +19,7 @@ using std::exp, std::expm1, std::log, std::log1p, std::pow, std::sqrt, std::tanh
     std::cos, std::ldexp, std::frexp;
 #elif defined(__SIZEOF_FLOAT128__) && defined(__GLIBC__)
 __extension__ typedef __float128 wide;
-// What <math.h> calls expf128 and the like, by names that no compiler's own declarations contradict.
+// What <math.h> calls expf128 and the like, by names that contradict no declaration there.
 #define PERDITA_WIDE(name)                                                                         \
   extern "C" wide perdita_wide_##name(wide) noexcept __asm__(#name "f128");                        \
   inline wide name(wide x) { return perdita_wide_##name(x); }

@@ -71,9 +71,15 @@ private:
     gather(rows, count, x);
     alignas(64) double in[2 + statistic::terms][finish_rows] = {};
     for (index i = 0; i < count; ++i) {
-      const auto s = statistic::solve(x[i], cols_, candidates_);
+      const auto label = static_cast<index>(job_.label(rows[i]));
+      const auto s = [&] {
+        if constexpr (requires { formula_.solve(x[i], cols_, label, candidates_); })
+          return formula_.solve(x[i], cols_, label, candidates_);
+        else
+          return statistic::solve(x[i], cols_, candidates_);
+      }();
       in[0][i] = s.shift;
-      in[1][i] = static_cast<double>(x[i][job_.label(rows[i])]);
+      in[1][i] = static_cast<double>(x[i][label]);
       for (int k = 0; k < statistic::terms; ++k)
         in[2 + k][i] = s.term[k];
     }

@@ -1,0 +1,168 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <functional>
+#include <limits>
+
+#include "core/row_loss.hpp"
+#include "core/solved_row.hpp"
+#include "core/traits.hpp"
+
+namespace perdita::inline PERDITA_ABI {
+
+namespace core {
+
+/// log(e^a + e^b)
+inline double log_add_exp(double a, double b) {
+  const double top = std::fmax(a, b);
+  return top == -std::numeric_limits<double>::infinity()
+             ? top
+             : top + std::log1p(std::exp(std::fmin(a, b) - top));
+}
+
+/// p_k = min(1/k, s e^{δ_k/λ}): the m largest margins are at the cap, the others share what is left
+/// as a softmax. With L_m = log Σ e^{δ/λ} of all but the m largest, m is the smallest number for
+/// which nothing else is above the cap: (1 − m/k) e^{δ_(m+1)/λ − L_m} ≤ 1/k.
+template <class T> struct ldr_k_kl_formula : solved_formula {
+  double lambda, margin;
+  index k;
+
+  template <class V> PERDITA_INLINE V slope(const V& x, const V&, const V&, const V* c) const {
+    return min(c[1], exp((x - c[0]) / V(static_cast<T>(lambda))) * c[2]);
+  }
+  row_solution solve(const T* x, index n, index y, double* d) const {
+    constexpr double inf = std::numeric_limits<double>::infinity();
+    const rivals_of_row rivals(x, n, y, d);
+    const double label = rivals.label - margin, origin = rivals.top > -inf ? rivals.top : 0;
+    if (rivals.lost || label == inf)
+      return no_solution();
+    // Margins δ over the label, or over the largest rival where the label is masked.
+    const double from = label > -inf ? label : 0;
+    index left = 0;
+    for (index i = 0; i < n; ++i) {
+      d[i] = i == y ? label - from : d[i] - from;
+      left += d[i] > -inf;
+    }
+    if (left == 0)
+      return solution(inf, -1);
+    const auto most = static_cast<double>(std::min(k, left)); // at the cap, at the most
+    const index top = std::min(k, left) - 1;
+    std::partial_sort(d, d + top, d + n, std::greater<>());
+
+    double next = -inf; // the largest below the top
+    for (index i = top; i < n; ++i)
+      next = std::fmax(next, d[i]);
+    double below = rest(d + top, n - top, next), held = 0; // L_m, Σ of the m largest
+    index m = top;
+    const auto free = [&] { return 1 - static_cast<double>(m) / most; };
+    for (index i = top; i > 0; --i) {
+      const double with = log_add_exp(d[i - 1] / lambda, below);
+      m = i - 1;
+      if (free() * std::exp(d[i - 1] / lambda - with) > 1 / most) {
+        m = i;
+        break;
+      }
+      below = with;
+    }
+    for (index i = 0; i < m; ++i)
+      held += d[i];
+    if (m < top)
+      next = d[m];
+    const double size = std::log(static_cast<double>(n));
+    const double value = held / most +
+                         lambda * (static_cast<double>(m) / most) * (std::log(most) - size) +
+                         free() * lambda * (below - size - std::log(free()));
+    const double share = std::fmin(1 / most, free() * std::exp(-below));
+    const double miss = label == -inf ? 1 : most == 1 ? -std::expm1(-below) : 1 - share;
+    // Any score near the next one does, as long as the factor belongs to it.
+    const auto near = static_cast<T>(next + (from + origin));
+    const double of_near = (static_cast<double>(near) - origin) - from;
+    return solution(label == -inf ? inf : value, -miss, static_cast<double>(near), 1 / most,
+                    free() * std::exp(of_near / lambda - below));
+  }
+
+private:
+  /// log Σ e^{d/λ}, of which `top` is the largest; a label among them, whose d is 0, comes last, so
+  /// that the digits of its rivals are not lost in it.
+  double rest(double* d, index n, double top) const {
+    constexpr double inf = std::numeric_limits<double>::infinity();
+    double* label = std::find(d, d + n, 0.0);
+    const bool has_label = label != d + n;
+    if (has_label) {
+      *label = -inf;
+      top = *std::max_element(d, d + n);
+    }
+    double sum = -inf;
+    if (top > -inf) {
+      for (index i = 0; i < n; ++i)
+        d[i] -= top;
+      sum = top / lambda + std::log(exponential_moments(d, n, 1 / lambda).sum);
+    }
+    return has_label ? log_add_exp(0, sum) : sum;
+  }
+};
+
+} // namespace core
+
+/// LDR-k-KL: LDR-KL whose distribution may not lean on any class by more than 1/k, so that up to k
+/// classes may be right,
+///
+///   ℓ = max { Σ_c q_c δ_c − λ KL(q ‖ 1/K) : q ∈ simplex, q_c ≤ 1/k }
+///   δ_c = x_c − x_y + margin for c ≠ y,  δ_y = 0
+///   ∂ℓ/∂x = q − e_y,   q_c = min(1/k, s e^{δ_c/λ})
+///
+/// k = 1: ldr_kl.  k = K: the average margin.  λ → 0: top_k_hinge. Not bounded below for k > 1: a
+/// label that leads pushes others down.
+/// Masked classes (-inf) have no share; where fewer than k are left, their number takes the place
+/// of k. A masked label costs +inf, with slope −1. +inf or NaN makes the row NaN.
+/// Shapes, reductions, errors: as cross_entropy; k must not exceed the number of classes. No
+/// by-products but `values`. Needs whole rows, so not on the linear head.
+/// Source: Zhu, Ying, Yang, "Label distributionally robust losses for multi-class classification",
+/// ICML 2023.
+template <class T = float> class ldr_k_kl : public row_loss<ldr_k_kl<T>, T> {
+public:
+  struct options {
+    index k = 1;  ///< from 1 to the number of classes
+    T lambda = 1; ///< λ > 0
+    T margin = 0;
+    std::int64_t ignore_index = -100;
+    perdita::reduction reduction = perdita::reduction::mean;
+  };
+  static constexpr const char* name = "ldr_k_kl";
+  static constexpr bool takes_soft_targets = false;
+  static constexpr bool has_softmax = false;
+  static constexpr loss_traits traits{.convex = true,
+                                      .smooth = true,
+                                      .exact_gradient = true,
+                                      .nonnegative = false,
+                                      .shift_invariant = true};
+
+  ldr_k_kl() : ldr_k_kl(options{}) {}
+  explicit(false) ldr_k_kl(const options& o) : options_(o) {
+    core::require(o.k >= 1, name, "k", o.k, "1 or more");
+    core::require(o.lambda > 0 && std::isfinite(o.lambda), name, "lambda", o.lambda,
+                  "a finite number above 0");
+    core::require(std::isfinite(o.margin), name, "margin", o.margin, "a finite number");
+    core::require_reduction(name, o.reduction);
+  }
+  const options& settings() const { return options_; }
+
+private:
+  friend row_loss<ldr_k_kl<T>, T>;
+  void check(const core::row_job<T>& job) const {
+    core::require(options_.k <= job.scores.cols, name, "k", options_.k,
+                  "at most the number of classes");
+  }
+  template <class F> void visit(const core::row_job<T>&, F f) const {
+    f(core::ldr_k_kl_formula<T>{{},
+                                static_cast<double>(options_.lambda),
+                                static_cast<double>(options_.margin),
+                                options_.k});
+  }
+  options options_;
+};
+
+} // namespace perdita::inline PERDITA_ABI

@@ -1,0 +1,90 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+#include "core/row_loss.hpp"
+#include "core/solved_row.hpp"
+#include "core/traits.hpp"
+
+namespace perdita::inline PERDITA_ABI {
+
+namespace core {
+
+/// Margins are formed in T, here and in the slopes, so that both see the same ones above 0.
+template <class T> struct weston_watkins_formula : solved_formula {
+  T margin;
+
+  template <class V> PERDITA_INLINE V gap(const V& x, const V& label) const {
+    const V masked(-std::numeric_limits<T>::infinity());
+    return select(x == masked, masked, (x - label) + V(margin));
+  }
+  template <class V> PERDITA_INLINE V slope(const V& x, const V&, const V&, const V* c) const {
+    return select(gap(x, c[0]) > V(0), V(1), V(0)) + c[1];
+  }
+  row_solution solve(const T* x, index n, index y, double*) const {
+    using V = pack<T>;
+    constexpr T inf = std::numeric_limits<T>::infinity();
+    constexpr auto width = static_cast<index>(lanes<T>);
+    wide_lanes<T> value, active;
+    value.clear();
+    active.clear();
+    for_packs(x, n, -inf, [&](const V& at, index i) {
+      V g = gap(at, V(x[y]));
+      if (y >= i && y < i + width)
+        g = select(iota<T>() == V(static_cast<T>(y - i)), V(0), g);
+      const V positive = select(g > V(0), V(1), V(0));
+      value.add(select(g <= V(0), V(0), g)); // NaN shows
+      active.add(positive);
+    });
+    const double total = value.total(), lost = total == total ? 0 : total;
+    const double label = static_cast<double>(x[y]), of_label = label == label ? 0 : label;
+    return solution(total + of_label, lost + of_label - active.total(), label, lost + of_label);
+  }
+};
+
+} // namespace core
+
+/// The multi-class hinge of Weston and Watkins, which every rival within the margin adds to:
+///
+///   ℓ = Σ_{k≠y} max(0, c + x_k − x_y)
+///   ∂ℓ/∂x_k = [c + x_k − x_y > 0],  ∂ℓ/∂x_y = −(their number)
+///
+/// Masked classes (-inf) are no rivals; a masked label costs +inf, as a rival of +inf does.
+/// Shapes, reductions, errors: as cross_entropy. No by-products but `values`. Needs whole rows, so
+/// not on the linear head.
+/// Source: Weston and Watkins, "Support vector machines for multi-class pattern recognition", 1999.
+template <class T = float> class weston_watkins : public row_loss<weston_watkins<T>, T> {
+public:
+  struct options {
+    T margin = 1; ///< c
+    std::int64_t ignore_index = -100;
+    perdita::reduction reduction = perdita::reduction::mean;
+  };
+  static constexpr const char* name = "weston_watkins";
+  static constexpr bool takes_soft_targets = false;
+  static constexpr bool has_softmax = false;
+  static constexpr loss_traits traits{.convex = true,
+                                      .smooth = false,
+                                      .exact_gradient = true,
+                                      .nonnegative = true,
+                                      .shift_invariant = true};
+
+  weston_watkins() : weston_watkins(options{}) {}
+  explicit(false) weston_watkins(const options& o) : options_(o) {
+    core::require(std::isfinite(o.margin), name, "margin", o.margin, "a finite number");
+    core::require_reduction(name, o.reduction);
+  }
+  const options& settings() const { return options_; }
+
+private:
+  friend row_loss<weston_watkins<T>, T>;
+  template <class F> void visit(const core::row_job<T>&, F f) const {
+    f(core::weston_watkins_formula<T>{{}, options_.margin});
+  }
+  options options_;
+};
+
+} // namespace perdita::inline PERDITA_ABI

@@ -1,0 +1,337 @@
+// SPDX-License-Identifier: MIT
+
+// Descriptors of LDR losses that solve for their distribution: formula sheet 4.2 and 4.3.
+
+#include <perdita/aldr_kl.hpp>
+
+#include <algorithm>
+#include <cmath>
+#include <functional>
+#include <limits>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include <perdita/ldr.hpp>
+#include <perdita/ldr_k_kl.hpp>
+
+#include "support/catch.hpp"
+#include "support/row_battery.hpp"
+#include "support/softmax_reference.hpp"
+
+namespace perdita_tests {
+namespace {
+
+/// δ, or where the label is masked what differs from it by a constant.
+std::vector<wide> margins(const row_input& row, const wide& c) {
+  const auto y = static_cast<std::size_t>(row.label);
+  std::vector<wide> delta;
+  for (std::size_t k = 0; k < row.scores.size(); ++k)
+    delta.push_back(k == y                         ? wide(0)
+                    : row.scores[y] == -infinity() ? row.scores[k]
+                    : row.scores[k] == -infinity() ? -infinity()
+                                                   : wide(row.scores[k] - row.scores[y] + c));
+  if (row.scores[y] == -infinity())
+    delta[y] = -infinity();
+  return delta;
+}
+wide largest_of(const std::vector<wide>& x) { return *std::max_element(x.begin(), x.end()); }
+
+/// Of the rounding of x_k − top, and of 1/λ.
+wide distance_slack(const wide& behind, const wide& lambda) {
+  return behind > -infinity() ? wide(2 * size_of(behind) / lambda) : wide(0);
+}
+
+template <class T> class aldr_kl_descriptor final : public row_descriptor<T> {
+public:
+  std::string name() const override { return "aldr_kl"; }
+  int settings() const override { return 6; }
+  static double lambda(int setting) {
+    return std::vector<double>{1, 2, 0.25}[std::size_t(setting % 3)];
+  }
+  static double alpha(int setting) { return setting < 3 ? 2 : 4; }
+  static double margin(int setting) { return setting % 2 == 0 ? 0 : 0.5; }
+  std::string describe(int setting) const override {
+    return "lambda " + perdita::core::to_text(lambda(setting)) + ", alpha " +
+           perdita::core::to_text(alpha(setting)) + ", margin " +
+           perdita::core::to_text(margin(setting));
+  }
+  std::vector<int> few_settings() const override { return {1}; }
+  std::unique_ptr<row_subject<T>> make(int setting, index,
+                                       perdita::reduction reduction) const override {
+    return std::make_unique<row_subject_of<perdita::aldr_kl<T>>>(
+        perdita::aldr_kl<T>({.lambda = static_cast<T>(lambda(setting)),
+                             .alpha = static_cast<T>(alpha(setting)),
+                             .margin = static_cast<T>(margin(setting)),
+                             .ignore_index = row_descriptor<T>::ignore_index,
+                             .reduction = reduction}));
+  }
+  perdita::loss_traits traits(int) const override { return perdita::aldr_kl<T>::traits; }
+
+  row_expectation expect(int setting, const row_input& row) const override {
+    const auto y = static_cast<std::size_t>(row.label);
+    const std::vector<wide> delta = margins(row, margin(setting));
+    const wide top = largest_of(delta), l0 = lambda(setting), a = alpha(setting);
+    const wide size = log(wide(static_cast<double>(delta.size())));
+    row_expectation e = nothing_reported();
+    if (top == -infinity() || delta.size() == 1) {
+      e.value = {top == -infinity() ? infinity() : wide(0), 0};
+      e.gradient.assign(delta.size(), {0, 0});
+      e.gradient[y] = {top == -infinity() ? wide(-1) : wide(0), 0};
+      return e;
+    }
+    // The equation, from λ₀ down, with Newton's steps once they are small.
+    wide l = l0, rate = 0, entropy = 0;
+    for (int step = 0; step < 400; ++step) {
+      wide sum = 0, first = 0, second = 0;
+      for (const wide& d : delta)
+        if (d > -infinity()) {
+          const wide f = (d - top) / l, image = exp(f);
+          sum += image;
+          first += image * f;
+          second += image * f * f;
+        }
+      entropy = log(sum) - first / sum;
+      const wide next = l0 * (1 - (size - entropy) / (a * size)), fall = l - next;
+      rate = l0 / (a * size * l) * (second / sum - first / sum * first / sum);
+      const bool newton = size_of(fall) < l * (1 - rate) / 100;
+      l = newton ? wide(l - fall / (1 - rate)) : next;
+      if (size_of(fall) < ldexp(l, -100))
+        break;
+    }
+    std::vector<wide> z;
+    for (const wide& d : delta)
+      z.push_back(d / l);
+    const softmax_row s(z);
+    const wide off = l - l0;
+    // λ* is off by what the entropy is off, which is no more than an epsilon of its size in double.
+    const wide of_lambda =
+        8 * l0 / (a * l * (1 - rate)) * (sizeof(T) == 8 ? 1 : ldexp(wide(1), -20));
+    e.value = {row.scores[y] == -infinity()
+                   ? infinity()
+                   : wide(l * (s.surprise(y) - size) - a * size / (2 * l0) * off * off),
+               4 * l * (s.surprise(y) + size + 1)};
+    if (sizeof(T) == 8)
+      e.value.slack += 2 * (size_of(top) + size_of(row.scores[y]));
+    wide reach = 0; // of the rivals that count
+    for (std::size_t k = 0; k < z.size(); ++k)
+      if (z[k] > -infinity())
+        reach += s.p(k) * size_of(wide(z[k] - z[s.top]));
+    wide rival_top = -infinity();
+    for (std::size_t k = 0; k < z.size(); ++k)
+      if (k != y)
+        rival_top = larger(rival_top, delta[k]);
+    for (std::size_t k = 0; k < z.size(); ++k) {
+      const wide share = k == y ? s.miss(y) : s.p(k);
+      const wide behind = rival_top > -infinity() && k != y && delta[k] > -infinity()
+                              ? wide(delta[k] - rival_top)
+                              : wide(0);
+      const wide lead = size_of(
+          z[y] > -infinity() && rival_top > -infinity() ? wide(z[y] - rival_top / l) : wide(0));
+      e.gradient.push_back({k == y ? wide(-share) : share,
+                            share * (8 + distance_slack(behind, l) +
+                                     of_lambda * (1 + reach + size_of(behind) / l + lead) +
+                                     (sizeof(T) == 8 ? 4 * lead : wide(0)))});
+    }
+    return e;
+  }
+};
+
+template <class T> class ldr_k_kl_descriptor final : public row_descriptor<T> {
+public:
+  std::string name() const override { return "ldr_k_kl"; }
+  int settings() const override { return 6; }
+  static index most(int setting) { return std::vector<index>{1, 2, 5}[std::size_t(setting % 3)]; }
+  static double lambda(int setting) { return setting < 3 ? 1 : 0.25; }
+  static double margin(int setting) { return setting % 2 == 0 ? 0 : 0.5; }
+  std::string describe(int setting) const override {
+    return "k " + std::to_string(most(setting)) + ", lambda " +
+           perdita::core::to_text(lambda(setting)) + ", margin " +
+           perdita::core::to_text(margin(setting));
+  }
+  std::vector<int> few_settings() const override { return {1}; }
+  bool legal(int setting, row_kind, index cols) const override { return cols >= most(setting); }
+  std::unique_ptr<row_subject<T>> make(int setting, index cols,
+                                       perdita::reduction reduction) const override {
+    return std::make_unique<row_subject_of<perdita::ldr_k_kl<T>>>(
+        perdita::ldr_k_kl<T>({.k = std::min(cols, most(setting)),
+                              .lambda = static_cast<T>(lambda(setting)),
+                              .margin = static_cast<T>(margin(setting)),
+                              .ignore_index = row_descriptor<T>::ignore_index,
+                              .reduction = reduction}));
+  }
+  perdita::loss_traits traits(int) const override { return perdita::ldr_k_kl<T>::traits; }
+  bool twice_smooth() const override { return false; }
+  bool sparse() const override { return true; }
+
+  /// q by filling: cap what is above 1/k, share out the rest, and again.
+  row_expectation expect(int setting, const row_input& row) const override {
+    const auto y = static_cast<std::size_t>(row.label);
+    const std::vector<wide> delta = margins(row, margin(setting));
+    const std::size_t n = delta.size();
+    const wide l = lambda(setting), size = log(wide(static_cast<double>(n)));
+    row_expectation e = nothing_reported();
+    if (largest_of(delta) == -infinity()) {
+      e.value = {infinity(), 0};
+      e.gradient.assign(n, {0, 0});
+      e.gradient[y] = {-1, 0};
+      return e;
+    }
+    const auto left =
+        n - static_cast<std::size_t>(std::count(delta.begin(), delta.end(), -infinity()));
+    const wide k = static_cast<double>(std::min(static_cast<std::size_t>(most(setting)), left));
+    std::vector<bool> capped(n, false);
+    wide top, rest, held, free;
+    for (bool again = true; again;) {
+      again = false;
+      top = -infinity();
+      held = rest = 0;
+      free = 1;
+      for (std::size_t c = 0; c < n; ++c) {
+        if (capped[c]) {
+          held += delta[c] / k;
+          free -= 1 / k;
+        } else {
+          top = larger(top, delta[c]);
+        }
+      }
+      for (std::size_t c = 0; c < n; ++c)
+        if (!capped[c] && delta[c] > -infinity())
+          rest += exp(wide((delta[c] - top) / l));
+      for (std::size_t c = 0; c < n; ++c)
+        if (!capped[c] &&
+            free * exp(wide((delta[c] - top) / l)) / rest > 1 / k * (1 + ldexp(wide(1), -90))) {
+          capped[c] = true;
+          again = true;
+          break;
+        }
+    }
+    wide others = 0; // the rest without the label
+    for (std::size_t c = 0; c < n; ++c)
+      if (c != y && !capped[c] && delta[c] > -infinity())
+        others += exp(wide((delta[c] - top) / l));
+    const wide m = (1 - free) * k;
+    const wide lse = top == 0 && !capped[y] ? log1p(others) : wide(top / l + log(rest));
+    const wide value = held + l * m / k * (log(k) - size) + free * l * (lse - size - log(free));
+    wide reach = size_of(top);
+    for (std::size_t c = 0; c < n; ++c)
+      reach += capped[c] ? size_of(delta[c]) : wide(0);
+    e.value = {row.scores[y] == -infinity() ? infinity() : value, 4 * (l * (size + 1) + reach)};
+    if (sizeof(T) == 8)
+      e.value.slack += 2 * (size_of(row.scores[y]));
+    for (std::size_t c = 0; c < n; ++c) {
+      const wide q = capped[c] ? wide(1 / k)
+                     : delta[c] == -infinity()
+                         ? wide(0)
+                         : wide(free * exp(wide((delta[c] - top) / l)) / rest);
+      const wide miss =
+          k == 1 ? wide((others - (capped[y] ? wide(0) : wide(0))) / rest) : wide(1 - q);
+      const wide slope = c == y ? -miss : q;
+      const wide behind = delta[c] > -infinity() ? size_of(wide(delta[c] - top)) : wide(0);
+      const wide apart =
+          (size_of(top) + (sizeof(T) == 8
+                               ? size_of(row.scores[y] > -infinity() ? row.scores[y] : wide(0))
+                               : wide(0))) /
+          l;
+      e.gradient.push_back({slope, size_of(slope) * (8 + 3 * behind / l) +
+                                       (c == y ? q : wide(0)) * (8 + 3 * apart) * (k == 1 ? 0 : 1) +
+                                       q * 4 * apart});
+    }
+    return e;
+  }
+};
+
+constexpr double inf = std::numeric_limits<double>::infinity();
+constexpr double n = std::numeric_limits<double>::quiet_NaN();
+
+} // namespace
+
+TEMPLATE_TEST_CASE("aldr_kl: the row battery", "[aldr_kl]", float, double) {
+  check_row_loss(aldr_kl_descriptor<TestType>());
+}
+TEMPLATE_TEST_CASE("ldr_k_kl: the row battery", "[aldr_kl]", float, double) {
+  check_row_loss(ldr_k_kl_descriptor<TestType>());
+}
+
+TEMPLATE_TEST_CASE("aldr_kl: special rows", "[aldr_kl]", float, double) {
+  const std::vector<special_row> rows{
+      {"one class", 0, {3}, 0, {}, 0, {0}},
+      {"all rivals masked", 0, {-inf, 5, -inf}, 1, {}, -0.75 * std::log(3.0), {0, 0, 0}},
+      {"a lead of 1000", 0, {0, 1000, 0}, 1, {}, -0.75 * std::log(3.0), {0, 0, 0}},
+      {"all masked", 0, {-inf, -inf, -inf}, 1, {}, inf, {0, -1, 0}},
+      {"+inf at the label", 0, {0, inf, 1}, 1, {}, -0.75 * std::log(3.0), {0, 0, 0}},
+      {"label masked, rivals equal", 0, {1, -inf, 1}, 1, {}, inf, {0.5, -1, 0.5}},
+      {"+inf elsewhere", 0, {0, inf, 1}, 0, {}, n, {n, n, n}},
+      {"NaN", 0, {0, 1, n}, 0, {}, n, {n, n, n}},
+      {"NaN at the label", 0, {0, 1, n}, 2, {}, n, {n, n, n}},
+  };
+  check_special(aldr_kl_descriptor<TestType>(), rows, 8);
+}
+
+TEMPLATE_TEST_CASE("ldr_k_kl: special rows", "[aldr_kl]", float, double) {
+  const std::vector<special_row> rows{
+      {"one class", 0, {3}, 0, {}, 0, {0}},
+      {"all rivals masked", 0, {-inf, 5, -inf}, 1, {}, -std::log(3.0), {0, 0, 0}},
+      {"all masked", 0, {-inf, -inf, -inf}, 1, {}, inf, {0, -1, 0}},
+      {"+inf elsewhere", 0, {0, inf, 1}, 0, {}, n, {n, n, n}},
+      {"+inf at the label", 0, {0, inf, 1}, 1, {}, n, {n, n, n}},
+      {"NaN", 0, {0, 1, n}, 0, {}, n, {n, n, n}},
+  };
+  check_special(ldr_k_kl_descriptor<TestType>(), rows, 8);
+}
+
+// Formula sheet 4.3: what it is at both ends of k.
+TEST_CASE("ldr_k_kl: its limits", "[aldr_kl]") {
+  using Catch::Matchers::WithinAbs;
+  const std::vector<double> x{0.5, -1.2, 2, 0.1};
+  const std::vector<int> label{0};
+  const auto value = [&](const auto& loss) {
+    return loss(perdita::matrix_view<const double>(x.data(), 1, 4), label);
+  };
+  for (const double c : {0.0, 0.3}) {
+    CHECK_THAT(value(perdita::ldr_k_kl<double>({.k = 1, .lambda = 0.7, .margin = c})),
+               WithinAbs(value(perdita::ldr_kl<double>({.lambda = 0.7, .margin = c})), 1e-14));
+    CHECK_THAT(value(perdita::ldr_k_kl<double>({.k = 4, .margin = c})),
+               WithinAbs(value(perdita::average_margin<double>({.margin = c})), 1e-14));
+  }
+}
+
+TEST_CASE("aldr_kl: λ* satisfies its equation and is the largest that does", "[aldr_kl]") {
+  // From q_k/q_j = e^{(x_k − x_j)/λ}.
+  const std::vector<double> x{0.5, -1.2, 2, 0.1};
+  std::vector<double> g(4);
+  const std::vector<int> label{0};
+  const double l0 = 1.5, a = 1.25;
+  perdita::aldr_kl<double>({.lambda = l0, .alpha = a})(
+      perdita::matrix_view<const double>(x.data(), 1, 4), label,
+      perdita::matrix_view<double>(g.data(), 1, 4));
+  const double l = (x[2] - x[3]) / std::log(g[2] / g[3]);
+  const auto equation = [&](double at) {
+    double sum = 0, kl = 0;
+    for (const double v : x)
+      sum += std::exp(v / at);
+    for (const double v : x)
+      kl += std::exp(v / at) / sum * std::log(4 * std::exp(v / at) / sum);
+    return at - l0 * (1 - kl / (a * std::log(4)));
+  };
+  CHECK(std::abs(equation(l)) < 1e-12);
+  for (int i = 1; i <= 100; ++i)
+    CHECK(equation(l + (l0 - l) * i / 100) > 0);
+}
+
+TEST_CASE("aldr_kl, ldr_k_kl: options out of range are refused", "[aldr_kl]") {
+  using Catch::Matchers::ContainsSubstring;
+  CHECK_THROWS_WITH(perdita::aldr_kl<float>({.lambda = 0}), ContainsSubstring("lambda is 0"));
+  CHECK_THROWS_WITH(perdita::aldr_kl<float>({.alpha = 1}), ContainsSubstring("alpha is 1"));
+  CHECK_THROWS_WITH(perdita::aldr_kl<float>({.margin = std::nanf("")}),
+                    ContainsSubstring("margin is"));
+  CHECK_THROWS_WITH(perdita::ldr_k_kl<float>({.k = 0}), ContainsSubstring("k is 0"));
+  CHECK_THROWS_WITH(perdita::ldr_k_kl<float>({.lambda = -1}), ContainsSubstring("lambda is -1"));
+  const std::vector<float> x{0, 1};
+  const std::vector<int> label{0};
+  CHECK_THROWS_WITH(
+      perdita::ldr_k_kl<float>({.k = 3})(perdita::matrix_view<const float>(x.data(), 1, 2), label),
+      ContainsSubstring("k is 3"));
+}
+
+} // namespace perdita_tests
