@@ -329,10 +329,10 @@ private:
     return core::row_head::drive(loss_, job, call, [&](const auto& formula) {
       using formula_type = std::remove_cvref_t<decltype(formula)>;
       static_assert(
-          !core::resident_formula<formula_type>,
+          !core::whole_row_formula<formula_type>,
           "perdita::linear: this loss needs a whole row of scores at once, and the linear "
           "head never holds one; make the scores and call the loss itself");
-      if constexpr (!core::resident_formula<formula_type>) {
+      if constexpr (!core::whole_row_formula<formula_type>) {
         if (!formula_type::statistic::has_image && io.filter)
           core::fail(name, "drop_mass or drop_below",
                      core::to_text(options_.drop_mass + options_.drop_below),

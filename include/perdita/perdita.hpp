@@ -9,6 +9,7 @@
 #include "comp_sum.hpp"
 #include "cross_entropy.hpp"
 #include "dco.hpp"
+#include "distillation.hpp"
 #include "ldr.hpp"
 #include "ldr_k_kl.hpp"
 #include "linear.hpp"

@@ -6,7 +6,7 @@
 
 #include "column_kernel.hpp"
 #include "executor.hpp"
-#include "resident_kernel.hpp"
+#include "paired_kernel.hpp"
 #include "row_kernel.hpp"
 #include "workspace.hpp"
 
@@ -51,7 +51,9 @@ double run_rows(const Formula& formula, row_job<T>& job, const executor& run_on,
   const index bytes = job.scores.rows * job.scores.cols * static_cast<index>(sizeof(T));
   // A gradient that will not fit the caches need not pass through them.
   job.streaming = Gradient && !job.in_place() && !job.accumulate && bytes > (index{4} << 20);
-  if constexpr (resident_formula<Formula>)
+  if constexpr (paired_formula<Formula>)
+    return run_blocks<paired_kernel<Formula, T, Gradient>>(formula, job, run_on, memory);
+  else if constexpr (resident_formula<Formula>)
     return run_blocks<resident_kernel<Formula, T, Gradient>>(formula, job, run_on, memory);
   else if (prefers_columns(job))
     return run_blocks<column_kernel<Formula, T, Gradient>>(formula, job, run_on, memory);
