@@ -50,7 +50,7 @@ struct distillation_formula {
   double temperature, beta;
   double scale; // of the value
 
-  double operator()(const double* x, const double* t, index n, double* slopes) const {
+  double operator()(const double* x, const double* t, index n, index, double* slopes) const {
     double *p = slopes + n, *q = p + n, *r = q + n;
     const softmax of_x(x, n, temperature, p), of_t(t, n, temperature, q);
     if (!(std::isfinite(of_x.top) && std::isfinite(of_t.top))) {

@@ -5,7 +5,8 @@
 /// gradient: a student's and its teacher's. Both are at hand in double, and the formula gives the
 /// value and the slopes,
 ///
-///   double operator()(const double* x, const double* target, index n, double* slopes) const
+///   double operator()(const double* x, const double* target, index n, index label,
+///                     double* slopes) const;   label: -1 where there are none
 ///
 /// with room for 3 n more doubles behind the slopes.
 
@@ -45,13 +46,15 @@ public:
   /// Rows [first, last): adds their weighted values to the total.
   void run(index first, index last, value_sum* total) {
     for (index r = first; r < last; ++r) {
-      if (!job_.counts(r, 0)) {
+      const std::int64_t label = job_.labels ? job_.label(r) : -1;
+      if (!job_.counts(r, label)) {
         store_ignored(job_, r, stage_);
         continue;
       }
       read(job_.scores, r, x_);
       read(job_.soft, r, target_);
-      store_value(job_, r, formula_(x_, target_, cols_, slopes_), *total);
+      store_value(job_, r, formula_(x_, target_, cols_, static_cast<index>(label), slopes_),
+                  *total);
       if constexpr (Gradient)
         write(r);
     }
