@@ -17,6 +17,7 @@
 #include "poly.hpp"
 #include "robust.hpp"
 #include "robust_log_loss.hpp"
+#include "smooth_adversarial.hpp"
 #include "softmax.hpp"
 #include "sparsemax.hpp"
 #include "spherical.hpp"

@@ -92,11 +92,12 @@ private:
 ///
 /// Φ^τ as in comp_sum. The attack, which looks for the h' that is farthest, is the caller's. An
 /// upper bound of the adversarial ρ-margin comp-sum loss where ν ≥ √(K−1)/ρ. v = 0: no gradient
-/// from it. ν = 0: comp_sum of h/ρ. Both matrices are rows × classes. Classes masked (-inf) in both
-/// do not count; any other infinity but +inf at the label of neither, or NaN, makes the row NaN.
-/// Asking for both gradients takes two passes. Reductions, errors, row weights: as cross_entropy.
-/// No by-products but `values`. Source: Mao, Mohri, Zhong, "Cross-entropy loss functions:
-/// theoretical analysis and applications", ICML 2023.
+/// from it. ν = 0: comp_sum of h/ρ.
+/// Both matrices are rows × classes. Classes masked (-inf) in both do not count; any other infinity,
+/// or NaN, makes the row NaN. Asking for the gradients takes a pass for each. Reductions, errors,
+/// row weights: as cross_entropy. No by-products but `values`.
+/// Source: Mao, Mohri, Zhong, "Cross-entropy loss functions: theoretical analysis and
+/// applications", ICML 2023.
 template <class T = float> class smooth_adversarial : public row_loss<smooth_adversarial<T>, T> {
 public:
   struct options {
