@@ -93,7 +93,7 @@ private:
 /// Φ^τ as in comp_sum. The attack, which looks for the h' that is farthest, is the caller's. An
 /// upper bound of the adversarial ρ-margin comp-sum loss where ν ≥ √(K−1)/ρ. v = 0: no gradient
 /// from it. ν = 0: comp_sum of h/ρ.
-/// Both matrices are rows × classes. Classes masked (-inf) in both do not count; any other infinity,
+/// Both matrices are rows × classes. Classes masked (-inf) in both do not count; other infinities,
 /// or NaN, makes the row NaN. Asking for the gradients takes a pass for each. Reductions, errors,
 /// row weights: as cross_entropy. No by-products but `values`.
 /// Source: Mao, Mohri, Zhong, "Cross-entropy loss functions: theoretical analysis and
