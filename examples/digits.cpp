@@ -16,61 +16,25 @@
 #include <perdita/cross_entropy.hpp>
 
 #include "digits.hpp"
+#include "digits_network.hpp"
 #include "progress.hpp"
 
 #ifndef PERDITA_EXAMPLES_DATA
 #define PERDITA_EXAMPLES_DATA "examples/data"
 #endif
 
-using matrix_ref = Eigen::Ref<const matrix>; // a matrix or some of its rows
-using row_vector = Eigen::RowVectorXf;
-
 constexpr int hidden_units = 128, epochs = 60, batch = 32;
-constexpr float first_rate = 0.1f, momentum = 0.9f, weight_decay = 1e-3f;
+constexpr float first_rate = 0.1f;
 constexpr std::uint64_t seed = 1;
 constexpr double required_accuracy = 0.96;
 
-/// x ↦ x · weights + bias, learnt by stochastic gradient descent with momentum.
-struct layer {
-  matrix weights, weight_step;
-  row_vector bias, bias_step;
-
-  layer(int in, int out, generator& random)
-      : weights(in, out), weight_step(matrix::Zero(in, out)), bias(row_vector::Zero(out)),
-        bias_step(row_vector::Zero(out)) {
-    const float limit = std::sqrt(6.0f / static_cast<float>(in)); // He et al. 2015
-    for (Eigen::Index i = 0; i < weights.size(); ++i)
-      weights.data()[i] = limit * random.symmetric();
-  }
-  matrix operator()(const matrix_ref& in) const { return (in * weights).rowwise() + bias; }
-  void learn(const matrix_ref& in, const matrix& d_out, float rate) {
-    weight_step = momentum * weight_step - rate * weight_decay * weights;
-    weight_step.noalias() -= rate * in.transpose() * d_out;
-    bias_step = momentum * bias_step - rate * d_out.colwise().sum();
-    weights += weight_step;
-    bias += bias_step;
-  }
-};
-
 double train_and_test(const std::string& path) {
   generator random(seed);
-  dataset all = read_digits(path);
-  all.shuffle(random);
-  const int held_out = all.size() / 4, kept = all.size() - held_out;
-  dataset test{all.images.topRows(held_out), all.labels.head(held_out)};
-  dataset train{all.images.bottomRows(kept), all.labels.tail(kept)};
+  auto [train, test] = split(read_digits(path), random);
+  const int kept = train.size(), held_out = test.size();
   std::printf("%s: %d digits to learn from, %d held out\n", path.c_str(), kept, held_out);
 
-  // Standardise by the training part alone. The 5 keeps pixels that are nearly always blank from
-  // counting for much where they are not.
-  const row_vector mean = train.images.colwise().mean();
-  const row_vector spread =
-      ((train.images.rowwise() - mean).array().square().colwise().mean() + 5).sqrt();
-  for (matrix* images : {&train.images, &test.images})
-    *images = (images->rowwise() - mean).array().rowwise() / spread.array();
-
   layer hidden(pixels, hidden_units, random), output(hidden_units, classes, random);
-  const auto relu = [](const matrix& x) -> matrix { return x.cwiseMax(0.0f); };
 
   const perdita::cross_entropy<float> loss; // the mean over the rows
   perdita::workspace memory;                // scratch that all calls share: none of them allocates

@@ -1,0 +1,750 @@
+// SPDX-License-Identifier: MIT
+
+// Regression losses, element by element: formula sheet 17. The traversal is tested on them too.
+
+#include <perdita/element.hpp>
+
+#include <Eigen/Core>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <string>
+#include <vector>
+
+#include "support/catch.hpp"
+#include "support/element_check.hpp"
+#include "support/executors.hpp"
+#include "support/memory_block.hpp"
+#include "support/wide.hpp"
+
+namespace perdita_tests {
+namespace {
+
+using perdita::reduction;
+constexpr double inf = std::numeric_limits<double>::infinity();
+constexpr double n = std::numeric_limits<double>::quiet_NaN();
+
+wide sign(wide r) { return r > 0 ? 1 : r < 0 ? -1 : 0; }
+
+template <class T> element_points<T> residual_points() {
+  return pair_points<T>(signed_grid(), {0, 0.25, -1.5, 3, 1e6}, -3, 3);
+}
+
+} // namespace
+
+TEMPLATE_TEST_CASE("element losses of a residual: every number", "[element]", float, double) {
+  using T = TestType;
+  const auto points = residual_points<T>();
+  check_element("", perdita::l1<T>({.reduction = reduction::none}), points, of_residual([](wide r) {
+                  return element_point{
+                      .value = size_of(r), .slope = sign(r), .curvature = 0, .to_kink = size_of(r)};
+                }),
+                {0.5, 0, 0});
+  check_element("", perdita::mse<T>({.reduction = reduction::none}), points,
+                of_residual([](wide r) {
+                  return element_point{.value = r * r, .slope = 2 * r, .curvature = 2};
+                }),
+                {1, 0.5, 0});
+  for (const T beta : {T(1), T(0.7), T(1e-3), T(250), T(0)})
+    check_element(" " + std::to_string(beta),
+                  perdita::smooth_l1<T>({.beta = beta, .reduction = reduction::none}), points,
+                  of_residual([=](wide r) {
+                    const wide b = static_cast<double>(beta), s = size_of(r);
+                    if (s < b)
+                      return element_point{.value = r * r / (2 * b),
+                                           .slope = r / b,
+                                           .curvature = 1 / b,
+                                           .to_kink = b - s};
+                    return element_point{
+                        .value = s - b / 2, .slope = sign(r), .curvature = 0, .to_kink = s - b};
+                  }),
+                  {1.5, 1, 0.5});
+  for (const T delta : {T(1), T(0.7), T(1e-3), T(250)})
+    check_element(
+        " " + std::to_string(delta),
+        perdita::huber<T>({.delta = delta, .reduction = reduction::none}), points,
+        of_residual([=](wide r) {
+          const wide d = static_cast<double>(delta), s = size_of(r);
+          if (s <= d)
+            return element_point{.value = r * r / 2, .slope = r, .curvature = 1, .to_kink = d - s};
+          return element_point{
+              .value = d * (s - d / 2), .slope = d * sign(r), .curvature = 0, .to_kink = s - d};
+        }),
+        {1.5, 0.5, 0});
+  for (const T delta : {T(1), T(0.01), T(300)})
+    check_element(" " + std::to_string(delta),
+                  perdita::pseudo_huber<T>({.delta = delta, .reduction = reduction::none}), points,
+                  of_residual([=](wide r) {
+                    const wide d = static_cast<double>(delta), u = r / d, s = sqrt(wide(1 + u * u));
+                    return element_point{
+                        .value = r * r / (1 + s), .slope = r / s, .curvature = 1 / (s * s * s)};
+                  }),
+                  {4, 4, 6});
+  check_element("", perdita::log_cosh<T>({.reduction = reduction::none}), points,
+                of_residual([](wide r) {
+                  const wide s = size_of(r), e = exp(wide(-2 * s)), q = r * r;
+                  const wide value = s < 1e-4 ? q / 2 - q * q / 12 + q * q * q / 45
+                                              : wide(s + log1p(e) - log(wide(2)));
+                  return element_point{
+                      .value = value, .slope = tanh(r), .curvature = 4 * e / ((1 + e) * (1 + e))};
+                }),
+                {4, 4, 4});
+  for (const T tau : {T(0.5), T(0.9), T(1e-3), T(0.999)}) {
+    const auto weight = [=](wide r) { return r > 0 ? wide(1 - wide(tau)) : wide(tau); };
+    check_element(" " + std::to_string(tau),
+                  perdita::quantile<T>({.tau = tau, .reduction = reduction::none}), points,
+                  of_residual([=](wide r) {
+                    return element_point{.value = weight(r) * size_of(r),
+                                         .slope = weight(r) * sign(r),
+                                         .curvature = 0,
+                                         .to_kink = size_of(r)};
+                  }),
+                  {1, 0.5, 0});
+    check_element(" " + std::to_string(tau),
+                  perdita::expectile<T>({.tau = tau, .reduction = reduction::none}), points,
+                  of_residual([=](wide r) {
+                    return element_point{.value = weight(r) * r * r,
+                                         .slope = 2 * weight(r) * r,
+                                         .curvature = 2 * weight(r),
+                                         .to_kink = size_of(r)};
+                  }),
+                  {1.5, 1, 0.5});
+  }
+}
+
+TEMPLATE_TEST_CASE("redescending element losses: every number", "[element]", float, double) {
+  using T = TestType;
+  const auto points = residual_points<T>();
+  for (const T c : {T(1), T(0.01), T(4.685), T(300)}) {
+    const std::string detail = " " + std::to_string(c);
+    const wide w = static_cast<double>(c);
+    check_element(detail, perdita::cauchy<T>({.c = c, .reduction = reduction::none}), points,
+                  of_residual([=](wide r) {
+                    const wide q = (r / w) * (r / w);
+                    return element_point{.value = w * w / 2 * log1p(q),
+                                         .slope = r / (1 + q),
+                                         .curvature = (1 - q) / ((1 + q) * (1 + q))};
+                  }),
+                  {4, 4, 5});
+    check_element(detail, perdita::tukey_biweight<T>({.c = c, .reduction = reduction::none}),
+                  points, of_residual([=](wide r) {
+                    const wide q = (r / w) * (r / w), left = 1 - q,
+                               to_kink = size_of(w - size_of(r));
+                    if (q >= 1)
+                      return element_point{
+                          .value = w * w / 6, .slope = 0, .curvature = 0, .to_kink = to_kink};
+                    return element_point{.value = w * w / 6 * q * (3 - 3 * q + q * q),
+                                         .slope = r * left * left,
+                                         .curvature = left * (1 - 5 * q),
+                                         .to_kink = to_kink};
+                  }),
+                  {4, 5, 5});
+    check_element(detail, perdita::geman_mcclure<T>({.c = c, .reduction = reduction::none}), points,
+                  of_residual([=](wide r) {
+                    const wide q = (r / w) * (r / w), v = 1 / (1 + q);
+                    return element_point{.value = w * w / 2 * q * v,
+                                         .slope = r * v * v,
+                                         .curvature = (1 - 3 * q) * v * v * v};
+                  }),
+                  {4, 5, 6});
+  }
+}
+
+TEMPLATE_TEST_CASE("negative log-likelihoods: every number", "[element]", float, double) {
+  using T = TestType;
+  const std::vector<double> counts{0, 1e-6, 0.3, 1, 1.5, 2, 7, 1000, 3e5};
+  const auto points = pair_points<T>(signed_grid(), counts, 0, 5);
+  const auto stirling = [](wide t, bool full) {
+    const wide pi = wide(3.141592653589793116) + wide(1.2246467991473531772e-16);
+    return full && t > 1 ? wide(t * log(t) - t + log(wide(2 * pi * t)) / 2) : wide(0);
+  };
+  for (const bool full : {false, true}) {
+    const std::string detail = full ? " full" : "";
+    const auto of_stirling = [=](wide t) {
+      return full && t > 1 ? wide(t * size_of(log(t)) + t + 2) : wide(0);
+    };
+    check_element(detail + " log_input",
+                  perdita::poisson_nll<T>({.full = full, .reduction = reduction::none}), points,
+                  [=](wide x, wide t) {
+                    const wide mean = exp(x), infinite = mean > std::numeric_limits<T>::max();
+                    return element_point{.value = infinite != 0
+                                                      ? infinity()
+                                                      : wide(mean - t * x + stirling(t, full)),
+                                         .slope = mean - t,
+                                         .curvature = mean,
+                                         .value_size = mean + size_of(t * x) + of_stirling(t),
+                                         .slope_size = mean + t,
+                                         .scale = 1};
+                  },
+                  {2, 2, 2});
+    // The mean is above 0.
+    std::vector<double> means;
+    for (const double x : signed_grid())
+      if (x > 0 && x < 1e10)
+        means.push_back(x);
+    auto above = pair_points<T>(means, counts, 0, 5);
+    for (T& x : above.x)
+      x = std::abs(x);
+    const T eps = T(1e-8);
+    check_element(
+        detail,
+        perdita::poisson_nll<T>({.log_input = false, .full = full, .reduction = reduction::none}),
+        above,
+        [=](wide x, wide t) {
+          const wide mean = x + static_cast<double>(eps), l = log(mean);
+          return element_point{.value = x - t * l + stirling(t, full),
+                               .slope = 1 - t / mean,
+                               .curvature = t / (mean * mean),
+                               .value_size = x + t * (size_of(l) + 1) + of_stirling(t),
+                               .slope_size = 1 + t / mean,
+                               .scale = mean};
+        },
+        {2, 2, 3});
+  }
+  std::vector<double> moderate;
+  for (const double x : signed_grid())
+    if (size_of(x) <= 700)
+      moderate.push_back(x);
+  const auto tame = pair_points<T>(moderate, counts, 0, 5);
+  check_element("", perdita::gamma_nll<T>({.reduction = reduction::none}), tame,
+                [=](wide x, wide t) {
+                  const wide share = t * exp(wide(-x));
+                  const bool infinite = exp(wide(-x)) > std::numeric_limits<T>::max() && t > 0;
+                  return element_point{.value = infinite ? infinity() : wide(x + share),
+                                       .slope = infinite ? wide(-infinity()) : wide(1 - share),
+                                       .curvature = infinite ? infinity() : share,
+                                       .value_size = size_of(x) + share,
+                                       .slope_size = 1 + share,
+                                       .scale = 1};
+                },
+                {2, 2, 2});
+  for (const T power : {T(1.5), T(1.05), T(1.95)})
+    check_element(" " + std::to_string(power),
+                  perdita::tweedie_nll<T>({.power = power, .reduction = reduction::none}), tame,
+                  [=](wide x, wide t) {
+                    const wide p = static_cast<double>(power);
+                    wide a = t * exp(wide((1 - p) * x));
+                    const wide b = exp(wide((2 - p) * x));
+                    if (a > 0 && a / t > std::numeric_limits<T>::max())
+                      a = infinity();
+                    const wide of_a = a * (1 + size_of((1 - p) * x)),
+                               of_b = b * (1 + size_of((2 - p) * x));
+                    return element_point{.value = a / (p - 1) + b / (2 - p),
+                                         .slope = b - a,
+                                         .curvature = (p - 1) * a + (2 - p) * b,
+                                         .value_size = of_a / (p - 1) + of_b / (2 - p),
+                                         .slope_size = of_a + of_b,
+                                         .curvature_size = (p - 1) * of_a + (2 - p) * of_b,
+                                         .scale = 1};
+                  },
+                  {3, 3, 3});
+}
+
+TEMPLATE_TEST_CASE("gaussian_nll: every number", "[element]", float, double) {
+  using T = TestType;
+  const wide pi = wide(3.141592653589793116) + wide(1.2246467991473531772e-16);
+  const auto base = pair_points<T>({0, 1e-3, -0.5, 1, -2, 7, 1e3, -1e6}, {0, 0.25, -1.5, 3}, -3, 3);
+  for (const bool full : {false, true})
+    for (const double variance : {0.0, 1e-9, 1e-6, 0.1, 1.0, 3.7, 1e4}) {
+      const auto size = base.x.size();
+      const T eps = T(1e-6);
+      const std::vector<T> v(size, static_cast<T>(variance));
+      const perdita::gaussian_nll<T> loss({.full = full, .reduction = reduction::none});
+      element_results<T> mean{std::vector<T>(size), std::vector<T>(size), std::vector<T>(size)};
+      auto of_v = mean;
+      loss(base.x, base.t, v, mean.slope, of_v.slope, {.values = mean.value});
+      loss.hessian_diagonal(base.x, base.t, v, mean.curvature, of_v.curvature);
+      of_v.value = mean.value;
+      const wide clamped = static_cast<double>(std::max(v[0], eps));
+      const auto value = [=](wide r, wide w) {
+        return wide((log(w) + r * r / w + (full ? log(wide(2 * pi)) : wide(0))) / 2);
+      };
+      const auto value_size = [=](wide r, wide w) {
+        return wide(size_of(log(w)) + r * r / w + (full ? 1 : 0));
+      };
+      judge("gaussian_nll", base, mean,
+            [=](wide x, wide t) {
+              const wide r = x - t, w = clamped;
+              return element_point{.value = value(r, w),
+                                   .slope = r / w,
+                                   .curvature = 1 / w,
+                                   .value_size = value_size(r, w)};
+            },
+            {2, 1.5, 1});
+      // By the variance, which takes the place of x: differences of it check the reference.
+      element_points<T> by_variance{std::vector<T>(size, static_cast<T>(double(clamped))), {}};
+      for (std::size_t i = 0; i < size; ++i)
+        by_variance.t.push_back(base.x[i] - base.t[i]);
+      judge("gaussian_nll by the variance", by_variance, of_v,
+            [=](wide w, wide r) {
+              const wide s = r * r / (w * w);
+              return element_point{.value = value(r, w),
+                                   .slope = (1 / w - s) / 2,
+                                   .curvature = s / w - 1 / (2 * w * w),
+                                   .value_size = 2 * value_size(r, w),
+                                   .slope_size = 1 / w + s,
+                                   .curvature_size = s / w + 1 / (w * w),
+                                   .scale = w};
+            },
+            {2, 2, 3});
+    }
+}
+
+TEMPLATE_TEST_CASE("element losses: special values", "[element]", float, double) {
+  using T = TestType;
+  using perdita::reduction;
+  check_specials(perdita::l1<T>({.reduction = reduction::none}), {{2, 2, 0, 0, 0},
+                                                                  {inf, 1, inf, 1, 0},
+                                                                  {-inf, 1, inf, -1, 0},
+                                                                  {n, 1, n, n, n},
+                                                                  {1, n, n, n, n},
+                                                                  {inf, inf, n, n, n}});
+  check_specials(
+      perdita::mse<T>({.reduction = reduction::none}),
+      {{2, 2, 0, 0, 2}, {inf, 1, inf, inf, 2}, {-inf, 1, inf, -inf, 2}, {n, 1, n, n, n}});
+  for (const T beta : {T(0), T(2)})
+    check_specials(perdita::smooth_l1<T>({.beta = beta, .reduction = reduction::none}),
+                   {{2, 2, 0, 0, beta > 0 ? 1 / double(beta) : 0},
+                    {inf, 1, inf, 1, 0},
+                    {-inf, 1, inf, -1, 0},
+                    {n, 1, n, n, n}});
+  check_specials(perdita::huber<T>({.delta = 2, .reduction = reduction::none}),
+                 {{2, 0, 2, 2, 1}, {inf, 1, inf, 2, 0}, {-inf, 1, inf, -2, 0}, {n, 1, n, n, n}});
+  check_specials(perdita::pseudo_huber<T>({.delta = 2, .reduction = reduction::none}),
+                 {{1, 1, 0, 0, 1}, {inf, 1, inf, 2, 0}, {-inf, 1, inf, -2, 0}, {n, 1, n, n, n}});
+  check_specials(perdita::log_cosh<T>({.reduction = reduction::none}),
+                 {{1, 1, 0, 0, 1}, {inf, 1, inf, 1, 0}, {-inf, 1, inf, -1, 0}, {n, 1, n, n, n}});
+  check_specials(
+      perdita::quantile<T>({.tau = T(0.25), .reduction = reduction::none}),
+      {{1, 1, 0, 0, 0}, {inf, 1, inf, 0.75, 0}, {-inf, 1, inf, -0.25, 0}, {n, 1, n, n, n}});
+  check_specials(
+      perdita::expectile<T>({.tau = T(0.25), .reduction = reduction::none}),
+      {{1, 1, 0, 0, 0.5}, {inf, 1, inf, inf, 1.5}, {-inf, 1, inf, -inf, 0.5}, {n, 1, n, n, n}});
+  check_specials(perdita::cauchy<T>({.c = 2, .reduction = reduction::none}),
+                 {{1, 1, 0, 0, 1}, {inf, 1, inf, 0, 0}, {-inf, 1, inf, 0, 0}, {n, 1, n, n, n}});
+  check_specials(perdita::tukey_biweight<T>({.c = 3, .reduction = reduction::none}),
+                 {{1, 1, 0, 0, 1},
+                  {3, 0, 1.5, 0, 0},
+                  {inf, 1, 1.5, 0, 0},
+                  {-inf, 1, 1.5, 0, 0},
+                  {n, 1, n, n, n}});
+  check_specials(perdita::geman_mcclure<T>({.c = 2, .reduction = reduction::none}),
+                 {{1, 1, 0, 0, 1}, {inf, 1, 2, 0, 0}, {-inf, 1, 2, 0, 0}, {n, 1, n, n, n}});
+  check_specials(perdita::poisson_nll<T>({.reduction = reduction::none}), {{-inf, 0, 0, 0, 0},
+                                                                           {-inf, 2, inf, -2, 0},
+                                                                           {inf, 2, inf, inf, inf},
+                                                                           {inf, 0, inf, inf, inf},
+                                                                           {n, 0, n, n, n},
+                                                                           {1, n, n, n, n}});
+  check_specials(
+      perdita::poisson_nll<T>({.log_input = false, .eps = 0, .reduction = reduction::none}),
+      {{0, 0, 0, 1, 0},
+       {0, 2, inf, -inf, inf},
+       {n, 0, n, n, n},
+       {1, n, n, n, n},
+       {-1, 2, n, 3, 2}});
+  check_specials(
+      perdita::gamma_nll<T>({.reduction = reduction::none}),
+      {{-inf, 2, inf, -inf, inf}, {inf, 2, inf, 1, 0}, {n, 0, n, n, n}, {1, n, n, n, n}});
+  check_specials(perdita::tweedie_nll<T>({.reduction = reduction::none}),
+                 {{-inf, 0, 0, 0, 0},
+                  {-inf, 2, inf, -inf, inf},
+                  {inf, 2, inf, inf, inf},
+                  {n, 0, n, n, n},
+                  {1, n, n, n, n}});
+  // A variance that is negative or none at all.
+  const std::vector<T> x{1, 1, 1}, t{0, 0, 0}, v{T(-1), T(n), 1};
+  std::vector<T> g(3), h(3), value(3);
+  perdita::gaussian_nll<T>({.reduction = reduction::none})(x, t, v, g, h, {.values = value});
+  for (const std::size_t i : {0U, 1U})
+    CHECK((std::isnan(g[i]) && std::isnan(h[i]) && std::isnan(value[i])));
+  CHECK((value[2] == T(0.5) && g[2] == 1 && h[2] == 0));
+}
+
+TEST_CASE("element losses: their traits", "[element]") {
+  const auto check = [](const auto& loss, const perdita::element_traits& traits) {
+    INFO(loss.name);
+    element_points<double> p;
+    for (int i = -4000; i <= 4000; ++i) {
+      p.x.push_back(i / 256.0);
+      p.t.push_back(0);
+    }
+    const auto r = apply(loss, p);
+    bool convex = true, nonnegative = true;
+    double steepest = 0, jump = 0;
+    for (std::size_t i = 0; i < p.x.size(); ++i) {
+      nonnegative = nonnegative && r.value[i] >= 0;
+      steepest = std::max(steepest, std::abs(r.slope[i]));
+      if (i > 0) {
+        convex = convex && r.slope[i] >= r.slope[i - 1];
+        jump = std::max(jump, std::abs(r.slope[i] - r.slope[i - 1]));
+      }
+    }
+    CHECK(convex == traits.convex);
+    CHECK(nonnegative == traits.nonnegative);
+    CHECK((jump < 0.05 * steepest) == traits.smooth);
+    if (std::isfinite(traits.lipschitz)) {
+      CHECK(steepest <= traits.lipschitz * (1 + 1e-12));
+      CHECK(steepest >= traits.lipschitz * 0.99);
+    }
+  };
+  const auto none = reduction::none;
+  check(perdita::l1<double>({.reduction = none}), perdita::l1<double>::traits);
+  check(perdita::mse<double>({.reduction = none}), perdita::mse<double>::traits);
+  check(perdita::log_cosh<double>({.reduction = none}), perdita::log_cosh<double>::traits);
+  const auto check_settings = [&](const auto& loss) { check(loss, loss.traits()); };
+  check_settings(perdita::smooth_l1<double>({.beta = 0.5, .reduction = none}));
+  check_settings(perdita::smooth_l1<double>({.beta = 0, .reduction = none}));
+  check_settings(perdita::huber<double>({.delta = 2, .reduction = none}));
+  check_settings(perdita::pseudo_huber<double>({.delta = 2, .reduction = none}));
+  check_settings(perdita::quantile<double>({.tau = 0.2, .reduction = none}));
+  check_settings(perdita::cauchy<double>({.c = 2, .reduction = none}));
+  check_settings(perdita::tukey_biweight<double>({.c = 3, .reduction = none}));
+  check_settings(perdita::geman_mcclure<double>({.c = 3, .reduction = none}));
+}
+
+TEST_CASE("element losses: the formula sheet's numbers", "[element]") {
+  const std::vector<double> r{-2, 0.3, 1.5}, zero(3, 0);
+  check_golden_elements(perdita::log_cosh<double>({.reduction = reduction::sum}), r, zero,
+                        2.2247836883, {-0.96402758, 0.291312612, 0.905148254});
+  check_golden_elements(perdita::smooth_l1<double>({.beta = 0.7, .reduction = reduction::sum}), r,
+                        zero, 2.86428571429, {-1, 0.428571429, 1});
+  check_golden_elements(perdita::tweedie_nll<double>({.power = 1.5, .reduction = reduction::sum}),
+                        r, {1, 0, 2.5}, 15.0918238216, {-2.35040239, 1.16183424, 0.936083635});
+}
+
+// --- The traversal -------------------------------------------------------------------------------
+
+namespace {
+
+template <class T> std::vector<T> random_vector(std::size_t size, std::uint64_t seed) {
+  random_numbers random(seed);
+  std::vector<T> x(size);
+  for (T& v : x)
+    v = static_cast<T>(3 * random.normal());
+  return x;
+}
+template <class T> double sum_of(const std::vector<T>& x) {
+  wide sum = 0;
+  for (const T v : x)
+    sum += wide(v);
+  return static_cast<double>(sum);
+}
+template <class T> perdita::huber<T> a_loss(reduction how = reduction::none) {
+  return perdita::huber<T>({.delta = 2, .reduction = how});
+}
+template <class T> double relative(T got, double expected) {
+  return std::abs(static_cast<double>(got) - expected) / std::abs(expected) /
+         static_cast<double>(std::numeric_limits<T>::epsilon());
+}
+
+} // namespace
+
+TEMPLATE_TEST_CASE("element traversal: any length and alignment, and nothing beyond", "[element]",
+                   float, double) {
+  using T = TestType;
+  std::vector<std::size_t> lengths;
+  for (std::size_t i = 0; i <= 35; ++i)
+    lengths.push_back(i);
+  for (const std::size_t i : {511U, 512U, 513U, 1030U, 32768U, 32769U, 66000U})
+    lengths.push_back(i);
+  const auto loss = a_loss<T>();
+  const auto all_x = random_vector<T>(66000, 1), all_t = random_vector<T>(66000, 2);
+  std::vector<T> alone_g(all_x.size()), alone_v(all_x.size());
+  for (std::size_t i = 0; i < all_x.size(); ++i) { // each element by itself
+    const std::vector<T> x{all_x[i]}, t{all_t[i]};
+    if (i >= 1100 && i % 97 != 0)
+      continue;
+    std::vector<T> g(1);
+    alone_v[i] = loss(x, t, g, {.run_on = perdita::serial});
+    alone_g[i] = g[0];
+  }
+  for (const std::size_t size : lengths)
+    for (const edge at : {edge::front, edge::back, edge::none}) {
+      CAPTURE(size, static_cast<int>(at));
+      const std::size_t bytes = size * sizeof(T), offset = at == edge::none ? 20 * sizeof(T) : 0;
+      memory_block x(bytes, offset, at), t(bytes, offset, at), g(bytes, offset, at);
+      const auto view = [&](memory_block& b) {
+        return perdita::vector_view<T>(reinterpret_cast<T*>(b.data()),
+                                       static_cast<perdita::index>(size));
+      };
+      std::copy_n(all_x.begin(), size, view(x).data);
+      std::copy_n(all_t.begin(), size, view(t).data);
+      const auto x_before = x.copy(), t_before = t.copy();
+      auto around = g.copy();
+      const T value = loss(view(x), view(t), view(g), {.run_on = perdita::serial});
+      CHECK(x == x_before);
+      CHECK(t == t_before);
+      CHECK(value == loss(view(x), view(t), {.run_on = perdita::serial}));
+      std::vector<T> v(size);
+      loss(view(x), view(t), {.values = v, .run_on = perdita::serial});
+      CHECK((size == 0 ? value == 0 : relative(value, sum_of(v)) <= 1));
+      std::size_t wrong = 0;
+      for (std::size_t i = 0; i < size; ++i)
+        wrong += (i < 1100 || i % 97 == 0) && view(g)[static_cast<perdita::index>(i)] != alone_g[i];
+      CHECK(wrong == 0);
+      const auto made = g.copy();
+      std::copy_n(made.begin() + static_cast<std::ptrdiff_t>(g.position()), bytes,
+                  around.begin() + static_cast<std::ptrdiff_t>(g.position()));
+      CHECK(made == around);
+    }
+  CHECK(loss(std::vector<T>(), std::vector<T>()) == 0);
+  CHECK(a_loss<T>(reduction::mean)(std::vector<T>(), std::vector<T>()) == 0);
+}
+
+TEST_CASE("element traversal: layouts of matrices", "[element]") {
+  using T = float;
+  using matrix = Eigen::Matrix<T, Eigen::Dynamic, Eigen::Dynamic>;
+  using row_matrix = Eigen::Matrix<T, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
+  const auto loss = a_loss<T>();
+  for (const auto& [rows, cols] : {std::pair{1, 700}, {37, 29}, {700, 1}, {3, 1000}, {40, 600}}) {
+    CAPTURE(rows, cols);
+    const auto size = static_cast<std::size_t>(rows * cols);
+    const auto x = random_vector<T>(size, 3), t = random_vector<T>(size, 4);
+    std::vector<T> g(size);
+    const T value = loss(x, t, g);
+    const row_matrix rx = Eigen::Map<const row_matrix>(x.data(), rows, cols),
+                     rt = Eigen::Map<const row_matrix>(t.data(), rows, cols),
+                     expected = Eigen::Map<const row_matrix>(g.data(), rows, cols);
+    const matrix cx = rx, ct = rt;
+    const auto check = [&](const auto& px, const auto& pt, auto&& pg) {
+      pg.setConstant(T(77));
+      CHECK(relative(loss(px, pt, pg), static_cast<double>(value)) <= 1);
+      CHECK((pg.array() == expected.array()).all());
+    };
+    row_matrix rg(rows, cols);
+    matrix cg(rows, cols);
+    check(rx, rt, rg);
+    check(cx, ct, cg);
+    check(rx, ct, cg);
+    check(cx, rt, rg);
+    // Blocks of something larger, of which the rest stays as it is.
+    row_matrix large_row = row_matrix::Constant(rows + 3, cols + 5, T(5));
+    matrix large = matrix::Constant(rows + 3, cols + 5, T(5));
+    check(rx, ct, large_row.block(1, 2, rows, cols));
+    check(cx, rt, large.block(1, 2, rows, cols));
+    const auto count = (rows + 3) * (cols + 5) - rows * cols;
+    CHECK((large_row.array() == T(5)).count() >= count);
+    CHECK((large.array() == T(5)).count() >= count);
+  }
+}
+
+TEMPLATE_TEST_CASE("element traversal: vectors with strides, backwards, in place", "[element]",
+                   float, double) {
+  using T = TestType;
+  using view = perdita::vector_view<T>;
+  const auto loss = a_loss<T>();
+  for (const perdita::index size : {1, 17, 600, 40000}) {
+    const auto n_elements = static_cast<std::size_t>(size);
+    const auto x = random_vector<T>(n_elements, 5), t = random_vector<T>(n_elements, 6);
+    std::vector<T> g(n_elements), wide_x(3 * n_elements, T(9)), wide_g(2 * n_elements, T(9));
+    const T value = loss(x, t, g);
+    const std::vector<T> backwards(t.rbegin(), t.rend());
+    for (std::size_t i = 0; i < n_elements; ++i)
+      wide_x[3 * i] = x[i];
+    const perdita::vector_view<const T> reversed(backwards.data() + size - 1, size, -1);
+    CHECK(loss(view(wide_x.data(), size, 3), reversed, view(wide_g.data(), size, 2)) == value);
+    for (std::size_t i = 0; i < n_elements; ++i)
+      REQUIRE((wide_g[2 * i] == g[i] && wide_g[2 * i + 1] == T(9)));
+    auto same = x;
+    CHECK(loss(same, t, same) == value);
+    CHECK(same == g);
+    CHECK(loss(view(wide_x.data(), size, 3), t, view(wide_x.data(), size, 3)) == value);
+    for (std::size_t i = 0; i < n_elements; ++i)
+      REQUIRE((wide_x[3 * i] == g[i] && wide_x[3 * i + 1] == T(9)));
+  }
+}
+
+TEST_CASE("element traversal: sixteen bits, integers and images", "[element]") {
+  const auto loss = a_loss<float>();
+  for (const perdita::index size : {5, 512, 1500}) {
+    std::vector<perdita::bfloat16> x16(static_cast<std::size_t>(size)), g16(x16.size());
+    std::vector<float> x(x16.size()), g(x16.size()), t(x16.size());
+    std::vector<std::int8_t> labels(x16.size());
+    for (std::size_t i = 0; i < x.size(); ++i) {
+      x16[i].bits = perdita::core::narrow_bfloat16(static_cast<float>(std::sin(double(i)) * 5));
+      x[i] = perdita::core::widen_bfloat16(x16[i].bits);
+      labels[i] = static_cast<std::int8_t>(i % 7) - 3;
+      t[i] = static_cast<float>(labels[i]);
+    }
+    const float value = loss(x, t, g);
+    CHECK(loss(x16, labels, g16) == value);
+    for (std::size_t i = 0; i < x.size(); ++i)
+      REQUIRE(g16[i].bits == perdita::core::narrow_bfloat16(g[i]));
+    CHECK(loss(x16, labels, x16) == value); // in place
+    CHECK(x16[0].bits == g16[0].bits);
+  }
+  // Classes first in predictions and gradient, rows of classes in the targets.
+  const perdita::index images = 3, classes = 5, pixels = 70;
+  const auto x = random_vector<float>(1050, 8), t = random_vector<float>(1050, 9);
+  std::vector<float> g(1050);
+  using images_view = perdita::matrix_view<float>;
+  auto in = x;
+  const auto at = images_view::channels_first(in.data(), images, classes, pixels);
+  const auto out = images_view::channels_first(g.data(), images, classes, pixels);
+  loss(at, perdita::matrix_view(t.data(), images * pixels, classes), out);
+  for (perdita::index r = 0; r < images * pixels; ++r)
+    for (perdita::index c = 0; c < classes; ++c) {
+      const float d = at(r, c) - t[static_cast<std::size_t>(r * classes + c)];
+      REQUIRE(out(r, c) == std::min(2.0F, std::max(-2.0F, d)));
+    }
+}
+
+TEMPLATE_TEST_CASE("element traversal: weights, scales and reductions", "[element]", float,
+                   double) {
+  using T = TestType;
+  for (const std::size_t size : {3U, 31U, 700U, 40001U}) {
+    CAPTURE(size);
+    auto x = random_vector<T>(size, 11);
+    const auto t = random_vector<T>(size, 12);
+    auto w = random_vector<T>(size, 13), u = random_vector<T>(size, 14);
+    for (T& v : w)
+      v = std::abs(v) + T(0.5);
+    w[2] = -w[2];
+    w[1] = 0; // and what has no weight may be anything
+    x[1] = static_cast<T>(n);
+    std::vector<T> v(size), g(size);
+    a_loss<T>()(x, t, g, {.values = v});
+    CHECK(std::isnan(v[1]));
+    CHECK(std::isnan(g[1]));
+    wide weights = 0, terms = 0;
+    for (std::size_t i = 0; i < size; ++i) {
+      weights += wide(w[i]);
+      terms += i == 1 ? wide(0) : wide(T(v[i] * w[i]));
+    }
+    const double sum_w = static_cast<double>(weights), weighted_sum = static_cast<double>(terms);
+    const double epsilon = static_cast<double>(std::numeric_limits<T>::epsilon());
+    const auto near_sum = [&](T got, double share) {
+      return std::abs(static_cast<double>(got) - weighted_sum * share) <=
+             3 * epsilon * std::abs(weighted_sum * share);
+    };
+    std::vector<T> values(size), out(size, T(0.5));
+    const perdita::element_options<T> call{
+        .weights = w, .upstream = u, .scale = 8, .accumulate = true, .values = values};
+    const auto slopes = [&](double share) {
+      for (std::size_t i = 0; i < size; ++i) {
+        CHECK((i == 1 ? values[i] == 0 : values[i] == v[i] * w[i]));
+        const double s = i == 1 ? 0
+                                : static_cast<double>(g[i]) * static_cast<double>(w[i]) *
+                                      static_cast<double>(u[i]) * 8 * share;
+        if (!(std::abs(static_cast<double>(out[i]) - (0.5 + s)) <=
+              epsilon * (0.5 + 3 * std::abs(s))))
+          return false;
+        out[i] = T(0.5);
+      }
+      return true;
+    };
+    CHECK(near_sum(a_loss<T>()(x, t, out, call), 1));
+    CHECK(slopes(1));
+    CHECK(near_sum(a_loss<T>(reduction::sum)(x, t, out, call), 1));
+    CHECK(slopes(1));
+    CHECK(near_sum(a_loss<T>(reduction::mean)(x, t, out, call), 1 / sum_w));
+    CHECK(slopes(1 / sum_w));
+    auto by_seven = call;
+    by_seven.normaliser = 7;
+    CHECK(near_sum(a_loss<T>(reduction::mean)(x, t, out, by_seven), 1.0 / 7));
+    CHECK(slopes(1.0 / 7));
+    // The second order takes the same factors.
+    std::vector<T> h(size), h_weighted(size);
+    a_loss<T>().hessian_diagonal(x, t, h);
+    a_loss<T>(reduction::mean).hessian_diagonal(x, t, h_weighted, {.weights = w, .scale = 8});
+    for (std::size_t i = 0; i < size; ++i)
+      CHECK((i == 1 ? h_weighted[i] == 0
+                    : std::abs(static_cast<double>(h_weighted[i]) -
+                               static_cast<double>(h[i] * w[i]) * 8 / sum_w) <=
+                          3 * epsilon * std::abs(static_cast<double>(w[i]) * 8 / sum_w)));
+    // Without weights the mean is over all; nothing left is 0.
+    x[1] = 0;
+    const T mean = a_loss<T>(reduction::mean)(x, t);
+    CHECK(relative(mean, static_cast<double>(a_loss<T>()(x, t)) / double(size)) <= 1);
+    const std::vector<T> nothing(size, T(0));
+    CHECK(a_loss<T>(reduction::mean)(x, t, out, {.weights = nothing}) == 0);
+    CHECK(out == nothing);
+  }
+}
+
+TEMPLATE_TEST_CASE("element traversal: the same bits for any number of threads",
+                   "[element][threads]", float, double) {
+  using T = TestType;
+  const std::size_t size = 300001;
+  const auto x = random_vector<T>(size, 21), t = random_vector<T>(size, 22);
+  auto w = random_vector<T>(size, 23);
+  const auto loss = a_loss<T>(reduction::mean);
+  perdita::workspace memory;
+  std::vector<T> one(size), one_w(size), many(size), many_w(size), v(size), many_v(size);
+  const T value = loss(x, t, one, {.run_on = perdita::serial, .memory = &memory});
+  const T value_w = loss(x, t, one_w, {.weights = w, .values = v, .run_on = perdita::serial});
+  CHECK(relative(value, static_cast<double>(a_loss<T>()(x, t)) / double(size)) <= 1);
+  for (const std::size_t threads : {2U, 7U}) {
+    const threads_executor pool(threads, task_order::shuffled);
+    CHECK(loss(x, t, many, {.run_on = pool, .memory = &memory}) == value);
+    CHECK(many == one);
+    CHECK(loss(x, t, many_w, {.weights = w, .values = many_v, .run_on = pool}) == value_w);
+    CHECK(many_w == one_w);
+    CHECK(many_v == v);
+  }
+  const one_thread_executor reversed(task_order::reversed);
+  CHECK(loss(x, t, many, {.run_on = reversed}) == value);
+  CHECK(loss(x, t, many) == value);
+}
+
+TEST_CASE("element traversal: bad input is refused, and nothing written", "[element]") {
+  using Catch::Matchers::ContainsSubstring;
+  const auto loss = a_loss<float>();
+  std::vector<float> x(8, 1), t(8, 2), g(8, 3), few(7, 1), w(8, 1);
+  const auto untouched = g;
+  const auto refused = [&](auto f, const char* message) {
+    CHECK_THROWS_WITH(f(), ContainsSubstring(message) && ContainsSubstring("perdita::huber"));
+    CHECK(g == untouched);
+    CHECK(x == std::vector<float>(8, 1));
+  };
+  refused([&] { loss(x, few, g); }, "shape of targets is 1 x 7, expected 1 x 8");
+  refused([&] { loss(x, t, few); }, "shape of gradient is 1 x 7");
+  refused([&] { loss(x, perdita::matrix_view(t.data(), 2, 4), g); }, "shape of targets is 2 x 4");
+  refused([&] { loss(x, t, g, {.weights = few}); }, "shape of weights is 1 x 7");
+  refused([&] { loss(x, t, g, {.upstream = few}); }, "shape of upstream is 1 x 7");
+  refused([&] { loss(x, t, g, {.values = few}); }, "shape of values is 1 x 7");
+  refused([&] { loss.hessian_diagonal(x, t, few); }, "shape of result is 1 x 7");
+  refused([&] { loss(perdita::vector_view<float>(nullptr, 8), t, g); }, "predictions is null");
+  refused([&] { loss(x, t, g, {.normaliser = -1}); }, "normaliser is -1");
+  refused([&] { loss(x, t, g, {.normaliser = inf}); }, "normaliser is inf");
+  refused([&] { loss(x, t, x, {.accumulate = true}); }, "gradient overlaps the predictions");
+  using view = perdita::vector_view<float>;
+  refused([&] { loss(view(x.data(), 4), view(t.data(), 4), view(x.data() + 1, 4)); },
+          "gradient overlaps the predictions");
+  refused([&] { loss(view(x.data(), 4), view(t.data(), 4), view(x.data() + 3, 4, -1)); },
+          "gradient overlaps the predictions");
+  refused([&] { loss(view(x.data(), 4), view(g.data(), 4), view(g.data() + 2, 4)); },
+          "gradient overlaps the targets");
+  refused([&] { loss(x, t, g, {.weights = g}); }, "gradient overlaps the weights");
+  refused([&] { loss(x, t, g, {.upstream = g}); }, "gradient overlaps upstream");
+  refused([&] { loss(x, t, g, {.values = g}); }, "gradient overlaps the values");
+  const perdita::gaussian_nll<float> gaussian;
+  CHECK_THROWS_WITH(gaussian(x, t, w, g, g), ContainsSubstring("overlaps the gradient"));
+  CHECK_THROWS_WITH(gaussian(x, t, few), ContainsSubstring("shape of variance is 1 x 7"));
+  CHECK(g == untouched);
+}
+
+TEST_CASE("element losses: options out of range", "[element]") {
+  using Catch::Matchers::ContainsSubstring;
+  const double bad[] = {-1, n, inf};
+  for (const double v : bad) {
+    CHECK_THROWS_WITH(perdita::smooth_l1<double>({.beta = v}), ContainsSubstring("beta"));
+    CHECK_THROWS_WITH(perdita::huber<double>({.delta = v}), ContainsSubstring("delta"));
+    CHECK_THROWS_WITH(perdita::pseudo_huber<double>({.delta = v}), ContainsSubstring("delta"));
+    CHECK_THROWS_WITH(perdita::quantile<double>({.tau = v}), ContainsSubstring("tau"));
+    CHECK_THROWS_WITH(perdita::expectile<double>({.tau = v}), ContainsSubstring("tau"));
+    CHECK_THROWS_WITH(perdita::cauchy<double>({.c = v}), ContainsSubstring("c is"));
+    CHECK_THROWS_WITH(perdita::tukey_biweight<double>({.c = v}), ContainsSubstring("c is"));
+    CHECK_THROWS_WITH(perdita::geman_mcclure<double>({.c = v}), ContainsSubstring("c is"));
+    CHECK_THROWS_WITH(perdita::poisson_nll<double>({.eps = v}), ContainsSubstring("eps"));
+    CHECK_THROWS_WITH(perdita::gaussian_nll<double>({.eps = v}), ContainsSubstring("eps"));
+    CHECK_THROWS_WITH(perdita::tweedie_nll<double>({.power = v}), ContainsSubstring("power"));
+  }
+  CHECK_THROWS_WITH(perdita::huber<double>({.delta = 0}), ContainsSubstring("delta is 0"));
+  CHECK_THROWS_WITH(perdita::tweedie_nll<double>({.power = 2}), ContainsSubstring("gamma_nll"));
+  CHECK_THROWS_WITH(perdita::mse<double>({.reduction = static_cast<reduction>(9)}),
+                    ContainsSubstring("reduction"));
+}
+
+} // namespace perdita_tests
