@@ -1,0 +1,273 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+
+#include "core/sequences.hpp"
+
+namespace perdita::inline PERDITA_ABI {
+
+namespace core {
+
+template <class T> struct smile_job {
+  matrix_data<T> scores;
+  matrix_data<T, true> gradient;
+  integer_rows labels;
+  index sequences = 0, steps = 0;
+  std::int64_t ignore_index = -100;
+  bool whole_first = true, has_gradient = false;
+  double likelihood = 0; ///< share of the plain cross-entropy
+  const call_options<T>* call = nullptr;
+  double share = 1;
+};
+
+/// Cross-entropy of y among n scores, a whole number of packs that are overwritten; slope_j =
+/// p_j − [j is y], with the digits of 1 − p_y.
+inline double cross_entropy_among(double* scores, index n, index y, double* slope) {
+  using W = pack<double>;
+  lower_to_0(scores, n);
+  images_of(scores, n, slope);
+  const double own = slope[y], target = scores[y];
+  slope[y] = 0;
+  W rivals(0);
+  for (index j = 0; j < n; j += per_pack)
+    rivals += W::load(slope + j);
+  const double rest = sum_lanes(rivals), sum = rest + own, part = sum > 0 ? 1 / sum : 0;
+  for (index j = 0; j < n; j += per_pack)
+    (W::load(slope + j) * part).store(slope + j);
+  slope[y] = sum > 0 ? -(rest * part) : -1;
+  if (target == no_score)
+    return -no_score;
+  return target == 0 ? log1p_of(rest) : log_of(sum) - target;
+}
+
+/// One worker's sequences.
+template <class T> class smile_pass {
+public:
+  smile_pass(carver& c, const smile_job<T>& job)
+      : job_(job), classes_(whole_packs(job.scores.cols)) {
+    const auto classes = static_cast<std::size_t>(classes_),
+               steps = static_cast<std::size_t>(whole_packs(job.steps));
+    for (double** row : {&score_, &slope_, &result_})
+      *row = c.take<double>(classes);
+    for (double** row : {&few_, &few_slope_})
+      *row = c.take<double>(steps);
+    for (std::int64_t** row : {&label_, &set_})
+      *row = c.take<std::int64_t>(steps);
+    buffer_ = c.take<T>(classes);
+  }
+
+  /// Σ of the weighted values of the tokens of sequence b; their gradients.
+  double run(index b) {
+    job_.labels.read(b, 0, job_.steps, label_);
+    std::int64_t* const end = std::copy_if(label_, label_ + job_.steps, set_,
+                                           [&](std::int64_t y) { return y != job_.ignore_index; });
+    std::sort(set_, end);
+    size_ = std::unique(set_, end) - set_;
+    exact_sum total;
+    for (index t = 0; t < job_.steps; ++t)
+      total.add(run_token(b * job_.steps + t, label_[t], t == 0 && job_.whole_first));
+    return total.value();
+  }
+
+private:
+  double run_token(index row, std::int64_t label, bool whole) {
+    const double weight = weight_of(*job_.call, row);
+    const bool counts = label != job_.ignore_index && weight != 0;
+    double value = 0;
+    if (counts || job_.has_gradient)
+      std::fill_n(result_, classes_, 0.0);
+    if (counts) {
+      const double factor = static_cast<double>(job_.call->scale) * job_.share * weight *
+                            upstream_of(*job_.call, row);
+      const double among_all = whole ? 1 : job_.likelihood, among_few = 1 - among_all;
+      job_.scores.read(row, 0, job_.scores.cols, buffer_);
+      if (among_all > 0)
+        value = among_all * add_all(static_cast<index>(label), among_all, factor);
+      if (among_few > 0)
+        value = fma_of(among_few, add_few(label, among_few, factor), value);
+    }
+    if (job_.call->values.data)
+      job_.call->values[row] = static_cast<T>(value * weight);
+    if (job_.has_gradient && (counts || !job_.call->accumulate))
+      write_row(job_.gradient, row, result_, job_.call->accumulate, buffer_);
+    return value * weight;
+  }
+  double add_all(index y, double share, double factor) {
+    for (index j = 0; j < job_.scores.cols; ++j)
+      score_[j] = static_cast<double>(buffer_[j]);
+    std::fill(score_ + job_.scores.cols, score_ + classes_, no_score);
+    const double value = compare(score_, classes_, y, factor * share, slope_);
+    for (index j = 0; j < classes_; ++j)
+      result_[j] += slope_[j];
+    return value;
+  }
+  double add_few(std::int64_t label, double share, double factor) {
+    const index n = whole_packs(size_), y = std::lower_bound(set_, set_ + size_, label) - set_;
+    for (index i = 0; i < size_; ++i)
+      few_[i] = static_cast<double>(buffer_[set_[i]]);
+    std::fill(few_ + size_, few_ + n, no_score);
+    const double value = compare(few_, n, y, factor * share, few_slope_);
+    for (index i = 0; i < size_; ++i)
+      result_[set_[i]] += few_slope_[i];
+    return value;
+  }
+  double compare(double* scores, index n, index y, double scale, double* slope) {
+    if (!settle_scores(scores, n)) {
+      std::fill_n(slope, n, std::numeric_limits<double>::quiet_NaN());
+      return std::numeric_limits<double>::quiet_NaN();
+    }
+    const double value = cross_entropy_among(scores, n, y, slope);
+    for (index j = 0; j < n; j += per_pack)
+      (pack<double>::load(slope + j) * scale).store(slope + j);
+    return value;
+  }
+
+  const smile_job<T>& job_;
+  index classes_, size_ = 0;
+  double *score_, *slope_, *result_, *few_, *few_slope_;
+  std::int64_t *label_, *set_;
+  T* buffer_;
+};
+
+} // namespace core
+
+/// SMILE, semipermeable maximum likelihood: cross-entropy of each token among the tokens of its own
+/// sequence only, so that words which are not in it are neither pushed up nor down.
+///
+///   ℓ_t = −log( e^{x_ty} / Σ_{v ∈ A} e^{x_tv} ),   A = the labels of the sequence
+///   ∂ℓ_t/∂x_tv = P_A(v) − [v = y] in A, 0 elsewhere
+///   with options::likelihood s:  s · cross-entropy + (1 − s) ℓ_t   (the paper trains with 0.01)
+///
+/// The first token of a sequence, which has no words before it, is compared with all classes where
+/// whole_first. Never more than cross-entropy; 0 where A has one label.
+///
+/// Scores: (sequences · steps) × classes, step t of sequence b being row b·steps + t, of T or (for
+/// float) of 16 bits; steps first: as in linear_chain_crf. Labels: sequences × steps, of any
+/// integral type; ignore_index (padding) is not in A, its gradient is 0 and its row is not read.
+/// Reductions, weights and values are those of tokens (rows), as in cross_entropy; a label whose
+/// token has the weight 0 is still in A. By-products: values, no others. The gradient may lie on
+/// the scores.
+///
+/// Special values: -inf (or below −2^1000) is a masked class; as the label, value +inf and gradient
+/// −weight. NaN, +inf or a score above 2^1000 makes NaN of all that is compared with it: of A,
+/// where the token is compared with A alone; the other classes do not count.
+///
+/// Computed in double. Same bits for any number of threads. Throws std::invalid_argument.
+/// Source: Yue, Hu, Zhang, Jin, "Learning descriptive image captioning via semipermeable maximum
+/// likelihood estimation", NeurIPS 2023.
+///
+///   perdita::smile<float> smile({.likelihood = 0.01f});
+///   float value = smile(scores, labels, d_scores);
+template <class T = float> class smile {
+public:
+  using value_type = T;
+  struct options {
+    T likelihood = 0; ///< share of the plain cross-entropy, in [0, 1]
+    bool whole_first = true;
+    std::int64_t ignore_index = -100;
+    perdita::reduction reduction = perdita::reduction::mean;
+  };
+  static constexpr const char* name = "smile";
+
+  smile() : smile(options{}) {}
+  explicit(false) smile(const options& o) : options_(o) {
+    core::require_reduction(name, o.reduction);
+    core::require(o.likelihood >= 0 && o.likelihood <= 1, name, "likelihood", o.likelihood,
+                  "a number in [0, 1]");
+  }
+  const options& settings() const { return options_; }
+
+  /// The reduced value.
+  template <class X, core::label_rows Y>
+  requires core::scores_like<X, T> T operator()(X&& scores, Y&& labels,
+                                                const call_options<T>& call = {}) const {
+    core::smile_job<T> job;
+    set_inputs(job, core::as_matrix(scores), core::as_matrix(labels), call);
+    return run(job);
+  }
+
+  /// The reduced value, and its gradient, written or added to the last.
+  template <class X, core::label_rows Y, class G>
+  requires core::scores_like<X, T> && core::gradient_like<G, T>
+      T operator()(X&& scores, Y&& labels, G&& gradient, const call_options<T>& call = {}) const {
+    core::smile_job<T> job;
+    set_inputs(job, core::as_matrix(scores), core::as_matrix(labels), call);
+    job.gradient = core::matrix_data<T, true>(core::as_matrix(gradient));
+    job.has_gradient = true;
+    checks.gradient(job.scores, job.gradient, call.accumulate);
+    return run(job);
+  }
+
+private:
+  static constexpr core::sequence_checks<T> checks{name};
+
+  template <class S, class I>
+  void set_inputs(core::smile_job<T>& job, matrix_view<S> scores, matrix_view<I> labels,
+                  const call_options<T>& call) const {
+    job.scores = core::matrix_data<T>(scores);
+    job.labels = core::integer_rows(labels);
+    job.sequences = labels.rows;
+    job.steps = labels.cols;
+    job.ignore_index = options_.ignore_index;
+    job.whole_first = options_.whole_first;
+    job.likelihood = static_cast<double>(options_.likelihood);
+    job.call = &call;
+    checks.size("score rows", scores.rows, labels.rows * labels.cols, "sequences × steps");
+    checks.memory("scores", scores.data, scores.rows * scores.cols);
+    checks.memory("labels", labels.data, labels.rows * labels.cols);
+    core::require(labels.plane_rows == labels.rows, name, "plane_rows of the labels",
+                  labels.plane_rows, "all rows in one plane");
+    checks.call(call, scores.rows, false, "as many as the scores have");
+    for (index b = 0; b < job.sequences; ++b)
+      for (index t = 0; t < job.steps; ++t)
+        if (const std::int64_t y = job.labels.at(b, t);
+            y != options_.ignore_index && (y < 0 || y >= scores.cols))
+          core::fail_at(name, "labels", b * job.steps + t, core::to_text(y),
+                        "0 to " + core::to_text(scores.cols - 1) + ", or ignore_index " +
+                            core::to_text(options_.ignore_index));
+  }
+  /// 1 over the weights of the tokens that count.
+  double token_share(const core::smile_job<T>& job) const {
+    if (options_.reduction != reduction::mean)
+      return 1;
+    core::exact_sum weights;
+    for (index r = 0; job.call->normaliser == 0 && r < job.scores.rows; ++r)
+      if (job.labels.at(r / job.steps, r % job.steps) != options_.ignore_index)
+        weights.add(core::weight_of(*job.call, r));
+    const double denominator = job.call->normaliser != 0 ? job.call->normaliser : weights.value();
+    return denominator != 0 ? 1 / denominator : 0;
+  }
+
+  T run(core::smile_job<T>& job) const {
+    const call_options<T>& call = *job.call;
+    const index n = job.sequences;
+    job.share = token_share(job);
+    const auto workers = std::min(static_cast<std::size_t>(n), call.run_on.concurrency());
+    core::carver count;
+    count.template take<double>(static_cast<std::size_t>(n));
+    const std::size_t shared = count.used();
+    core::smile_pass<T>(count, job);
+    const std::size_t scratch = count.used() - shared;
+
+    workspace own;
+    std::byte* const bytes = (call.memory ? *call.memory : own).request(shared + workers * scratch);
+    core::carver carve(bytes);
+    double* const values = carve.template take<double>(static_cast<std::size_t>(n));
+    core::share_out(n, workers, call.run_on, [&](std::size_t worker) {
+      core::carver mine(bytes + shared + worker * scratch);
+      return
+          [&, pass = core::smile_pass<T>(mine, job)](index b) mutable { values[b] = pass.run(b); };
+    });
+    core::exact_sum total;
+    for (index b = 0; b < n; ++b)
+      total.add(values[b]);
+    return static_cast<T>(job.share == 0 ? 0 : total.value() * job.share);
+  }
+
+  options options_;
+};
+
+} // namespace perdita::inline PERDITA_ABI

@@ -1,0 +1,653 @@
+// SPDX-License-Identifier: MIT
+
+// CTC with PyTorch's semantics. Small cases against all alignments one by one, long ones against
+// alpha-beta, both in wide arithmetic.
+
+#include <perdita/ctc.hpp>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "support/catch.hpp"
+#include "support/executors.hpp"
+#include "support/wide.hpp"
+
+namespace perdita_tests {
+namespace {
+
+using perdita::index;
+using perdita::matrix_view;
+
+constexpr double inf = std::numeric_limits<double>::infinity();
+constexpr double not_a_number_d = std::numeric_limits<double>::quiet_NaN();
+std::size_t at(index n) { return static_cast<std::size_t>(n); }
+
+/// Deterministic, the same everywhere.
+class numbers {
+public:
+  explicit numbers(std::uint64_t seed) : state_(seed * 0x9e3779b97f4a7c15U + 1) {}
+  std::uint64_t next() {
+    state_ ^= state_ << 13;
+    state_ ^= state_ >> 7;
+    return state_ ^= state_ << 17;
+  }
+  double uniform(double low, double high) {
+    return low + (high - low) * static_cast<double>(next() >> 11) * 0x1p-53;
+  }
+  index below(index n) { return static_cast<index>(next() % static_cast<std::uint64_t>(n)); }
+
+private:
+  std::uint64_t state_;
+};
+
+template <class T> struct problem {
+  index steps, classes, blank;
+  std::vector<T> scores;
+  std::vector<std::vector<int>> targets;
+  std::vector<int> inputs;
+
+  problem(index s, index c, index empty) : steps(s), classes(c), blank(empty) {}
+  index sequences() const { return static_cast<index>(targets.size()); }
+  T& x(index b, index t, index k) { return scores[at((b * steps + t) * classes + k)]; }
+  T x(index b, index t, index k) const { return scores[at((b * steps + t) * classes + k)]; }
+  /// A sequence more.
+  void add(std::vector<int> target, index length, double spread, numbers& random) {
+    targets.push_back(std::move(target));
+    inputs.push_back(static_cast<int>(length));
+    for (index i = 0; i < steps * classes; ++i)
+      scores.push_back(static_cast<T>(random.uniform(-spread, spread)));
+  }
+  std::vector<int> lengths() const {
+    std::vector<int> n;
+    for (const auto& target : targets)
+      n.push_back(static_cast<int>(target.size()));
+    return n;
+  }
+  std::vector<int> concatenated() const {
+    std::vector<int> all;
+    for (const auto& target : targets)
+      all.insert(all.end(), target.begin(), target.end());
+    return all;
+  }
+  matrix_view<const T> view() const { return {scores.data(), sequences() * steps, classes}; }
+};
+
+struct expected {
+  wide value = 0;
+  std::vector<wide> gradient, sizes; ///< of the raw scores, and what errors are relative to
+  std::vector<wide> occupancy;
+};
+template <class T> std::vector<wide> log_softmax(const problem<T>& p, index b, index t) {
+  std::vector<wide> z;
+  for (index k = 0; k < p.classes; ++k)
+    z.push_back(p.x(b, t, k));
+  const wide lse = log_sum_exp(z, [](std::size_t) { return true; });
+  for (wide& x : z)
+    x = x - lse;
+  return z;
+}
+/// From the shares P(a_t = k | target): the gradient, and its parts' sizes.
+template <class T> void finish(const problem<T>& p, index b, expected& e) {
+  for (index t = 0; t < p.inputs[at(b)]; ++t) {
+    const auto z = log_softmax(p, b, t);
+    const auto leader = std::max_element(z.begin(), z.end()) - z.begin();
+    for (index k = 0; k < p.classes; ++k) {
+      const wide share = e.occupancy[at(t * p.classes + k)], q = exp(z[at(k)]);
+      wide others = 0, rivals = 0;
+      for (index j = 0; j < p.classes; ++j)
+        if (j != k) {
+          others += e.occupancy[at(t * p.classes + j)];
+          rivals += exp(z[at(j)]);
+        }
+      const bool leads = k == leader;
+      e.gradient[at(t * p.classes + k)] = leads ? wide(others - rivals) : wide(q - share);
+      e.sizes[at(t * p.classes + k)] = leads ? wide(others + rivals) : wide(q + share);
+    }
+  }
+}
+
+/// All alignments, one by one.
+template <class T> expected by_alignments(const problem<T>& p, index b) {
+  const index n = p.inputs[at(b)];
+  expected e;
+  e.gradient.resize(at(p.steps * p.classes));
+  e.sizes = e.occupancy = e.gradient;
+  std::vector<std::vector<wide>> z;
+  index count = 1;
+  for (index t = 0; t < n; ++t, count *= p.classes)
+    z.push_back(log_softmax(p, b, t));
+  wide sum = 0;
+  for (index c = 0; c < count; ++c) {
+    std::vector<int> said, path;
+    wide score = 0;
+    for (index t = 0, rest = c; t < n; ++t, rest /= p.classes) {
+      const int k = static_cast<int>(rest % p.classes);
+      if (k != p.blank && (t == 0 || path.back() != k))
+        said.push_back(k);
+      path.push_back(k);
+      score += z[at(t)][at(k)];
+    }
+    if (said != p.targets[at(b)])
+      continue;
+    sum += exp(score);
+    for (index t = 0; t < n; ++t)
+      e.occupancy[at(t * p.classes + path[at(t)])] += exp(score);
+  }
+  e.value = sum > 0 ? wide(-log(sum)) : infinity();
+  if (sum == 0)
+    return e;
+  for (wide& x : e.occupancy)
+    x = x / sum;
+  finish(p, b, e);
+  return e;
+}
+
+/// Alpha-beta over the labels with blanks between.
+template <class T> expected by_recursion(const problem<T>& p, index b) {
+  const index n = p.inputs[at(b)], states = 2 * static_cast<index>(p.targets[at(b)].size()) + 1;
+  expected e;
+  e.gradient.resize(at(p.steps * p.classes));
+  e.sizes = e.occupancy = e.gradient;
+  const auto k = [&](index s) {
+    return s % 2 ? static_cast<index>(p.targets[at(b)][at(s / 2)]) : p.blank;
+  };
+  const auto jumps = [&](index s) { return s > 1 && s % 2 && k(s) != k(s - 2); };
+  const auto all = [](std::size_t) { return true; };
+  std::vector<std::vector<wide>> z, alpha(at(n), std::vector<wide>(at(states), -infinity())),
+      beta = alpha;
+  for (index t = 0; t < n; ++t)
+    z.push_back(log_softmax(p, b, t));
+  for (index t = 0; t < n; ++t)
+    for (index s = 0; s < states; ++s) {
+      std::vector<wide> ways;
+      if (t == 0)
+        ways = {s < 2 ? wide(0) : wide(-infinity())};
+      else
+        for (index d = 0; d <= 2; ++d)
+          if (s >= d && (d < 2 || jumps(s)))
+            ways.push_back(alpha[at(t - 1)][at(s - d)]);
+      alpha[at(t)][at(s)] = log_sum_exp(ways, all) + z[at(t)][at(k(s))];
+    }
+  for (index t = n - 1; t >= 0; --t)
+    for (index s = 0; s < states; ++s) {
+      std::vector<wide> ways;
+      if (t == n - 1)
+        ways = {s >= states - 2 ? wide(0) : wide(-infinity())};
+      else
+        for (index d = 0; d <= 2; ++d)
+          if (s + d < states && (d < 2 || jumps(s + d)))
+            ways.push_back(beta[at(t + 1)][at(s + d)] + z[at(t + 1)][at(k(s + d))]);
+      beta[at(t)][at(s)] = log_sum_exp(ways, all);
+    }
+  std::vector<wide> ends(alpha.back().end() - std::min<index>(states, 2), alpha.back().end());
+  const wide total = log_sum_exp(ends, all);
+  e.value = -total;
+  for (index t = 0; t < n; ++t)
+    for (index s = 0; s < states; ++s)
+      e.occupancy[at(t * p.classes + k(s))] +=
+          exp(wide(alpha[at(t)][at(s)] + beta[at(t)][at(s)] - total));
+  finish(p, b, e);
+  return e;
+}
+
+template <class T> struct results {
+  T value = 0;
+  std::vector<T> gradient, values;
+  explicit results(const problem<T>& p)
+      : gradient(p.scores.size(), T(-77)), values(p.targets.size(), T(-77)) {}
+  bool operator==(const results& o) const {
+    const auto same = [](const std::vector<T>& x, const std::vector<T>& y) {
+      return x.size() == y.size() && std::memcmp(x.data(), y.data(), x.size() * sizeof(T)) == 0;
+    };
+    return same(gradient, o.gradient) && same(values, o.values) &&
+           std::memcmp(&value, &o.value, sizeof(T)) == 0;
+  }
+};
+template <class T>
+results<T> evaluate(const problem<T>& p, typename perdita::ctc_loss<T>::options options = {},
+                    perdita::call_options<T> call = {}) {
+  results<T> r(p);
+  options.blank = p.blank;
+  call.values = r.values;
+  r.value = perdita::ctc_loss<T>(options)(
+      p.view(), p.concatenated(), p.inputs, p.lengths(),
+      matrix_view<T>(r.gradient.data(), p.sequences() * p.steps, p.classes), call);
+  return r;
+}
+constexpr auto sum = perdita::reduction::sum;
+constexpr auto mean = perdita::reduction::mean;
+
+/// Errors in epsilons of T once, plus `condition` epsilons of double; a value's are at least
+/// absolute, because its alignments part and meet.
+template <class T, class Reference>
+void check(const problem<T>& p, const char* what, double condition, Reference reference) {
+  const results<T> r = evaluate(p, {.reduction = sum});
+  const wide unit = (sizeof(T) == 4 ? wide(std::numeric_limits<T>::epsilon()) : wide(0)) +
+                    condition * wide(std::numeric_limits<double>::epsilon());
+  const wide least = sizeof(T) == 4 ? wide(1e-37) : wide(1e-290);
+  wide worst_value = 0, worst_gradient = 0;
+  const auto judge = [&](wide& worst, const wide& got, const wide& want, const wide& size) {
+    if (got == want)
+      return;
+    const wide ratio = size_of(wide(got - want)) / (unit * size + least);
+    worst = ratio <= worst ? worst : ratio;
+  };
+  for (index b = 0; b < p.sequences(); ++b) {
+    const expected e = reference(p, b);
+    judge(worst_value, r.values[at(b)], e.value, sizeof(T) == 8 ? wide(e.value + 1) : e.value);
+    for (index i = 0; i < p.steps * p.classes; ++i)
+      judge(worst_gradient, r.gradient[at(b * p.steps * p.classes + i)], e.gradient[at(i)],
+            e.sizes[at(i)]);
+  }
+  if (std::getenv("PERDITA_TEST_REPORT"))
+    std::printf("ctc %-14s %s: value %.3f, gradient %.3f\n", what,
+                sizeof(T) == 4 ? "float " : "double", static_cast<double>(worst_value),
+                static_cast<double>(worst_gradient));
+  INFO(what);
+  CHECK(worst_value <= 1);
+  CHECK(worst_gradient <= 1);
+}
+constexpr auto alignments = [](const auto& p, index b) { return by_alignments(p, b); };
+constexpr auto recursion = [](const auto& p, index b) { return by_recursion(p, b); };
+
+template <class T> problem<T> small(index blank, double spread) {
+  problem<T> p(5, 3, blank);
+  numbers random(static_cast<std::uint64_t>(blank) + 7);
+  const int a = blank == 0 ? 1 : 0, c = blank == 2 ? 1 : 2;
+  const std::vector<std::vector<int>> targets{
+      {}, {a}, {a, c}, {a, a}, {c, a, c}, {a, a, c}, {c, c, c}, {a, c, a, c}, {a, c, a, c, a}};
+  for (const auto& target : targets)
+    for (const index n : {5, 4, 3, 2, 1, 0})
+      p.add(target, n, spread, random);
+  return p;
+}
+/// A target, and scores that go with it along an alignment, by `lead`.
+template <class T>
+problem<T> make(index steps, index classes, index labels, double spread, double lead,
+                std::uint64_t seed) {
+  problem<T> p(steps, classes, classes - 1);
+  numbers random(seed);
+  std::vector<int> target;
+  for (index i = 0; i < labels; ++i)
+    target.push_back(static_cast<int>(random.below(classes - 1)));
+  p.add(target, steps, spread, random);
+  for (index t = 0; t < steps; ++t) {
+    const index i = t * labels / steps;
+    const bool says = t * labels % steps < steps / 2 && labels > 0;
+    p.x(0, t, says ? target[at(i)] : p.blank) += static_cast<T>(lead);
+  }
+  return p;
+}
+
+} // namespace
+
+TEMPLATE_TEST_CASE("ctc_loss: all alignments, one by one", "[ctc]", float, double) {
+  using T = TestType;
+  for (const index blank : {0, 1, 2})
+    for (const double spread : {0.0, 1.0, 5.0, 40.0})
+      check(small<T>(blank, spread), "alignments", 16 + 4 * spread, alignments);
+}
+
+TEST_CASE("ctc_loss: the references agree, and are each other's derivatives", "[ctc]") {
+  auto p = small<double>(1, 2);
+  for (index b = 0; b < p.sequences(); ++b) {
+    const expected one = by_alignments(p, b);
+    if (p.inputs[at(b)] == 0 || !is_finite(one.value))
+      continue;
+    const expected two = by_recursion(p, b);
+    CHECK(size_of(wide(one.value - two.value)) < 1e-30);
+    for (std::size_t i = 0; i < one.gradient.size(); ++i) {
+      CHECK(size_of(wide(one.gradient[i] - two.gradient[i])) < 1e-30);
+      double& x = p.scores[at(b) * one.gradient.size() + i];
+      const double home = x, h = 0x1p-20;
+      x = home + h;
+      const wide up = by_alignments(p, b).value, high = x;
+      x = home - h;
+      const wide down = by_alignments(p, b).value, low = x;
+      x = home;
+      CHECK(size_of(wide((up - down) / (high - low) - one.gradient[i])) < 1e-11);
+    }
+  }
+}
+
+TEMPLATE_TEST_CASE("ctc_loss: every kind of score", "[ctc]", float, double) {
+  using T = TestType;
+  for (const std::uint64_t seed : {1U, 2U, 3U}) {
+    check(make<T>(40, 7, 12, 3, 0, seed), "ordinary", 64, recursion);
+    check(make<T>(60, 40, 25, 3, 4, seed), "led", 64, recursion);
+    check(make<T>(40, 7, 12, 1, 25, seed), "sure", 128, recursion);
+    check(make<T>(40, 7, 3, 150, 0, seed), "spread 150", 3000, recursion);
+    check(make<T>(30, 2, 8, 3, 0, seed), "two classes", 64, recursion);
+    check(make<T>(33, 5, 0, 3, 0, seed), "empty", 64, recursion);
+    auto far = make<T>(40, 7, 12, 3, 0, seed);
+    for (T& x : far.scores)
+      x += T(3000);
+    check(far, "at 3000", 64, recursion);
+    check(make<T>(20, 7, 6, 1e30, 0, seed), "huge", 64e30, recursion);
+  }
+}
+
+TEMPLATE_TEST_CASE("ctc_loss: long sequences", "[ctc]", float, double) {
+  using T = TestType;
+  check(make<T>(10000, 4, 5, 2, 0, 1), "long", 2000, recursion);
+  check(make<T>(10000, 4, 5, 1, 20, 1), "long and sure", 100, recursion);
+  // Half a million states: finite, and the shares of a step add up to 1.
+  const auto p = make<T>(2000, 9, 900, 2, 1, 5);
+  const auto r = evaluate(p, {.reduction = sum});
+  CHECK(std::isfinite(r.value));
+  for (index t = 0; t < p.steps; ++t) {
+    double total = 0;
+    for (index k = 0; k < p.classes; ++k)
+      total += static_cast<double>(r.gradient[at(t * p.classes + k)]);
+    CHECK(std::abs(total) <= 10 * static_cast<double>(std::numeric_limits<T>::epsilon()) + 1e-12);
+  }
+}
+
+TEMPLATE_TEST_CASE("ctc_loss: log-probabilities", "[ctc]", float, double) {
+  using T = TestType;
+  auto p = small<T>(0, 2);
+  const double slack = 32 * static_cast<double>(std::numeric_limits<T>::epsilon());
+  std::vector<expected> want;
+  for (index b = 0; b < p.sequences(); ++b) {
+    want.push_back(by_alignments(p, b));
+    for (index t = 0; t < p.steps; ++t) {
+      const auto z = log_softmax(p, b, t);
+      for (index k = 0; k < p.classes; ++k)
+        p.x(b, t, k) = static_cast<T>(z[at(k)]);
+    }
+  }
+  const auto r = evaluate(p, {.log_probabilities = true, .reduction = sum});
+  for (index b = 0; b < p.sequences(); ++b) {
+    const expected& e = want[at(b)];
+    if (!is_finite(e.value)) {
+      CHECK(r.values[at(b)] == T(inf));
+      continue;
+    }
+    CHECK(size_of(wide(wide(r.values[at(b)]) - e.value)) <= slack * (1 + e.value));
+    for (std::size_t i = 0; i < e.occupancy.size(); ++i)
+      CHECK(size_of(wide(wide(r.gradient[at(b) * e.occupancy.size() + i]) + e.occupancy[i])) <=
+            slack);
+  }
+  // Behind a softmax, the same as the raw scores.
+  const auto raw = evaluate(p, {.reduction = sum});
+  for (index b = 0; b < p.sequences(); ++b)
+    if (is_finite(want[at(b)].value))
+      CHECK(std::abs(static_cast<double>(raw.values[at(b)] - r.values[at(b)])) <=
+            slack * (1 + static_cast<double>(r.values[at(b)])));
+}
+
+TEMPLATE_TEST_CASE("ctc_loss: impossible sequences", "[ctc]", float, double) {
+  using T = TestType;
+  problem<T> p(4, 3, 0);
+  numbers random(3);
+  p.add({1, 2}, 4, 1, random);
+  p.add({1, 1, 2}, 3, 1, random); // needs a blank: 4
+  p.add({1, 1, 2}, 4, 1, random);
+  p.add({2}, 0, 1, random);
+  p.add({2}, 4, 1, random);
+  for (index t = 0; t < 4; ++t)
+    p.x(4, t, 2) = T(-inf);
+  const std::vector<bool> possible{true, false, true, false, false};
+  for (const bool zero : {false, true}) {
+    const auto r = evaluate(p, {.zero_infinity = zero, .reduction = mean});
+    double total = 0;
+    for (index b = 0; b < 5; ++b) {
+      if (possible[at(b)]) {
+        CHECK(std::isfinite(r.values[at(b)]));
+        total +=
+            static_cast<double>(r.values[at(b)]) / static_cast<double>(p.targets[at(b)].size());
+      } else {
+        CHECK(r.values[at(b)] == (zero ? T(0) : T(inf)));
+      }
+      for (index i = 0; i < 12; ++i)
+        CHECK((r.gradient[at(b * 12 + i)] == 0) == !possible[at(b)]);
+    }
+    if (zero)
+      CHECK(std::abs(static_cast<double>(r.value) - total / 5) <=
+            8 * static_cast<double>(std::numeric_limits<T>::epsilon()) * total);
+    else
+      CHECK(r.value == T(inf));
+  }
+}
+
+TEMPLATE_TEST_CASE("ctc_loss: masked classes", "[ctc]", float, double) {
+  using T = TestType;
+  auto p = make<T>(12, 5, 4, 2, 0, 3);
+  auto fewer = problem<T>(12, 4, 3);
+  numbers random(1);
+  for (int& y : p.targets[0])
+    y = y % 3;
+  fewer.add(p.targets[0], 12, 1, random);
+  for (index t = 0; t < 12; ++t) { // class 3 out, and the blank from 4 to 3
+    p.x(0, t, 3) = t % 2 ? T(-inf) : -std::numeric_limits<T>::max();
+    for (index k = 0; k < 4; ++k)
+      fewer.x(0, t, k) = p.x(0, t, k < 3 ? k : 4);
+  }
+  const auto all = evaluate(p, {.reduction = sum}), four = evaluate(fewer, {.reduction = sum});
+  const T slack = 8 * std::numeric_limits<T>::epsilon();
+  CHECK(std::abs(all.value - four.value) <= slack * four.value);
+  for (index t = 0; t < 12; ++t) {
+    CHECK(all.gradient[at(t * 5 + 3)] == 0);
+    for (index k = 0; k < 4; ++k)
+      CHECK(std::abs(all.gradient[at(t * 5 + (k < 3 ? k : 4))] - four.gradient[at(t * 4 + k)]) <=
+            slack);
+  }
+}
+
+TEMPLATE_TEST_CASE("ctc_loss: NaN and infinity stay in their sequence, the tail is not read",
+                   "[ctc]", float, double) {
+  using T = TestType;
+  auto p = small<T>(0, 2);
+  const auto clean = evaluate(p, {.reduction = sum});
+  for (index b = 0; b < p.sequences(); ++b)
+    for (index i = p.inputs[at(b)] * 3; i < 15; ++i)
+      p.scores[at(b * 15 + i)] = static_cast<T>(not_a_number_d);
+  const auto tail = evaluate(p, {.reduction = sum});
+  CHECK(std::memcmp(tail.gradient.data(), clean.gradient.data(),
+                    clean.gradient.size() * sizeof(T)) == 0);
+  CHECK(tail.values == clean.values);
+  for (const double bad : {not_a_number_d, inf}) {
+    auto q = p;
+    q.x(13, 2, 1) = static_cast<T>(bad);
+    REQUIRE(q.inputs[13] == 4);
+    const auto r = evaluate(q, {.zero_infinity = true, .reduction = sum});
+    CHECK(std::isnan(r.value));
+    for (index b = 0; b < p.sequences(); ++b) {
+      CHECK(std::isnan(r.values[at(b)]) == (b == 13));
+      for (index i = 0; i < 15; ++i) {
+        const T g = r.gradient[at(b * 15 + i)];
+        CHECK((b == 13 && i < 12 ? std::isnan(g) : g == clean.gradient[at(b * 15 + i)]));
+      }
+    }
+  }
+}
+
+TEMPLATE_TEST_CASE("ctc_loss: reductions, weights, upstream, scale, accumulation", "[ctc]", float,
+                   double) {
+  using T = TestType;
+  problem<T> p(6, 4, 0);
+  numbers random(9);
+  p.add({1, 2, 3}, 6, 2, random);
+  p.add({}, 6, 2, random);
+  p.add({3, 3}, 5, 2, random);
+  p.add({2}, 4, 2, random);
+  const std::vector<T> weights{1, T(0.5), 0, 3}, upstream{2, 1, 1, -1};
+  const auto plain = evaluate(p, {.reduction = sum});
+  const double epsilon = static_cast<double>(std::numeric_limits<T>::epsilon());
+  for (const bool is_mean : {false, true})
+    for (const double normaliser : {0.0, 10.0}) {
+      const auto r = evaluate(
+          p, {.reduction = is_mean ? mean : sum},
+          {.row_weights = weights, .upstream = upstream, .scale = T(2), .normaliser = normaliser});
+      double value = 0;
+      for (std::size_t b = 0; b < 4; ++b) {
+        const double length = std::max(1.0, static_cast<double>(p.targets[b].size()));
+        const double share = is_mean ? 1 / (normaliser > 0 ? normaliser : 4.5) / length : 1;
+        const double w = static_cast<double>(weights[b]);
+        const double factor = share * w * 2 * static_cast<double>(upstream[b]);
+        value += w * share * static_cast<double>(plain.values[b]);
+        CHECK(
+            std::abs(static_cast<double>(r.values[b]) - w * static_cast<double>(plain.values[b])) <=
+            4 * epsilon * w * static_cast<double>(plain.values[b]));
+        for (std::size_t i = b * 24; i < b * 24 + 24; ++i)
+          CHECK(std::abs(static_cast<double>(r.gradient[i]) -
+                         factor * static_cast<double>(plain.gradient[i])) <=
+                4 * epsilon * std::abs(factor));
+      }
+      CHECK(std::abs(static_cast<double>(r.value) - value) <= 8 * epsilon * value);
+    }
+  // PyTorch's mean, as it stands.
+  const auto r = evaluate(p);
+  const double by_hand =
+      (static_cast<double>(plain.values[0]) / 3 + static_cast<double>(plain.values[1]) +
+       static_cast<double>(plain.values[2]) / 2 + static_cast<double>(plain.values[3])) /
+      4;
+  CHECK(std::abs(static_cast<double>(r.value) - by_hand) <= 8 * epsilon * by_hand);
+  auto twice = plain;
+  perdita::ctc_loss<T>({.reduction = sum})(p.view(), p.concatenated(), p.inputs, p.lengths(),
+                                           matrix_view<T>(twice.gradient.data(), 24, 4),
+                                           {.accumulate = true});
+  for (std::size_t i = 0; i < twice.gradient.size(); ++i)
+    CHECK(std::abs(twice.gradient[i] - 2 * plain.gradient[i]) <=
+          2 * std::numeric_limits<T>::epsilon());
+}
+
+TEMPLATE_TEST_CASE("ctc_loss: layouts, in place, storage, values alone", "[ctc]", float, double) {
+  using T = TestType;
+  const auto p = small<T>(2, 2);
+  const auto want = evaluate(p, {.reduction = sum});
+  const index n = p.sequences();
+  const perdita::ctc_loss<T> ctc({.blank = 2, .reduction = sum});
+  // PyTorch's steps × sequences × classes, and padded targets, in columns.
+  std::vector<T> steps_first(p.scores.size());
+  std::vector<std::int64_t> padded(at(n * 5), 99);
+  std::vector<std::uint8_t> inputs(p.inputs.begin(), p.inputs.end());
+  for (index b = 0; b < n; ++b) {
+    for (index t = 0; t < 5; ++t)
+      for (index k = 0; k < 3; ++k)
+        steps_first[at((t * n + b) * 3 + k)] = p.x(b, t, k);
+    for (std::size_t i = 0; i < p.targets[at(b)].size(); ++i)
+      padded[i * at(n) + at(b)] = p.targets[at(b)][i];
+  }
+  matrix_view<T> view(steps_first.data(), n * 5, 3, n * 3, 1);
+  view.plane_rows = 5;
+  view.plane_stride = 3;
+  const matrix_view<const std::int64_t> targets(padded.data(), n, 5, 1, n);
+  CHECK(ctc(view, targets, inputs, p.lengths()) == want.value);
+  CHECK(ctc(view, targets, inputs, p.lengths(), view) == want.value);
+  for (index b = 0; b < n; ++b)
+    for (index t = 0; t < 5; ++t)
+      for (index k = 0; k < 3; ++k)
+        CHECK(steps_first[at((t * n + b) * 3 + k)] == want.gradient[at((b * 5 + t) * 3 + k)]);
+  if constexpr (sizeof(T) == 4) {
+    auto q = p;
+    std::vector<perdita::bfloat16> narrow(p.scores.size()), g(narrow);
+    for (std::size_t i = 0; i < narrow.size(); ++i) {
+      narrow[i].bits = perdita::core::narrow_bfloat16(p.scores[i]);
+      q.scores[i] = perdita::core::widen_bfloat16(narrow[i].bits);
+    }
+    const auto r = evaluate(q, {.reduction = sum});
+    CHECK(ctc(matrix_view(narrow.data(), n * 5, 3), p.concatenated(), p.inputs, p.lengths(),
+              matrix_view(g.data(), n * 5, 3)) == r.value);
+    for (std::size_t i = 0; i < g.size(); ++i)
+      CHECK(g[i].bits == perdita::core::narrow_bfloat16(r.gradient[i]));
+  }
+}
+
+TEMPLATE_TEST_CASE("ctc_loss: nothing to do", "[ctc]", float, double) {
+  using T = TestType;
+  const problem<T> none(4, 3, 0);
+  CHECK(evaluate(none).value == 0);
+  problem<T> p(0, 3, 0);
+  numbers random(1);
+  p.add({}, 0, 1, random);
+  CHECK(evaluate(p).value == 0);
+  auto q = small<T>(0, 2);
+  const std::vector<T> zero(q.targets.size(), T(0));
+  for (T& x : q.scores)
+    x = static_cast<T>(not_a_number_d);
+  const auto r = evaluate(q, {}, {.row_weights = zero});
+  CHECK(r.value == 0);
+  CHECK(r.gradient == std::vector<T>(q.scores.size(), T(0)));
+  CHECK(r.values == zero);
+}
+
+TEST_CASE("ctc_loss: bad input is refused, and nothing written", "[ctc]") {
+  using Catch::Matchers::ContainsSubstring;
+  const std::vector<float> x(2 * 4 * 3, 1);
+  std::vector<float> g(24, -77), two(2), three(3);
+  const auto untouched = g;
+  const std::vector<int> targets{1, 2, 1}, inputs{4, 3}, lengths{2, 1};
+  const perdita::ctc_loss<float> ctc;
+  const auto attempt = [&](const std::vector<int>& y, const std::vector<int>& n,
+                           const std::vector<int>& m, const perdita::call_options<float>& call = {},
+                           index rows = 8) {
+    ctc(matrix_view(x.data(), rows, 3), y, n, m, matrix_view(g.data(), 8, 3), call);
+  };
+  attempt(targets, inputs, lengths);
+  g = untouched;
+  CHECK_THROWS_WITH(attempt({1, 3, 1}, inputs, lengths),
+                    ContainsSubstring("targets[1] is 3, expected 0 to 2 without the blank, 0"));
+  CHECK_THROWS_WITH(attempt({1, 2, 0}, inputs, lengths), ContainsSubstring("targets[2] is 0"));
+  CHECK_THROWS_WITH(attempt({1, 2, -1}, inputs, lengths), ContainsSubstring("targets[2] is -1"));
+  CHECK_THROWS_WITH(attempt({1, 2}, inputs, lengths), ContainsSubstring("target_lengths[1] is 1"));
+  CHECK_THROWS_WITH(attempt({1, 2, 1, 1}, inputs, lengths),
+                    ContainsSubstring("size of targets is 4, expected 3"));
+  CHECK_THROWS_WITH(attempt(targets, {4, 5}, lengths),
+                    ContainsSubstring("input_lengths[1] is 5, expected 0 to 4"));
+  CHECK_THROWS_WITH(attempt(targets, {4, -1}, lengths), ContainsSubstring("input_lengths[1]"));
+  CHECK_THROWS_WITH(attempt(targets, {4}, lengths), ContainsSubstring("input_lengths is 1"));
+  CHECK_THROWS_WITH(attempt(targets, inputs, {3, -1}), ContainsSubstring("target_lengths[1]"));
+  CHECK_THROWS_WITH(attempt(targets, inputs, lengths, {}, 7), ContainsSubstring("score rows is 7"));
+  CHECK_THROWS_WITH(attempt(targets, inputs, lengths, {}, 6),
+                    ContainsSubstring("input_lengths[0]"));
+  CHECK_THROWS_WITH(attempt(targets, inputs, lengths, {.values = three}),
+                    ContainsSubstring("values is 3"));
+  CHECK_THROWS_WITH(attempt(targets, inputs, lengths, {.log_sum_exp = two}),
+                    ContainsSubstring("by-product"));
+  CHECK_THROWS_WITH(
+      ctc(matrix_view(x.data(), 8, 3), matrix_view(targets.data(), 1, 3), inputs, lengths),
+      ContainsSubstring("target rows is 1"));
+  CHECK_THROWS_WITH(ctc(matrix_view(x.data(), 8, 3), targets, inputs, lengths,
+                        matrix_view(const_cast<float*>(x.data()) + 1, 8, 3)),
+                    ContainsSubstring("overlaps"));
+  CHECK_THROWS_WITH(
+      perdita::ctc_loss<float>({.blank = 3})(matrix_view(x.data(), 8, 3), targets, inputs, lengths),
+      ContainsSubstring("blank is 3"));
+  CHECK_THROWS_AS(perdita::ctc_loss<float>({.blank = -1}), std::invalid_argument);
+  CHECK_THROWS_AS(perdita::ctc_loss<float>({.reduction = perdita::reduction(7)}),
+                  std::invalid_argument);
+  CHECK(g == untouched);
+}
+
+TEMPLATE_TEST_CASE("ctc_loss: the same bits for any number of threads", "[ctc][threads]", float,
+                   double) {
+  using T = TestType;
+  const auto p = small<T>(0, 2);
+  const auto one = evaluate(p, {.zero_infinity = true}, {.run_on = perdita::serial});
+  perdita::workspace memory;
+  for (const std::size_t n : {2U, 7U}) {
+    const threads_executor pool(n, task_order::shuffled);
+    CHECK(evaluate(p, {.zero_infinity = true}, {.run_on = pool, .memory = &memory}) == one);
+  }
+  // A sequence by itself, too.
+  for (index b = 0; b < p.sequences(); b += 7) {
+    problem<T> alone(p.steps, p.classes, p.blank);
+    alone.targets = {p.targets[at(b)]};
+    alone.inputs = {p.inputs[at(b)]};
+    alone.scores.assign(p.scores.begin() + b * 15, p.scores.begin() + b * 15 + 15);
+    const auto all = evaluate(p, {.reduction = sum}), r = evaluate(alone, {.reduction = sum});
+    CHECK(r.values[0] == all.values[at(b)]);
+    CHECK(std::equal(r.gradient.begin(), r.gradient.end(), all.gradient.begin() + b * 15));
+  }
+}
+
+} // namespace perdita_tests
