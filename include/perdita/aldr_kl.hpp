@@ -19,8 +19,10 @@ namespace core {
 template <class T> struct aldr_kl_formula : solved_formula {
   double lambda, alpha, margin;
 
-  template <class V> PERDITA_INLINE V slope(const V& x, const V&, const V&, const V* c) const {
-    return exp((x - c[0]) * c[1]) * c[2];
+  template <class V> auto slopes(const double* c) const {
+    return
+        [top = V(static_cast<T>(c[0])), inverse = V(static_cast<T>(c[1])),
+         share = V(static_cast<T>(c[2]))](const V& x) { return exp((x - top) * inverse) * share; };
   }
   row_solution solve(const T* x, index n, index y, double* d) const {
     constexpr double inf = std::numeric_limits<double>::infinity();

@@ -30,8 +30,11 @@ template <class T> struct ldr_k_kl_formula : solved_formula {
   double lambda, margin;
   index k;
 
-  template <class V> PERDITA_INLINE V slope(const V& x, const V&, const V&, const V* c) const {
-    return min(c[1], exp((x - c[0]) / V(static_cast<T>(lambda))) * c[2]);
+  template <class V> auto slopes(const double* c) const {
+    return [near = V(static_cast<T>(c[0])), most = V(static_cast<T>(c[1])),
+            share = V(static_cast<T>(c[2])), width = V(static_cast<T>(lambda))](const V& x) {
+      return min(most, exp((x - near) / width) * share);
+    };
   }
   row_solution solve(const T* x, index n, index y, double* d) const {
     constexpr double inf = std::numeric_limits<double>::infinity();

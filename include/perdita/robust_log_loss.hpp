@@ -19,9 +19,12 @@ template <class T> struct robust_log_formula : solved_formula {
   double a;
   double per_rival; // 1/(K − 1)
 
-  template <class V> PERDITA_INLINE V slope(const V& x, const V&, const V&, const V* c) const {
-    const V p = exp(x - c[0]) * c[1];
-    return p * (V(static_cast<T>(per_rival)) / (V(static_cast<T>(a)) + p) + c[2]);
+  template <class V> auto slopes(const double* c) const {
+    return [this, top = V(static_cast<T>(c[0])), share = V(static_cast<T>(c[1])),
+            even = V(static_cast<T>(c[2]))](const V& x) {
+      const V p = exp(x - top) * share;
+      return p * (V(static_cast<T>(per_rival)) / (V(static_cast<T>(a)) + p) + even);
+    };
   }
   row_solution solve(const T* x, index n, index y, double* d) const {
     using W = pack<double>;

@@ -7,6 +7,7 @@
 #include "core/row_loss.hpp"
 #include "core/threshold.hpp"
 #include "core/traits.hpp"
+#include "softmax.hpp"
 
 namespace perdita::inline PERDITA_ABI {
 
@@ -20,8 +21,14 @@ struct sparsemax_formula : row_formula {
   static constexpr bool proportional = false;
   static constexpr bool linear = false;
 
-  template <class V> PERDITA_INLINE V slope(const V& x, const V&, const V&, const V* c) const {
-    return max(V(0), (x - c[0]) - c[1]);
+  template <class T> auto solve(const T* x, index n, double* room) const {
+    return simplex_threshold::solve(x, n, room);
+  }
+  template <class V> auto slopes(const double* c) const {
+    using T = typename V::value_type;
+    return [shift = V(static_cast<T>(c[0])), threshold = V(static_cast<T>(c[1]))](const V& x) {
+      return max(V(0), (x - shift) - threshold);
+    };
   }
   template <class Row> auto finish(const Row& row) const {
     using W = decltype(row.target);
@@ -39,7 +46,112 @@ struct sparsemax_formula : row_formula {
   }
 };
 
+/// The p of a resident formula whose slopes, without a label, are p.
+template <class Formula> struct simplex_map : Formula {
+  vector_view<index> support;
+
+  simplex_map(const Formula& f, vector_view<index> sizes) : Formula(f), support(sizes) {}
+  template <class Summary> void record(index row, const Summary& s) const {
+    const double size = s.term[Formula::statistic::size];
+    if (support.data)
+      support[row] = size == size ? static_cast<index>(size) : 0;
+  }
+};
+
+template <class T, class Formula, class X, class Y>
+void map_onto_simplex(const char* name, const Formula& formula, matrix_view<X> x, matrix_view<Y> y,
+                      vector_view<index> support, const executor& run_on, workspace* memory) {
+  if ((support.data || support.size > 0) && support.size != x.rows)
+    fail(name, "support", to_text(support.size), to_text(x.rows) + " (as many as rows)");
+  map_rows<T>(name, simplex_map<Formula>(formula, support), x,
+              static_cast<const matrix_view<const T>*>(nullptr), y, run_on, memory);
+}
+
+/// Σ b s and Σ s, for scores s with a number b for each.
+struct weighted_scores : weighted_sums {
+  template <class V> static PERDITA_INLINE V absorb(V* sum, const V& s, const V&, const V& b) {
+    sum[0] = fma(b, s, sum[0]);
+    sum[1] += s;
+    return s;
+  }
+};
+
+/// From p and b = ∂/∂p:  s_j (b_j − Σ s b / Σ s) with s = p^{2−α} where p > 0, else 0.
+template <class T> struct simplex_backward_formula : row_formula {
+  using statistic = weighted_scores;
+  static constexpr bool excludes_target = false;
+  static constexpr bool proportional = false;
+  static constexpr bool linear = false;
+  static constexpr bool uses_share = false;
+  static constexpr bool has_side = true;
+  static constexpr bool slope_reads_score() { return true; }
+
+  explicit simplex_backward_formula(double alpha) : power(2 - alpha) {}
+  side_cursor<T> side(index) const { return {nullptr, nullptr, nullptr, T(1), T(0)}; }
+  /// Not above `most`: beside it the others are nothing, and the sums stay finite.
+  template <class V> V score(const V& p) const {
+    using N = typename V::value_type;
+    constexpr N most = sizeof(T) == 4 ? N(1e15) : N(1e150);
+    V s(1);
+    if (power == 0.5)
+      s = sqrt(p);
+    else if (power != 0)
+      s = min(V(most), exp(log(p) * V(static_cast<N>(power))));
+    return select(p > V(0), s, p);
+  }
+  template <class V> PERDITA_INLINE V slope(const V& s, const V&, const V& b, const V* c) const {
+    return s * (b - c[0]);
+  }
+  template <class Row> auto finish(const Row& row) const {
+    using W = decltype(row.target);
+    row_outcome<W> out;
+    out.value = W(0);
+    out.coefficient[0] = select(row.term[1] == W(0), W(0), row.term[0] / row.term[1]);
+    out.target_gradient = slope(row.target, W(0), row.target_side, out.coefficient);
+    return out;
+  }
+
+  double power; // 2 − α
+};
+
+template <class T, class P, class D, class Y>
+void map_backward(const char* name, double alpha, matrix_view<P> p, matrix_view<D> d,
+                  matrix_view<Y> y, const executor& run_on, workspace* memory) {
+  map_rows<T>(name, simplex_backward_formula<T>(alpha), p, &d, y, run_on, memory);
+}
+
 } // namespace core
+
+/// What sparsemax() and entmax15() may be told.
+struct simplex_map_options {
+  vector_view<index> support{}; ///< one number per row: the classes above the threshold
+  executor run_on{};
+  workspace* memory = nullptr; ///< scratch to reuse; without it a call allocates once
+};
+
+/// result = sparsemax(scores) by rows, the nearest point of the simplex:  p_j = max(x_j − τ, 0)
+/// with Σ p = 1. `result` may be the scores. A row whose scores are all -inf gives zeros; a NaN or
+/// +inf makes the row NaN, and its support 0.
+/// Error: 2 epsilon, absolute; exactly 0 where x_j ≤ max x − 1.
+/// Throws std::invalid_argument on a mismatch of shapes.
+/// Source: Martins and Astudillo, "From softmax to sparsemax", ICML 2016.
+template <class X, class Y, class T = core::compute_type<X>>
+requires core::scores_like<X, T> && core::gradient_like<Y, T>
+void sparsemax(X&& scores, Y&& result, const simplex_map_options& options = {}) {
+  core::map_onto_simplex<T>("sparsemax", core::sparsemax_formula{}, core::as_matrix(scores),
+                            core::as_matrix(result), options.support, options.run_on,
+                            options.memory);
+}
+
+/// ∂/∂scores from p = sparsemax(scores) and d_p = ∂/∂p:  d_j less its mean over the support, and 0
+/// outside. d_scores may be p or d_p.
+template <class P, class D, class Y, class T = core::compute_type<P>>
+requires core::scores_like<P, T> && core::scores_like<D, T> && core::gradient_like<Y, T>
+void sparsemax_backward(P&& p, D&& d_p, Y&& d_scores, const executor& run_on = {},
+                        workspace* memory = nullptr) {
+  core::map_backward<T>("sparsemax_backward", 2, core::as_matrix(p), core::as_matrix(d_p),
+                        core::as_matrix(d_scores), run_on, memory);
+}
 
 /// The sparsemax loss, the Fenchel-Young loss of ½‖p‖² on the simplex:
 ///

@@ -22,9 +22,11 @@ template <class T> struct top_k_hinge_formula : solved_formula {
   index k;
 
   /// c: scores above c[0] have 1/k, those from c[1] to c[0] have c[2].
-  template <class V> PERDITA_INLINE V slope(const V& x, const V&, const V&, const V* c) const {
-    const V equal = select(x >= c[1], c[2], V(0)), lost = c[2] - c[2];
-    return select(x > c[0], V(T(1) / static_cast<T>(k)), equal) + lost;
+  template <class V> auto slopes(const double* c) const {
+    return [upper = V(static_cast<T>(c[0])), lower = V(static_cast<T>(c[1])),
+            share = V(static_cast<T>(c[2])), each = V(T(1) / static_cast<T>(k))](const V& x) {
+      return select(x > upper, each, select(x >= lower, share, V(0))) + (share - share);
+    };
   }
   row_solution solve(const T* x, index n, index y, double* order) const {
     constexpr double inf = std::numeric_limits<double>::infinity();

@@ -21,8 +21,10 @@ template <class T> struct weston_watkins_formula : solved_formula {
     const V masked(-std::numeric_limits<T>::infinity());
     return select(x == masked, masked, (x - label) + V(margin));
   }
-  template <class V> PERDITA_INLINE V slope(const V& x, const V&, const V&, const V* c) const {
-    return select(gap(x, c[0]) > V(0), V(1), V(0)) + c[1];
+  template <class V> auto slopes(const double* c) const {
+    return [this, label = V(static_cast<T>(c[0])), lost = V(static_cast<T>(c[1]))](const V& x) {
+      return select(gap(x, label) > V(0), V(1), V(0)) + lost;
+    };
   }
   row_solution solve(const T* x, index n, index y, double*) const {
     using V = pack<T>;

@@ -1,8 +1,16 @@
 // SPDX-License-Identifier: MIT
 #pragma once
 
-/// The traversal for losses whose summary needs a whole row at hand: a row is solved where it lies,
-/// or in a copy where its classes do not lie side by side, and its gradient follows from cache.
+/// The traversal for losses and maps whose summary needs a whole row at hand: a row is solved where
+/// it lies, or in a copy where its classes do not lie side by side, and its gradient (or what it is
+/// mapped to) follows from cache. A formula declares, beside what row_formula.hpp says,
+///
+///   solve(x, n, room)           the summary of a row; `room` is for n numbers and a pack
+///   solve(x, n, label, room)    the same, where it depends on the label
+///   slopes<V>(c)                z → ∂value/∂score, from the outcome's coefficients in double
+///   record(row, summary)        of a map: takes note of what else was found
+///
+/// A job without labels is a map: the slopes are the result.
 
 #include "row_kernel.hpp"
 
@@ -17,6 +25,8 @@ template <class Formula, class T, bool Gradient> class resident_kernel {
   using V = pack<T>;
   using statistic = typename Formula::statistic;
   static constexpr index width = static_cast<index>(lanes<T>);
+  /// A solved row is soon read again.
+  static constexpr index cached_numbers = (index{1} << 18) / static_cast<index>(sizeof(T));
 
 public:
   static index rows_per_sum(const row_job<T>& job) { return block_rows(job); }
@@ -29,7 +39,9 @@ public:
                            !job.accumulate) {
     carver memory(scratch);
     const auto row = static_cast<std::size_t>(cols_ + width);
-    candidates_ = memory.take<double>(static_cast<std::size_t>(cols_));
+    if (scores_in_place_)
+      rows_at_once_ = std::clamp<index>(cached_numbers / cols_, 1, finish_rows);
+    candidates_ = memory.take<double>(row);
     panel_ = memory.take<T>(scores_in_place_ ? row : row * finish_rows);
     out_ = memory.take<T>(row);
     sum_ = memory.take<T>(row);
@@ -44,8 +56,8 @@ public:
   void run(index first, index last, value_sum* total) {
     for (index r = first; r < last;) {
       index rows[finish_rows], count = 0;
-      for (; r < last && count < finish_rows; ++r) {
-        if (job_.counts(r, job_.label(r)))
+      for (; r < last && count < rows_at_once_; ++r) {
+        if (job_.counts(r, job_.labels ? job_.label(r) : 0))
           rows[count++] = r;
         else
           ignore(r);
@@ -65,21 +77,25 @@ private:
     store_ignored_report(job_, r);
   }
 
+  auto solve(const T* x, index label) const {
+    if constexpr (requires { formula_.solve(x, cols_, label, candidates_); })
+      return formula_.solve(x, cols_, label, candidates_);
+    else
+      return formula_.solve(x, cols_, candidates_);
+  }
+
   void batch(const index* rows, index count, value_sum& total) {
     using W = pack<double>;
     const T* x[finish_rows];
     gather(rows, count, x);
     alignas(64) double in[2 + statistic::terms][finish_rows] = {};
     for (index i = 0; i < count; ++i) {
-      const auto label = static_cast<index>(job_.label(rows[i]));
-      const auto s = [&] {
-        if constexpr (requires { formula_.solve(x[i], cols_, label, candidates_); })
-          return formula_.solve(x[i], cols_, label, candidates_);
-        else
-          return statistic::solve(x[i], cols_, candidates_);
-      }();
+      const index label = job_.labels ? static_cast<index>(job_.label(rows[i])) : -1;
+      const auto s = solve(x[i], label);
+      if constexpr (requires { formula_.record(rows[i], s); })
+        formula_.record(rows[i], s);
       in[0][i] = s.shift;
-      in[1][i] = static_cast<double>(x[i][label]);
+      in[1][i] = label >= 0 ? static_cast<double>(x[i][label]) : s.shift;
       for (int k = 0; k < statistic::terms; ++k)
         in[2 + k][i] = s.term[k];
     }
@@ -100,9 +116,9 @@ private:
     for (index i = 0; i < count; ++i) {
       store_value(job_, rows[i], out[0][i], total);
       if constexpr (Gradient) {
-        V c[coefficients];
+        double c[coefficients];
         for (int k = 0; k < coefficients; ++k)
-          c[k] = V(static_cast<T>(out[2 + k][i]));
+          c[k] = out[2 + k][i];
         emit(rows[i], x[i], c, out[1][i]);
       }
     }
@@ -125,16 +141,18 @@ private:
         job_.scores.read(rows[i], c, 1, panel_ + i * step + c);
   }
 
-  void emit(index r, const T* x, const V* c, double target) {
+  void emit(index r, const T* x, const double* c, double target) {
     const V scale(static_cast<T>(job_.row_scale(r)));
+    const auto slopes = formula_.template slopes<V>(c);
     T* out = gradient_in_place_ ? job_.gradient.pointer(r, 0) : out_;
-    const auto slope = [&](const V& z) { return formula_.slope(z, V(0), V(0), c) * scale; };
+    const auto slope = [&](const V& z) { return slopes(z) * scale; };
     index j = 0;
     for (; j + width <= cols_; j += width)
       slope(V::load(x + j)).store(out + j);
     if (j < cols_)
       store_first(slope(load_first(x + j, cols_ - j, V(0))), out + j, cols_ - j);
-    out[job_.label(r)] = static_cast<T>(target * job_.row_scale(r));
+    if (job_.labels)
+      out[job_.label(r)] = static_cast<T>(target * job_.row_scale(r));
     if (gradient_in_place_)
       return;
     if (job_.accumulate) {
@@ -147,7 +165,7 @@ private:
 
   const Formula& formula_;
   const row_job<T>& job_;
-  index cols_;
+  index cols_, rows_at_once_ = finish_rows;
   bool scores_in_place_, gradient_in_place_;
   std::size_t scratch_bytes_ = 0;
   double* candidates_ = nullptr;

@@ -267,8 +267,8 @@ private:
     index hole; // the pack with the target in it, or -1
     T hole_lane;
     V target;   // its gradient
-    index head; // columns before the first aligned pack of a streamed row
-    bool streaming, straddles;
+    index head = 0; // columns before the first aligned pack of a streamed row
+    bool streaming = false, straddles = false;
   };
 
   void lay_out(carver& memory, bool real) {

@@ -2,11 +2,8 @@
 #pragma once
 
 /// Losses that an algorithm over a whole row finds, label and all, and not a summary that parts of
-/// the row could be merged from. Such a formula declares, beside slope(),
-///
-///   solve(x, n, label, scratch) → row_solution;  scratch has room for n doubles
-///
-/// and is served by resident_kernel.hpp.
+/// the row could be merged from: formulas for resident_kernel.hpp whose solve(x, n, label, room)
+/// returns a row_solution.
 
 #include <limits>
 
@@ -26,7 +23,7 @@ inline row_solution solution(double value, double target_gradient, double c0 = 0
                              double c2 = 0) {
   return {0, {value, target_gradient, c0, c1, c2}};
 }
-/// The row is NaN, and slope() makes NaN of these coefficients.
+/// The row is NaN, and slopes() make NaN of these coefficients.
 inline row_solution no_solution() {
   constexpr double nan = std::numeric_limits<double>::quiet_NaN();
   return solution(nan, nan, nan, nan, nan);

@@ -1,62 +1,95 @@
 // SPDX-License-Identifier: MIT
 #pragma once
 
+/// Where the maps onto the simplex cut a row off, exactly and without sorting: one vectorised pass
+/// for the maximum, one that gathers what is near enough to it to count, and an iteration on that.
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "math.hpp"
 #include "row_job.hpp"
 
 namespace perdita::inline PERDITA_ABI::core {
+
+inline constexpr index top_streams = 4;
+template <class T> inline constexpr index top_lanes = top_streams* static_cast<index>(lanes<T>);
+
+/// The largest of n scores; NaN where one of them is NaN or +inf. `most`, if wanted, gets
+/// top_lanes<T> of the largest scores: the maxima of as many parts of the row, less its tail.
+template <class T> T top_score(const T* x, index n, T* most = nullptr) {
+  using V = pack<T>;
+  constexpr index width = static_cast<index>(lanes<T>);
+  constexpr T nan = std::numeric_limits<T>::quiet_NaN(), inf = std::numeric_limits<T>::infinity();
+  V seen[top_streams], spoilt[top_streams]; // spoilt: NaN by a NaN, but by an infinity too
+  for (index s = 0; s < top_streams; ++s)
+    seen[s] = V(-inf), spoilt[s] = V(0);
+  index i = 0;
+  for (; i + top_lanes<T> <= n; i += top_lanes<T>)
+    for (index s = 0; s < top_streams; ++s) {
+      const V z = V::load(x + i + s * width);
+      seen[s] = max(z, seen[s]);
+      spoilt[s] += z - z;
+    }
+  if (most)
+    for (index s = 0; s < top_streams; ++s)
+      seen[s].store(most + s * width);
+  for (; i < n; i += width) {
+    const V z = i + width <= n ? V::load(x + i) : load_first(x + i, n - i, V(x[0]));
+    seen[0] = max(z, seen[0]);
+    spoilt[0] += z - z;
+  }
+  if (any(is_nan((spoilt[0] + spoilt[1]) + (spoilt[2] + spoilt[3]))))
+    for (index j = 0; j < n; ++j)
+      if (x[j] != x[j])
+        return nan;
+  const T top = max_lanes(max(max(seen[0], seen[1]), max(seen[2], seen[3])));
+  return top == inf ? nan : top;
+}
+
+/// Writes x_j − top for every score from `edge` on, in their order; returns how many there are.
+template <class T> index gather_from(const T* x, index n, T edge, T top, double* out) {
+  using V = pack<T>;
+  constexpr index width = static_cast<index>(lanes<T>);
+  index count = 0, i = 0;
+  const auto gather = [&](index end) {
+    for (; i < end; ++i) {
+      out[count] = static_cast<double>(x[i]) - static_cast<double>(top);
+      count += x[i] >= edge;
+    }
+  };
+  while (i + width <= n)
+    if (any(V::load(x + i) >= V(edge)))
+      gather(i + width);
+    else
+      i += width;
+  gather(n);
+  return count;
+}
 
 /// A row's projection onto the simplex: the support S = {z > τ} with τ = (Σ_S z − 1)/|S|, as
 /// |S|, Σ_S z, Σ_S z², of z = x − max x. Resident: S is only known once the whole row is, so the
 /// core hands over a row that lies in cache, and a head that never holds one cannot serve it.
 ///
-/// Only scores within 1 of the maximum can be in S; they are gathered in one vectorised pass and
-/// reduced by Michelot's exact iteration (1986), which drops what lies below the threshold of the
-/// remainder until nothing does.
+/// Only scores within 1 of the maximum can be in S; they are reduced by Michelot's exact iteration
+/// (1986), which drops what lies below the threshold of the remainder until nothing does.
 struct simplex_threshold {
   static constexpr bool resident = true;
   static constexpr bool has_image = false;
   static constexpr int terms = 3;
+  static constexpr int size = 0; ///< the term that is |S|
 
   /// `candidates` has room for n numbers.
   template <class T>
   static summary<simplex_threshold, double> solve(const T* x, index n, double* candidates) {
-    using V = pack<T>;
-    constexpr index width = static_cast<index>(lanes<T>);
-    constexpr double nan = std::numeric_limits<double>::quiet_NaN();
-    V most(-std::numeric_limits<T>::infinity()), spoilt(0);
-    index i = 0;
-    for (; i + width <= n; i += width) {
-      const V z = V::load(x + i);
-      most = max(z, most);
-      spoilt += z - z; // NaN for NaN; for -inf too, which the tail below tells apart
-    }
-    T maximum = max_lanes(most);
-    bool has_nan = false;
-    for (index j = i; j < n; ++j) {
-      maximum = x[j] > maximum ? x[j] : maximum;
-      has_nan = has_nan || x[j] != x[j];
-    }
-    if (any(is_nan(spoilt)))
-      for (index j = 0; j < i; ++j)
-        has_nan = has_nan || x[j] != x[j];
-    if (has_nan || maximum == std::numeric_limits<T>::infinity())
-      return {nan, {nan, nan, nan}};
-    if (maximum == -std::numeric_limits<T>::infinity())
+    const T top = top_score(x, n);
+    const auto maximum = static_cast<double>(top);
+    if (top != top)
+      return {maximum, {maximum, maximum, maximum}};
+    if (top == -std::numeric_limits<T>::infinity())
       return {0, {0, 0, 0}};
-
-    index count = 0;
-    const auto consider = [&](index j) {
-      if (x[j] >= maximum - 1)
-        candidates[count++] = static_cast<double>(x[j]) - static_cast<double>(maximum);
-    };
-    const V edge(maximum - 1);
-    for (i = 0; i + width <= n; i += width)
-      if (any(V::load(x + i) >= edge))
-        for (index j = i; j < i + width; ++j)
-          consider(j);
-    for (; i < n; ++i)
-      consider(i);
-
+    index count = gather_from(x, n, top - 1, top, candidates);
     for (;;) {
       double sum = 0;
       for (index j = 0; j < count; ++j)
@@ -70,11 +103,247 @@ struct simplex_threshold {
         double squares = 0;
         for (index j = 0; j < count; ++j)
           squares = std::fma(candidates[j], candidates[j], squares);
-        return {static_cast<double>(maximum), {static_cast<double>(count), sum, squares}};
+        return {maximum, {static_cast<double>(count), sum, squares}};
       }
       count = kept;
     }
   }
 };
+
+/// The argmax p of ⟨p, x⟩ − (Σ p^α − 1)/(α(α−1)) over the simplex, which is
+///
+///   p_j = p₁ (1 − r_j)_+^β,   r_j = c (max x − x_j),   β = 1/(α−1),   c = p₁^{1−α}/β,
+///
+/// with the largest probability p₁ such that Σ p = 1. (τ = max x − 1/c is where the support ends.)
+/// As c, p₁, 1 − p₁ without cancellation, the conjugate max_p ⟨p, x⟩ − … less max x, and |S|.
+struct tsallis_threshold {
+  static constexpr bool resident = true;
+  static constexpr bool has_image = false;
+  static constexpr int terms = 5;
+  static constexpr int size = 4;
+};
+
+/// A trial value of p₁, and of what goes with it.
+struct tsallis_trial {
+  double at;        ///< what the iteration moves: 0 where p₁ is 1, and larger where it is less
+  double rate;      ///< c
+  double top, rest; ///< p₁ and 1 − p₁, neither of them the difference to the other
+  double root;      ///< p₁^{α−1}
+};
+
+/// The mathematics of one α for solve_tsallis(). With f = Σ p at a trial p₁, Newton's method is
+/// applied to f^{α−1}, which is linear in p₁^{α−1} where all scores are alike and convex in it for
+/// α ≤ 2: from p₁ = 1 on, nothing is ever overshot. A step is
+///
+///   p₁^{α−1} ← p₁^{α−1} (1 + (B/E)(f^{1−α} − 1)),   B = Σ (1−r)_+^β,   E = Σ (1−r)_+^{β−1}.
+///
+/// α = 3/2: squares and one root; the iteration moves 1 − √p₁.
+struct tsallis_three_halves {
+  static constexpr double alpha() { return 1.5; }
+
+  /// No less than what the iteration arrives at: where n scores are equal, and some rounding.
+  static double most(double n) { return 1 - (1 - 0x1p-40) / std::sqrt(n); }
+  static tsallis_trial trial(double at, double root) {
+    return {at, 0.5 / root, root * root, at * (2 - at), root};
+  }
+  static tsallis_trial trial(double at) { return trial(at, 1 - at); }
+  static tsallis_trial step(const tsallis_trial& now, double excess, double shape) {
+    const double norm = std::sqrt(1 + excess);
+    const double relative = shape * (excess / (norm * (1 + norm)));
+    // The smaller of the two is exact, and the other one its complement.
+    const double root = std::fma(-now.root, relative, now.root);
+    return root <= 0.5 ? trial(1 - root, root) : trial(std::fma(now.root, relative, now.at));
+  }
+  /// (1 + y)_+ and its power β.
+  template <class W> PERDITA_INLINE void raise(const W& rate, const W& z, W& base, W& power) const {
+    base = max(W(0), fma(rate, z, W(1)));
+    power = base * base;
+  }
+  /// z → p from the maximum, c and p₁, in the precision of V.
+  template <class V> static auto slopes(const double* c) {
+    using T = typename V::value_type;
+    return [shift = V(static_cast<T>(c[0])), rate = V(static_cast<T>(c[1])),
+            top = V(static_cast<T>(c[2]))](const V& z) {
+      const V base = max(V(0), fma(rate, z - shift, V(1)));
+      return top * (base * base);
+    };
+  }
+  /// ∫_0^{1−p₁} t (1−t)^{α−2} dt
+  static double lead(const tsallis_trial& t) { return t.at * t.at * (2 + t.root) * (2. / 3); }
+};
+
+inline double scalar_exp(double x) { return first_lane(exp(pack<double>(x))); }
+inline double scalar_expm1(double x) { return first_lane(expm1(pack<double>(x))); }
+inline double scalar_log1p(double x) { return first_lane(log1p(pack<double>(x))); }
+
+/// Any α > 1, by exponentials and logarithms that keep their digits for α near 1, where p becomes
+/// softmax, and for large α, where p₁^{α−1} may be too small for any number; moves −log p₁.
+class tsallis_power {
+public:
+  /// No two α beyond 1e100 differ, and their products would be infinite.
+  explicit tsallis_power(double alpha) : order_(std::min(alpha - 1, 1e100)) {}
+  double alpha() const { return order_ + 1; }
+  double most(double n) const { return scalar_log1p(n - 1) * (1 + 0x1p-40); }
+  tsallis_trial trial(double at) const {
+    constexpr double most = 1e300; // times a difference of 0 is 0
+    return {at, std::min(most, order_ * scalar_exp(order_ * at)), scalar_exp(-at),
+            -scalar_expm1(-at), scalar_exp(-order_ * at)};
+  }
+  tsallis_trial step(const tsallis_trial& now, double excess, double shape) const {
+    const double y = -order_ * scalar_log1p(excess); // log(1 + shape (e^y − 1)) in two ways
+    const double change = y > -1     ? scalar_log1p(shape * scalar_expm1(y))
+                          : y > -700 ? y + scalar_log1p((1 - shape) * scalar_expm1(-y))
+                                     : std::max(y, scalar_log1p(-shape));
+    return trial(now.at - change / order_);
+  }
+  template <class W> PERDITA_INLINE void raise(const W& rate, const W& z, W& base, W& power) const {
+    const W y = max(W(-1), rate * z);
+    base = W(1) + y;
+    power = exp(log1p(y) * W(1 / order_));
+  }
+  /// In double, because a power below 1 is steep near 0; most scores are outside and cost a look.
+  template <class V> auto slopes(const double* c) const {
+    using T = typename V::value_type;
+    const T end = std::nextafter(static_cast<T>(c[0] - 1 / c[1]), std::numeric_limits<T>::lowest());
+    return [this, end = V(end), shift = pack<double>(c[0]), rate = pack<double>(c[1]),
+            top = pack<double>(c[2])](const V& z) {
+      if (!any(!(z <= end))) // NaN is not outside
+        return V(0);
+      pack<double> wide[sizeof(double) / sizeof(T)], base;
+      widen(z, wide);
+      for (auto& w : wide) {
+        pack<double> power;
+        raise(rate, w - shift, base, power);
+        w = top * power;
+      }
+      return narrow(wide);
+    };
+  }
+  double lead(const tsallis_trial& t) const {
+    const double a = order_, m = t.rest;
+    if (m > 0.5 || a * m > 1) // = (1 − (1−m)^a (1 + a m)) / (a (a + 1))
+      return -scalar_expm1(std::fma(-a, t.at, scalar_log1p(a * m))) / (a * (a + 1));
+    double term = m * m, sum = 0;
+    for (double k = 0; std::abs(term) > 0x1p-60 * sum; ++k) {
+      sum += term / (k + 2);
+      term *= (k + 1 - a) / (k + 1) * m;
+    }
+    return sum;
+  }
+
+private:
+  double order_; // α − 1
+};
+
+/// Sums over the rivals of the maximum at a trial: (1−r)_+^β, the same to β − 1 and to β + 1, and
+/// how many are above 0.
+struct tsallis_sums {
+  double powers, slopes, tails, size;
+};
+
+/// `z` are x_j − max x of n rivals, filled up with -inf to a whole number of packs.
+template <class Power>
+tsallis_sums sum_rivals(const Power& power, const tsallis_trial& t, const double* z, index n) {
+  using W = pack<double>;
+  constexpr index width = static_cast<index>(lanes<double>);
+  const W rate(t.rate), zero(0), one(1);
+  wide_lanes<double> powers, tails;
+  powers.clear();
+  tails.clear();
+  W slopes(0), size(0);
+  for (index j = 0; j < n; j += width) {
+    W base, raised;
+    power.raise(rate, W::load(z + j), base, raised);
+    const auto inside = base > zero;
+    powers.add(raised);
+    tails.add(raised * base);
+    slopes += select(inside, raised / base, zero);
+    size += select(inside, one, zero);
+  }
+  return {powers.total(), sum_lanes(slopes), tails.total(), sum_lanes(size)};
+}
+
+/// Drops what is outside the support at a trial; fills the last pack up with -inf.
+inline index drop_outside(const tsallis_trial& t, double* z, index n) {
+  index kept = 0;
+  for (index j = 0; j < n; ++j) {
+    z[kept] = z[j];
+    kept += std::fma(t.rate, z[j], 1.0) > 0;
+  }
+  for (index j = kept; j % static_cast<index>(lanes<double>) != 0; ++j)
+    z[j] = -std::numeric_limits<double>::infinity();
+  return kept;
+}
+
+/// Where an iteration has come to.
+struct tsallis_root {
+  tsallis_trial at; ///< Σ p is 1 to rounding
+  double low;       ///< a trial at which it is no less than 1
+  double conjugate, size;
+};
+
+/// Newton's method from a trial with Σ p ≥ 1, and bisection where it leaves the bracket (it may for
+/// α > 2) or takes its time, on the rivals z, which are dropped as they leave the support.
+template <class Power>
+tsallis_root find_root(const Power& power, tsallis_trial t, double* z, index count) {
+  double low = t.at, high = power.most(static_cast<double>(count + 1));
+  count = drop_outside(t, z, count);
+  for (int round = 0;; ++round) {
+    const tsallis_sums s = sum_rivals(power, t, z, count);
+    const double excess = std::fma(t.top, s.powers, -t.rest); // Σ p − 1
+    if (excess > 0) { // p₁ is too large, and the support here as well
+      low = t.at;
+      count = drop_outside(t, z, count);
+    } else {
+      high = t.at;
+    }
+    const bool settled = std::abs(excess) <= 0x1p-49 * t.rest;
+    tsallis_trial next = power.step(t, excess, (1 + s.powers) / (1 + s.slopes));
+    if (!settled && !(low < next.at && next.at < high && round < 40))
+      next = power.trial(low + (high - low) / 2);
+    if (settled || next.at == low || next.at == high) {
+      const double conjugate = power.lead(t) + t.top * t.root * s.tails / power.alpha();
+      return {t, low, conjugate, 1 + s.size};
+    }
+    t = next;
+  }
+}
+
+/// The rivals of the maximum that may be in the support where c is `rate`; returns their number.
+template <class T> index gather_rivals(const T* x, index n, T top, double rate, double* rivals) {
+  const double edge = static_cast<double>(top) - 1 / rate;
+  const T below = std::nextafter(static_cast<T>(edge), std::numeric_limits<T>::lowest());
+  const index count = gather_from(x, n, below, top, rivals);
+  double* const end = rivals + count;
+  double* const itself = std::find(rivals, end, 0.0);
+  if (itself == end)
+    return count;
+  *itself = end[-1];
+  return count - 1;
+}
+
+/// `room` is for n numbers and a pack. A long row begins with some of its largest scores alone:
+/// their Σ p is less, so that what is outside the support that it gives is outside for good.
+template <class Power, class T>
+summary<tsallis_threshold, double> solve_tsallis(const Power& power, const T* x, index n,
+                                                 double* room) {
+  alignas(64) T most[top_lanes<T>];
+  const bool is_long = n >= 16 * top_lanes<T>;
+  const T top = top_score(x, n, is_long ? most : nullptr);
+  const auto maximum = static_cast<double>(top);
+  if (top != top)
+    return {maximum, {maximum, maximum, maximum, maximum, 0}};
+  if (top == -std::numeric_limits<T>::infinity())
+    return {0, {1, 0, 1, 0, 0}};
+  tsallis_trial start = power.trial(0);
+  if (is_long) {
+    const index some = gather_rivals(most, top_lanes<T>, top, start.rate, room);
+    // From a little short of there, for what rounding has done.
+    start = power.trial(find_root(power, start, room, some).low * (1 - 0x1p-20));
+  }
+  const index count = gather_rivals(x, n, top, start.rate, room);
+  const tsallis_root root = find_root(power, start, room, count);
+  return {maximum, {root.at.rate, root.at.top, root.at.rest, root.conjugate, root.size}};
+}
 
 } // namespace perdita::inline PERDITA_ABI::core
