@@ -148,6 +148,8 @@ void register_all(std::size_t most) {
   add("spherical_softmax", perdita::spherical_softmax<float>(), most);
   add("stablemax", perdita::stablemax<float>(), most);
   add("sparsemax_loss", perdita::sparsemax_loss<float>(), most);
+  add("entmax15_loss", perdita::entmax15_loss<float>(), most);
+  add("entmax_loss(alpha=1.25)", perdita::entmax_loss<float>({.alpha = 1.25}), most);
   add("weston_watkins", perdita::weston_watkins<float>(), most);
   add("top_k_hinge(k=5)", perdita::top_k_hinge<float>({.k = 5}), most);
   add("ldr_k_kl(k=5)", perdita::ldr_k_kl<float>({.k = 5}), most);

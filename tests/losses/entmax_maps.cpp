@@ -2,8 +2,8 @@
 
 // sparsemax, entmax15, entmax, budget_map and their Jacobian products against wide arithmetic.
 
+#include <perdita/budget_map.hpp>
 #include <perdita/entmax.hpp>
-#include <perdita/normmax.hpp>
 
 #include <Eigen/Core>
 
