@@ -1,0 +1,238 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <string>
+#include <vector>
+
+#include "core/paired_kernel.hpp"
+#include "core/row_loss.hpp"
+#include "core/solved_row.hpp"
+#include "core/traits.hpp"
+#include "weston_watkins.hpp"
+
+namespace perdita::inline PERDITA_ABI {
+
+namespace core {
+
+/// With the gaps of Weston and Watkins: their squares too, and a factor for each label.
+template <class T> struct multi_margin_formula : weston_watkins_formula<T> {
+  bool squared;
+  const T* class_weights; ///< all 1 if not given
+
+  /// What the slope is proportional to: 1, or the gap; 0 where there is none, or it is NaN.
+  template <class V> PERDITA_INLINE V step(const V& gap) const {
+    return select(gap > V(0), squared ? gap : V(1), V(0));
+  }
+  template <class V> auto slopes(const double* c) const {
+    return [this, label = V(static_cast<T>(c[0])), lost = V(static_cast<T>(c[1])),
+            factor = V(static_cast<T>(c[2]))](const V& x) {
+      return weighted(factor, step(this->gap(x, label))) + lost;
+    };
+  }
+  row_solution solve(const T* x, index n, index y, double*) const {
+    using V = pack<T>;
+    constexpr T inf = std::numeric_limits<T>::infinity();
+    constexpr auto width = static_cast<index>(lanes<T>);
+    wide_lanes<T> value, steps;
+    value.clear();
+    steps.clear();
+    for_packs(x, n, -inf, [&](const V& at, index i) {
+      V g = this->gap(at, V(x[y]));
+      if (y >= i && y < i + width)
+        g = select(iota<T>() == V(static_cast<T>(y - i)), V(0), g);
+      const V s = step(g);
+      value.add(select(g <= V(0), V(0), squared ? g * g : g)); // NaN shows
+      steps.add(s);
+    });
+    const double label = static_cast<double>(x[y]), total = value.total();
+    const double sum = total + (label == label ? 0 : label), lost = sum == sum ? 0 : sum;
+    const double weight = class_weights ? static_cast<double>(class_weights[y]) : 1;
+    const double share = weight / static_cast<double>(n), factor = squared ? 2 * share : share;
+    const auto times = [](double w, double a) { return w == 0 ? 0 : w * a; };
+    return solution(times(share, sum) + lost, lost - times(factor, steps.total()), label, lost,
+                    factor);
+  }
+};
+
+/// Scores in double, of which those with a target above 0 are relevant.
+struct multilabel_margin_formula {
+  static constexpr bool paired = true;
+  double margin;
+
+  double operator()(const double* x, const double* target, index n, index, double* slopes) const {
+    constexpr double inf = std::numeric_limits<double>::infinity();
+    double *relevant = slopes + n, *others = relevant + n;
+    index hits = 0, misses = 0;
+    double spoilt = 0; // NaN where a number is
+    for (index i = 0; i < n; ++i) {
+      spoilt += (x[i] == x[i] ? 0 : x[i]) + (target[i] == target[i] ? 0 : target[i]);
+      (target[i] > 0 ? relevant[hits++] : others[misses++]) = x[i];
+    }
+    std::sort(relevant, relevant + (spoilt == spoilt ? hits : 0));
+    std::sort(others, others + (spoilt == spoilt ? misses : 0));
+    const double least = hits > 0 ? relevant[0] : inf,
+                 most = misses > 0 ? others[misses - 1] : -inf;
+    if (spoilt != spoilt || (most == inf && hits > 0 && relevant[hits - 1] == inf)) {
+      std::fill_n(slopes, n, std::numeric_limits<double>::quiet_NaN());
+      return std::numeric_limits<double>::quiet_NaN();
+    }
+    const double share = 1 / static_cast<double>(n);
+    for (index i = 0; i < n; ++i) {
+      const auto above = [&](double b) { return !(b + margin > x[i]); };
+      const auto count =
+          target[i] > 0 ? others + misses - std::partition_point(others, others + misses, above)
+                        : std::lower_bound(relevant, relevant + hits, x[i] + margin) - relevant;
+      slopes[i] = static_cast<double>(target[i] > 0 ? -count : count) * share;
+    }
+    if (most == inf && least < inf) // not inf less inf in the sum
+      return inf;
+    return share * sum(relevant, hits, others, misses);
+  }
+
+private:
+  /// Σ max(0, c + b − a), both sorted: what it is for a b grows from that of the one before, by
+  /// nothing below 0.
+  double sum(const double* relevant, index hits, const double* others, index misses) const {
+    exact_sum total, of_one;
+    double before = 0;
+    index below = 0;
+    for (index i = 0; i < misses; ++i) {
+      const double reach = others[i] + margin;
+      if (below > 0)
+        of_one.add(static_cast<double>(below) * (reach - before));
+      for (; below < hits && relevant[below] < reach; ++below)
+        of_one.add(reach - relevant[below]);
+      total.add(of_one.value());
+      before = reach;
+    }
+    return total.value();
+  }
+};
+
+} // namespace core
+
+/// Multi-class margin loss, as PyTorch's multi_margin_loss, of K classes:
+///
+///   ℓ = (w_y/K) Σ_{k≠y} h_k^p,  h_k = max(0, c + x_k − x_y),  p = 1 or 2
+///   ∂ℓ/∂x_k = (w_y/K) p h_k^{p−1} [h_k > 0],  ∂ℓ/∂x_y = −(their sum)
+///
+/// p = 1 without weights is weston_watkins divided by K. Weights scale the value, and do not count
+/// in the denominator of the mean, which is that of cross_entropy without class weights.
+/// Masked classes (-inf) are no rivals, but count in K; a masked label costs +inf, as a rival of
+/// +inf does, unless its weight is 0. NaN, or +inf at the label and elsewhere, makes the row NaN.
+/// On the kink the slope is 0. h² is formed in T, and infinite where it overflows.
+/// Shapes, reductions, errors: as cross_entropy. No by-products but `values`. Needs whole rows, so
+/// not on the linear head.
+///
+/// PyTorch's multilabel_soft_margin_loss is bce_logits (margin.hpp) of a matrix, whose mean is over
+/// all elements; its weights are those of the call.
+/// Source: Weston and Watkins, "Support vector machines for multi-class pattern recognition", 1999;
+/// squares: Lee and Lin, "A study on L2-loss (squared hinge-loss) multiclass SVM", 2013.
+template <class T = float> class multi_margin : public row_loss<multi_margin<T>, T> {
+public:
+  struct options {
+    int p = 1;                            ///< 1 or 2
+    T margin = 1;                         ///< c
+    vector_view<const T> class_weights{}; ///< w ≥ 0, one per class; all 1 if not given. Copied.
+    std::int64_t ignore_index = -100;
+    perdita::reduction reduction = perdita::reduction::mean;
+  };
+  static constexpr const char* name = "multi_margin";
+  static constexpr bool takes_soft_targets = false;
+  static constexpr bool has_softmax = false;
+
+  multi_margin() : multi_margin(options{}) {}
+  explicit(false) multi_margin(const options& o) : options_(o) {
+    core::require(o.p == 1 || o.p == 2, name, "p", o.p, "1 or 2");
+    core::require(std::isfinite(o.margin), name, "margin", o.margin, "a finite number");
+    core::require_reduction(name, o.reduction);
+    for (index i = 0; i < o.class_weights.size; ++i) {
+      const T w = o.class_weights[i];
+      if (!(w >= 0 && std::isfinite(w)))
+        core::fail_at(name, "class_weights", i, core::to_text(w), "a finite number, 0 or more");
+      class_weights_.push_back(w);
+    }
+    options_.class_weights = {}; // the caller's memory is not kept
+  }
+  /// The options, without the view: the copy of that is class_weights().
+  const options& settings() const { return options_; }
+  const std::vector<T>& class_weights() const { return class_weights_; }
+
+  constexpr loss_traits traits() const {
+    return {.convex = true,
+            .smooth = options_.p == 2,
+            .exact_gradient = true,
+            .nonnegative = true,
+            .shift_invariant = true};
+  }
+
+private:
+  friend row_loss<multi_margin<T>, T>;
+  void check(const core::row_job<T>& job) const {
+    if (!class_weights_.empty() && static_cast<index>(class_weights_.size()) != job.scores.cols)
+      core::fail(name, "size of class_weights", core::to_text(class_weights_.size()),
+                 core::to_text(job.scores.cols) + " (the number of classes)");
+  }
+  template <class F> void visit(const core::row_job<T>&, F f) const {
+    f(core::multi_margin_formula<T>{{{}, options_.margin},
+                                    options_.p == 2,
+                                    class_weights_.empty() ? nullptr : class_weights_.data()});
+  }
+  options options_;
+  std::vector<T> class_weights_;
+};
+
+/// Multi-label margin loss, as PyTorch's multilabel_margin_loss: every relevant class should be
+/// above every other by the margin c. Of K classes, with R those whose target is above 0:
+///
+///   ℓ = (1/K) Σ_{a∈R} Σ_{b∉R} max(0, c + x_b − x_a)
+///   ∂ℓ/∂x_b = |{a : c + x_b > x_a}|/K,  ∂ℓ/∂x_a = −|{b : c + x_b > x_a}|/K
+///
+/// The target is rows × classes, 1 for the relevant classes and 0 for the others (PyTorch: a list
+/// of them that ends with −1). Where all are relevant, or none, the loss is 0. With one it is
+/// multi_margin. Takes K log K operations a row, in double; on the kink the slope is 0.
+/// Masked classes (-inf) that are not relevant do not count, but in K; a relevant one costs +inf
+/// unless all others are masked, as another one of +inf does. NaN, or +inf on both sides, makes the
+/// row NaN. Shapes, reductions, errors: as cross_entropy with soft targets. No by-products but
+/// `values`. Needs whole rows, so not on the linear head.
+/// Source: Elisseeff and Weston, "A kernel method for multi-labelled classification", 2001.
+template <class T = float> class multilabel_margin : public row_loss<multilabel_margin<T>, T> {
+public:
+  struct options {
+    T margin = 1; ///< c
+    perdita::reduction reduction = perdita::reduction::mean;
+    std::int64_t ignore_index = -100; ///< without effect: there are no labels
+  };
+  static constexpr const char* name = "multilabel_margin";
+  static constexpr bool takes_soft_targets = true;
+  static constexpr bool has_softmax = false;
+  static constexpr loss_traits traits{.convex = true,
+                                      .smooth = false,
+                                      .exact_gradient = true,
+                                      .nonnegative = true,
+                                      .shift_invariant = true};
+
+  multilabel_margin() : multilabel_margin(options{}) {}
+  explicit(false) multilabel_margin(const options& o) : options_(o) {
+    core::require(std::isfinite(o.margin), name, "margin", o.margin, "a finite number");
+    core::require_reduction(name, o.reduction);
+  }
+  const options& settings() const { return options_; }
+
+private:
+  friend row_loss<multilabel_margin<T>, T>;
+  void check(const core::row_job<T>& job) const {
+    if (job.labels && job.scores.rows > 0)
+      core::fail(name, "target", "labels", "rows × classes, above 0 where a class is relevant");
+  }
+  template <class F> void visit(const core::row_job<T>&, F f) const {
+    f(core::multilabel_margin_formula{static_cast<double>(options_.margin)});
+  }
+  options options_;
+};
+
+} // namespace perdita::inline PERDITA_ABI
