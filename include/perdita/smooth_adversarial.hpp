@@ -94,7 +94,8 @@ private:
 /// upper bound of the adversarial ρ-margin comp-sum loss where ν ≥ √(K−1)/ρ. v = 0: no gradient
 /// from it. ν = 0: comp_sum of h/ρ.
 /// Both matrices are rows × classes. Classes masked (-inf) in both do not count; other infinities,
-/// or NaN, makes the row NaN. Asking for the gradients takes a pass for each. Reductions, errors,
+/// or NaN, makes the row NaN. Asking for the gradients takes a pass for each; they lie apart from
+/// each other and from the scores. Reductions, errors,
 /// row weights: as cross_entropy. No by-products but `values`.
 /// Source: Mao, Mohri, Zhong, "Cross-entropy loss functions: theoretical analysis and
 /// applications", ICML 2023.
@@ -140,8 +141,18 @@ public:
       core::gradient_like<H, T>
           T operator()(X&& scores, A&& adversarial, Y&& labels, G&& d_scores, H&& d_adversarial,
                        const call_options<T>& call = {}) const {
-    run<true>(adversarial, scores, labels, core::as_matrix(d_adversarial), call, false);
-    return run<true>(scores, adversarial, labels, core::as_matrix(d_scores), call, true);
+    const auto to_scores = core::as_matrix(d_scores);
+    const auto to_adversarial = core::as_matrix(d_adversarial);
+    const core::extent memory[] = {
+        core::bytes_of(core::matrix_data<T, true>(to_scores)),
+        core::bytes_of(core::matrix_data<T, true>(to_adversarial)),
+        core::bytes_of(core::matrix_data<T>(core::as_matrix(scores))),
+        core::bytes_of(core::matrix_data<T>(core::as_matrix(adversarial)))};
+    core::require_apart(name, memory, 2); // both passes read both
+    this->check_size("gradient rows", to_scores.rows, core::as_matrix(scores).rows);
+    this->check_size("gradient columns", to_scores.cols, core::as_matrix(scores).cols);
+    run<true>(adversarial, scores, labels, to_adversarial, call, false);
+    return run<true>(scores, adversarial, labels, to_scores, call, true);
   }
 
 private:

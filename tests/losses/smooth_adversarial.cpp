@@ -169,6 +169,12 @@ TEST_CASE("smooth_adversarial: what is refused", "[adversarial]") {
   CHECK_THROWS_WITH(loss()(matrix_view<const float>(x.data(), 2, 3),
                            matrix_view<const float>(x.data(), 3, 2), labels),
                     ContainsSubstring("other scores is 3"));
+  std::vector<float> g(6);
+  const matrix_view<const float> in(x.data(), 2, 3), moved(g.data(), 2, 3);
+  const matrix_view<float> out(g.data(), 2, 3);
+  CHECK_THROWS_WITH(loss()(in, in, labels, out, out), ContainsSubstring("overlaps"));
+  CHECK_THROWS_WITH(loss()(in, moved, labels, matrix_view<float>(), out),
+                    ContainsSubstring("overlaps"));
 }
 
 } // namespace perdita_tests

@@ -7,6 +7,7 @@
 #include <concepts>
 #include <cstdint>
 #include <limits>
+#include <span>
 #include <string>
 
 #include "errors.hpp"
@@ -69,8 +70,10 @@ inline void require_reduction(const char* loss, reduction r) {
 struct extent {
   std::uintptr_t begin, end;
 };
-/// The bytes between the first and the last element of a matrix.
+/// The bytes between the first and the last element of a matrix; none where it has none.
 template <class T, bool M> extent bytes_of(const matrix_data<T, M>& m) {
+  if (m.rows * m.cols == 0)
+    return {0, 0};
   index low = 0, high = 0;
   const index planes = m.plane_rows > 0 ? m.rows / m.plane_rows : 1;
   for (const index reach : {(m.plane_rows - 1) * m.row_stride, (m.cols - 1) * m.col_stride,
@@ -79,6 +82,15 @@ template <class T, bool M> extent bytes_of(const matrix_data<T, M>& m) {
   const auto base = reinterpret_cast<std::uintptr_t>(m.data);
   return {base + static_cast<std::uintptr_t>(low * m.width),
           base + static_cast<std::uintptr_t>((high + 1) * m.width)};
+}
+
+/// That none of the first `written` pieces of memory shares a byte with any other.
+inline void require_apart(const char* name, std::span<const extent> memory, std::size_t written) {
+  for (std::size_t i = 0; i < written; ++i)
+    for (std::size_t j = i + 1; j < memory.size(); ++j)
+      if (memory[i].begin < memory[j].end && memory[j].begin < memory[i].end)
+        fail(std::string("perdita::") + name +
+             ": a gradient overlaps an input or another gradient, expected memory apart");
 }
 
 /// The gradient may be the scores themselves (true) or memory apart from them and the target.

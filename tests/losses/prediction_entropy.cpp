@@ -1,0 +1,225 @@
+// SPDX-License-Identifier: MIT
+
+// Entropy of predictions, of rows and of their mean: formula sheet 14.10.
+
+#include <perdita/prediction_entropy.hpp>
+
+#include <cmath>
+#include <cstddef>
+#include <limits>
+#include <vector>
+
+#include <perdita/testing/gradient_check.hpp>
+
+#include "support/catch.hpp"
+#include "support/executors.hpp"
+#include "support/numbers.hpp"
+#include "support/wide.hpp"
+
+namespace perdita_tests {
+namespace {
+
+constexpr double inf = std::numeric_limits<double>::infinity();
+
+template <class T> perdita::matrix_view<T> matrix(std::vector<T>& v, std::size_t cols) {
+  return {v.data(), static_cast<std::ptrdiff_t>(v.size() / cols),
+          static_cast<std::ptrdiff_t>(cols)};
+}
+template <class T> perdita::matrix_view<const T> matrix(const std::vector<T>& v, std::size_t cols) {
+  return {v.data(), static_cast<std::ptrdiff_t>(v.size() / cols),
+          static_cast<std::ptrdiff_t>(cols)};
+}
+template <class T> std::vector<T> scores(std::size_t n, double width) {
+  random_numbers random(n);
+  std::vector<T> x(n);
+  for (T& v : x)
+    v = static_cast<T>(width * random.normal());
+  return x;
+}
+
+struct expectation {
+  wide value = 0;
+  std::vector<wide> entropy, gradient, sizes; // sizes: of the terms of the gradient
+};
+/// The formula as it is printed.
+template <class T>
+expectation expect(const std::vector<T>& x, std::size_t cols, const std::vector<T>& weights,
+                   const typename perdita::prediction_entropy<T>::options& o) {
+  const std::size_t rows = weights.size();
+  expectation e;
+  std::vector<wide> p(x.size()), log_p(x.size()), mean(cols);
+  wide n = 0, rows_part = 0, of_mean = 0;
+  for (std::size_t i = 0; i < rows; ++i)
+    n += weights[i];
+  for (std::size_t i = 0; i < rows; ++i) {
+    std::vector<wide> z;
+    for (std::size_t j = 0; j < cols; ++j)
+      z.push_back(wide(x[i * cols + j]) / o.temperature);
+    const wide lse = log_sum_exp(z, [](std::size_t) { return true; });
+    wide h = 0;
+    for (std::size_t j = 0; j < cols; ++j) {
+      log_p[i * cols + j] = z[j] - lse;
+      p[i * cols + j] = exp(wide(z[j] - lse));
+      h -= weighted(p[i * cols + j], log_p[i * cols + j]);
+      mean[j] += weights[i] * p[i * cols + j] / n;
+    }
+    e.entropy.push_back(h);
+    rows_part += weights[i] * h / n;
+  }
+  for (const wide& q : mean)
+    of_mean -= weighted(q, log(q));
+  const wide classes = static_cast<double>(cols);
+  e.value = o.row * rows_part + o.batch * (log(classes) - of_mean);
+  for (std::size_t i = 0; i < rows; ++i) {
+    wide cross = 0;
+    for (std::size_t j = 0; j < cols; ++j)
+      cross += weighted(p[i * cols + j], log(mean[j]));
+    for (std::size_t j = 0; j < cols; ++j) {
+      const wide q = p[i * cols + j], factor = weights[i] * q / (n * o.temperature);
+      const wide of_row = q == 0 ? wide(0) : wide(log_p[i * cols + j] + e.entropy[i]);
+      const wide of_batch = q == 0 ? wide(0) : wide(log(mean[j]) - cross);
+      e.gradient.push_back(factor * (o.batch * of_batch - o.row * of_row));
+      e.sizes.push_back(factor * (size_of(wide(o.row)) * (1 + size_of(of_row) + e.entropy[i]) +
+                                  size_of(wide(o.batch)) * (size_of(cross) + size_of(of_batch))));
+    }
+  }
+  return e;
+}
+
+} // namespace
+
+TEMPLATE_TEST_CASE("prediction_entropy: value and gradient against the formula", "[entropy]", float,
+                   double) {
+  using T = TestType;
+  using loss_type = perdita::prediction_entropy<T>;
+  const double epsilon = std::numeric_limits<T>::epsilon();
+  for (const std::size_t cols : {1U, 3U, 8U, 21U})
+    for (const double width : {0.1, 2.0, 12.0})
+      for (const typename loss_type::options o :
+           {typename loss_type::options{}, typename loss_type::options{.row = 0, .batch = 2},
+            typename loss_type::options{.row = T(-0.5), .batch = 1, .temperature = T(0.5)}}) {
+        constexpr std::size_t rows = 9;
+        const auto x = scores<T>(rows * cols, width);
+        std::vector<T> weights(rows), values(rows), g(x.size(), 9);
+        for (std::size_t i = 0; i < rows; ++i)
+          weights[i] = static_cast<T>(static_cast<double>(i % 3) / 2);
+        const auto e = expect(x, cols, weights, o);
+        const loss_type loss(o);
+        const T value = loss(matrix(x, cols), matrix(g, cols),
+                             {.row_weights = weights, .scale = 3, .values = values});
+        CHECK(loss(matrix(x, cols), {.row_weights = weights}) == value);
+        INFO(cols << " classes, width " << width << ", a " << o.row << ": " << text(value)
+                  << " for " << text(e.value));
+        CHECK(size_of(wide(value - e.value)) <=
+              epsilon * size_of(e.value) +
+                  16 * std::numeric_limits<double>::epsilon() *
+                      (log(wide(static_cast<double>(cols))) + size_of(e.value)) +
+                  wide(1e-30L));
+        for (std::size_t i = 0; i < rows; ++i)
+          CHECK(size_of(wide(values[i] - weights[i] * e.entropy[i])) <=
+                (4 + 40 * width * (epsilon < 1e-10)) * epsilon * weights[i] * e.entropy[i]);
+        wide worst = 0;
+        for (std::size_t k = 0; k < g.size(); ++k)
+          worst = larger(worst,
+                         size_of(wide(g[k] - 3 * e.gradient[k])) / (3 * e.sizes[k] + wide(1e-40L)));
+        CHECK(worst <= (2 + 8 * (1 + 4 * width) * (epsilon < 1e-10)) * epsilon);
+      }
+}
+
+TEST_CASE("prediction_entropy: the gradient is the derivative", "[entropy]") {
+  auto x = scores<double>(28, 1.5);
+  for (const perdita::prediction_entropy<double>::options o :
+       {perdita::prediction_entropy<double>::options{.temperature = 0.7},
+        perdita::prediction_entropy<double>::options{.row = 0, .batch = 1},
+        perdita::prediction_entropy<double>::options{.row = 1, .batch = 1}}) {
+    const perdita::prediction_entropy<double> loss(o);
+    std::vector<double> g(x.size());
+    loss(matrix(x, 4), matrix(g, 4));
+    const auto report = perdita::testing::check_gradient([&] { return loss(matrix(x, 4)); }, x, g);
+    INFO(report.message());
+    CHECK(report.ok);
+  }
+}
+
+TEST_CASE("prediction_entropy: known values", "[entropy]") {
+  const std::vector<double> equal(8, 3), sure{50, 0, 0, 50}, one_class{50, 0, 50, 0};
+  const double log2 = std::log(2.0);
+  const perdita::prediction_entropy<double> rows, batch({.row = 0, .batch = 1}),
+      both({.row = 1, .batch = 1});
+  CHECK(std::abs(rows(matrix(equal, 4)) - 2 * log2) < 1e-15);
+  CHECK(std::abs(batch(matrix(equal, 4))) < 1e-15);
+  CHECK(std::abs(both(matrix(equal, 4)) - 2 * log2) < 1e-15);
+  CHECK(std::abs(batch(matrix(sure, 2))) < 1e-15);
+  CHECK(std::abs(batch(matrix(one_class, 2)) - log2) < 1e-15);
+  // H of a sure row: (1 + 50) e^-50, to its last digits.
+  CHECK(std::abs(rows(matrix(sure, 2)) / (51 * std::exp(-50.0)) - 1) < 1e-14);
+}
+
+TEST_CASE("prediction_entropy: masked classes, lost rows, nothing", "[entropy]") {
+  const double log2 = std::log(2.0);
+  const std::vector<double> x{0, 0, -inf, 1, std::nan(""), 1, -inf, -inf, -inf, 0, inf, 0};
+  std::vector<double> g(12), values(4);
+  const perdita::prediction_entropy<double> loss({.row = 0, .batch = 1});
+  CHECK(std::isnan(loss(matrix(x, 3), matrix(g, 3), {.values = values})));
+  CHECK(std::abs(values[0] - log2) < 1e-15);
+  for (std::size_t k = 0; k < 12; ++k)
+    CHECK(std::isnan(g[k]) == (k >= 3));
+  const std::vector<double> masked{0, 1, -inf, 2, 1, -inf};
+  std::vector<double> of_masked(6);
+  const perdita::prediction_entropy<double> both({.row = 1, .batch = 1});
+  CHECK(std::isfinite(both(matrix(masked, 3), matrix(of_masked, 3))));
+  CHECK((of_masked[2] == 0 && of_masked[5] == 0));
+  CHECK(std::abs(of_masked[0] + of_masked[1]) < 1e-16);
+  CHECK(of_masked[0] != 0);
+  // Weight 0: the lost rows are gone.
+  const std::vector<double> first{1, 0, 0, 0};
+  CHECK(std::abs(loss(matrix(x, 3), matrix(g, 3), {.row_weights = first}) - std::log(1.5)) < 1e-15);
+  for (const double v : g)
+    CHECK(std::abs(v) < 1e-16);
+  const std::vector<double> none(4, 0);
+  CHECK(loss(matrix(x, 3), matrix(g, 3), {.row_weights = none}) == 0);
+  CHECK(g == std::vector<double>(12, 0));
+  CHECK(loss(perdita::matrix_view<const double>(nullptr, 0, 3)) == 0);
+}
+
+TEST_CASE("prediction_entropy: in place, added, on any threads", "[entropy][threads]") {
+  const auto x = scores<float>(1000 * 7, 2);
+  const perdita::prediction_entropy<float> loss({.row = 1, .batch = 1});
+  std::vector<float> g(x.size());
+  const float value = loss(matrix(x, 7), matrix(g, 7), {.run_on = perdita::serial});
+  for (const std::size_t n : {2U, 7U}) {
+    const threads_executor pool(n, task_order::shuffled);
+    std::vector<float> many(x.size());
+    CHECK(loss(matrix(x, 7), matrix(many, 7), {.run_on = pool}) == value);
+    CHECK(many == g);
+  }
+  auto place = x;
+  loss(matrix(place, 7), matrix(place, 7));
+  CHECK(place == g);
+  std::vector<float> added(x.size(), 1);
+  loss(matrix(x, 7), matrix(added, 7), {.accumulate = true});
+  for (std::size_t k = 0; k < g.size(); ++k)
+    REQUIRE(std::abs(added[k] - 1 - g[k]) <= 1.2e-7f);
+}
+
+TEST_CASE("prediction_entropy: bad input is refused, and nothing written", "[entropy]") {
+  using Catch::Matchers::ContainsSubstring;
+  using loss_type = perdita::prediction_entropy<double>;
+  CHECK_THROWS_WITH(loss_type({.row = inf}), ContainsSubstring("row is inf"));
+  CHECK_THROWS_WITH(loss_type({.batch = inf}), ContainsSubstring("batch is inf"));
+  CHECK_THROWS_WITH(loss_type({.temperature = 0}), ContainsSubstring("temperature is 0"));
+  const loss_type loss;
+  std::vector<double> x(6, 1), g(6, 5), two(2, 5);
+  const std::vector<double> three(3, 1);
+  CHECK_THROWS_WITH(loss(matrix(x, 2), matrix(g, 3)), ContainsSubstring("gradient rows is 2"));
+  CHECK_THROWS_WITH(loss(matrix(x, 2), matrix(g, 2), {.values = two}),
+                    ContainsSubstring("values is 2"));
+  CHECK_THROWS_WITH(loss(matrix(x, 2), matrix(g, 2), {.upstream = three}),
+                    ContainsSubstring("upstream"));
+  CHECK_THROWS_WITH(loss(matrix(x, 2), matrix(x, 2), {.accumulate = true}),
+                    ContainsSubstring("accumulate"));
+  CHECK(g == std::vector<double>(6, 5));
+  CHECK(two == std::vector<double>(2, 5));
+}
+
+} // namespace perdita_tests
