@@ -266,7 +266,7 @@ private:
     V coefficient[coefficients];
     index hole; // the pack with the target in it, or -1
     T hole_lane;
-    V target;   // its gradient
+    V target;       // its gradient
     index head = 0; // columns before the first aligned pack of a streamed row
     bool streaming = false, straddles = false;
   };
