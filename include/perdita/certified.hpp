@@ -125,7 +125,9 @@ public:
                        const call_options<T>& call = {}) const {
     const auto to_lower = core::as_matrix(d_lower);
     const auto to_upper = core::as_matrix(d_upper);
-    check_apart(to_lower, to_upper, core::as_matrix(lower), core::as_matrix(upper));
+    this->check_pair(core::as_matrix(lower), core::as_matrix(upper), to_lower, to_upper,
+                     "rows of the lower bounds' gradient", "columns of the lower bounds' gradient",
+                     "the lower bounds' gradient");
     run<true>(upper, lower, labels, to_upper, call, first_row::upper);
     return run<true>(lower, upper, labels, to_lower, call, first_row::lower);
   }
@@ -134,32 +136,11 @@ private:
   friend row_loss<certified_cross_entropy<T>, T>;
   using first_row = core::certified_formula::first_row;
 
-  /// Both passes read both bounds, and nothing is written before all is checked.
-  template <class G, class H, class L, class U>
-  void check_apart(const matrix_view<G>& d_lower, const matrix_view<H>& d_upper,
-                   const matrix_view<L>& lower, const matrix_view<U>& upper) const {
-    this->check_size("rows of the lower bounds' gradient", d_lower.rows, lower.rows);
-    this->check_size("columns of the lower bounds' gradient", d_lower.cols, lower.cols);
-    this->require_memory("the lower bounds' gradient", d_lower.data, d_lower.rows * d_lower.cols);
-    const core::extent memory[] = {core::bytes_of(core::matrix_data<T, true>(d_lower)),
-                                   core::bytes_of(core::matrix_data<T, true>(d_upper)),
-                                   core::bytes_of(core::matrix_data<T>(lower)),
-                                   core::bytes_of(core::matrix_data<T>(upper))};
-    core::require_apart(name, memory, 2);
-  }
-
   template <bool Gradient, class X, class A, class Y, class G>
   T run(X& first, A& second, Y& labels, matrix_view<G> gradient, const call_options<T>& call,
         first_row which) const {
-    const auto other = core::as_matrix(second);
-    core::row_job<T> job;
-    job.name = name;
-    job.scores = core::matrix_data<T>(core::as_matrix(first));
-    job.soft = core::matrix_data<T>(other);
-    job.gradient = core::matrix_data<T, true>(gradient);
-    this->check_size("rows of the other bounds", other.rows, job.scores.rows);
-    this->check_size("columns of the other bounds", other.cols, job.scores.cols);
-    this->require_memory("the other bounds", job.soft.data, other.rows * other.cols);
+    auto job = this->paired_job(core::as_matrix(first), core::as_matrix(second), gradient,
+                                "the other bounds");
     this->set_labels(job, core::as_vector(labels));
     return this->template evaluate<Gradient>(
         job, call, [&](const auto&, auto f) { f(core::certified_formula{which}); });

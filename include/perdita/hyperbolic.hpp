@@ -275,7 +275,8 @@ public:
     const auto second = core::as_matrix(v);
     const auto to_first = core::as_matrix(d_u);
     const auto to_second = core::as_matrix(d_v);
-    check_apart(to_first, to_second, first, second);
+    this->check_pair(first, second, to_first, to_second, "rows of the first gradient",
+                     "columns of the first gradient", "the first gradient");
     run<true>(second, first, to_second, call);
     return run<true>(first, second, to_first, call);
   }
@@ -283,31 +284,10 @@ public:
 private:
   friend row_loss<poincare_distance<T>, T>;
 
-  /// Both passes read both points, and nothing is written before all is checked.
-  template <class G, class H, class U, class V>
-  void check_apart(const matrix_view<G>& d_u, const matrix_view<H>& d_v, const matrix_view<U>& u,
-                   const matrix_view<V>& v) const {
-    this->check_size("rows of the first gradient", d_u.rows, u.rows);
-    this->check_size("columns of the first gradient", d_u.cols, u.cols);
-    this->require_memory("the first gradient", d_u.data, d_u.rows * d_u.cols);
-    const core::extent memory[] = {core::bytes_of(core::matrix_data<T, true>(d_u)),
-                                   core::bytes_of(core::matrix_data<T, true>(d_v)),
-                                   core::bytes_of(core::matrix_data<T>(u)),
-                                   core::bytes_of(core::matrix_data<T>(v))};
-    core::require_apart(name, memory, 2);
-  }
-
   template <bool Gradient, class U, class V, class G>
   T run(const matrix_view<U>& first, const matrix_view<V>& second, const matrix_view<G>& gradient,
         const call_options<T>& call) const {
-    core::row_job<T> job;
-    job.name = name;
-    job.scores = core::matrix_data<T>(first);
-    job.soft = core::matrix_data<T>(second);
-    job.gradient = core::matrix_data<T, true>(gradient);
-    this->check_size("rows of the other points", second.rows, first.rows);
-    this->check_size("columns of the other points", second.cols, first.cols);
-    this->require_memory("the other points", job.soft.data, second.rows * second.cols);
+    auto job = this->paired_job(first, second, gradient, "the other points");
     return this->template evaluate<Gradient>(job, call, [&](const auto&, auto f) {
       f(core::poincare_formula{static_cast<double>(options_.curvature)});
     });

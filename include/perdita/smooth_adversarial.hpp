@@ -94,9 +94,9 @@ private:
 /// upper bound of the adversarial ρ-margin comp-sum loss where ν ≥ √(K−1)/ρ. v = 0: no gradient
 /// from it. ν = 0: comp_sum of h/ρ.
 /// Both matrices are rows × classes. Classes masked (-inf) in both do not count; other infinities,
-/// or NaN, makes the row NaN. Asking for the gradients takes a pass for each; they lie apart from
-/// each other and from the scores. Reductions, errors,
-/// row weights: as cross_entropy. No by-products but `values`.
+/// or NaN, make the row NaN. Asking for the gradients takes a pass for each; they lie apart from
+/// each other and from the scores. Reductions, errors, row weights: as cross_entropy. No
+/// by-products but `values`.
 /// Source: Mao, Mohri, Zhong, "Cross-entropy loss functions: theoretical analysis and
 /// applications", ICML 2023.
 template <class T = float> class smooth_adversarial : public row_loss<smooth_adversarial<T>, T> {
@@ -143,14 +143,8 @@ public:
                        const call_options<T>& call = {}) const {
     const auto to_scores = core::as_matrix(d_scores);
     const auto to_adversarial = core::as_matrix(d_adversarial);
-    const core::extent memory[] = {
-        core::bytes_of(core::matrix_data<T, true>(to_scores)),
-        core::bytes_of(core::matrix_data<T, true>(to_adversarial)),
-        core::bytes_of(core::matrix_data<T>(core::as_matrix(scores))),
-        core::bytes_of(core::matrix_data<T>(core::as_matrix(adversarial)))};
-    core::require_apart(name, memory, 2); // both passes read both
-    this->check_size("gradient rows", to_scores.rows, core::as_matrix(scores).rows);
-    this->check_size("gradient columns", to_scores.cols, core::as_matrix(scores).cols);
+    this->check_pair(core::as_matrix(scores), core::as_matrix(adversarial), to_scores,
+                     to_adversarial, "gradient rows", "gradient columns", "gradient");
     run<true>(adversarial, scores, labels, to_adversarial, call, false);
     return run<true>(scores, adversarial, labels, to_scores, call, true);
   }
@@ -161,15 +155,8 @@ private:
   template <bool Gradient, class X, class A, class Y, class G>
   T run(X& first, A& second, Y& labels, matrix_view<G> gradient, const call_options<T>& call,
         bool first_is_clean) const {
-    const auto other = core::as_matrix(second);
-    core::row_job<T> job;
-    job.name = name;
-    job.scores = core::matrix_data<T>(core::as_matrix(first));
-    job.soft = core::matrix_data<T>(other);
-    job.gradient = core::matrix_data<T, true>(gradient);
-    this->check_size("rows of the other scores", other.rows, job.scores.rows);
-    this->check_size("columns of the other scores", other.cols, job.scores.cols);
-    this->require_memory("the other scores", job.soft.data, other.rows * other.cols);
+    auto job = this->paired_job(core::as_matrix(first), core::as_matrix(second), gradient,
+                                "the other scores");
     this->set_labels(job, core::as_vector(labels));
     return this->template evaluate<Gradient>(job, call, [&](const auto&, auto f) {
       f(core::smooth_adversarial_formula<T>{static_cast<double>(options_.tau),

@@ -173,6 +173,11 @@ TEST_CASE("smooth_adversarial: what is refused", "[adversarial]") {
   const matrix_view<const float> in(x.data(), 2, 3), moved(g.data(), 2, 3);
   const matrix_view<float> out(g.data(), 2, 3);
   CHECK_THROWS_WITH(loss()(in, in, labels, out, out), ContainsSubstring("overlaps"));
+  std::vector<float> a(6, 7);
+  CHECK_THROWS_WITH(
+      loss()(in, in, labels, matrix_view<float>(nullptr, 2, 3), matrix_view<float>(a.data(), 2, 3)),
+      ContainsSubstring("gradient is null"));
+  CHECK(a == std::vector<float>(6, 7)); // nothing was written before
   CHECK_THROWS_WITH(loss()(in, moved, labels, matrix_view<float>(), out),
                     ContainsSubstring("overlaps"));
 }

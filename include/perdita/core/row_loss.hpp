@@ -212,6 +212,38 @@ protected:
                  core::to_text(expected) + " (as many as the scores have)");
   }
 
+  /// For losses of two matrices, `what` being the second: the job of the gradient of the first.
+  template <class X, class A, class G>
+  core::row_job<T> paired_job(const matrix_view<X>& first, const matrix_view<A>& second,
+                              const matrix_view<G>& gradient, const char* what) const {
+    core::row_job<T> job;
+    job.name = self().name;
+    job.scores = core::matrix_data<T>(first);
+    job.soft = core::matrix_data<T>(second);
+    job.gradient = core::matrix_data<T, true>(gradient);
+    if (second.rows != first.rows) // no text, and no heap, before
+      check_size((std::string("rows of ") + what).c_str(), second.rows, first.rows);
+    if (second.cols != first.cols)
+      check_size((std::string("columns of ") + what).c_str(), second.cols, first.cols);
+    require_memory(what, job.soft.data, second.rows * second.cols);
+    return job;
+  }
+  /// For those that write both gradients, in a pass each that reads both matrices: what the second
+  /// pass would find wrong with `gradient`, its own, must be found before the first one writes.
+  template <class X, class A, class G, class H>
+  void check_pair(const matrix_view<X>& first, const matrix_view<A>& second,
+                  const matrix_view<G>& gradient, const matrix_view<H>& other_gradient,
+                  const char* rows, const char* columns, const char* memory) const {
+    const core::extent all[] = {core::bytes_of(core::matrix_data<T, true>(gradient)),
+                                core::bytes_of(core::matrix_data<T, true>(other_gradient)),
+                                core::bytes_of(core::matrix_data<T>(first)),
+                                core::bytes_of(core::matrix_data<T>(second))};
+    core::require_apart(self().name, all, 2);
+    check_size(rows, gradient.rows, first.rows);
+    check_size(columns, gradient.cols, first.cols);
+    require_memory(memory, gradient.data, gradient.rows * gradient.cols);
+  }
+
   double label_weight(index) const { return 1; }
   bool has_label_weights() const { return true; }
   void check(const core::row_job<T>&) const {}
