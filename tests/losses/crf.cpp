@@ -20,6 +20,7 @@
 
 #include "support/catch.hpp"
 #include "support/executors.hpp"
+#include "support/numbers.hpp"
 #include "support/wide.hpp"
 
 namespace perdita_tests {
@@ -30,24 +31,6 @@ using perdita::matrix_view;
 using perdita::vector_view;
 
 constexpr double inf = std::numeric_limits<double>::infinity();
-
-/// Deterministic, the same everywhere.
-class numbers {
-public:
-  explicit numbers(std::uint64_t seed) : state_(seed * 0x9e3779b97f4a7c15U + 1) {}
-  std::uint64_t next() {
-    state_ ^= state_ << 13;
-    state_ ^= state_ >> 7;
-    return state_ ^= state_ << 17;
-  }
-  double uniform(double low, double high) {
-    return low + (high - low) * static_cast<double>(next() >> 11) * 0x1p-53;
-  }
-  index below(index n) { return static_cast<index>(next() % static_cast<std::uint64_t>(n)); }
-
-private:
-  std::uint64_t state_;
-};
 
 template <class T> struct problem {
   index sequences, steps, tags;
@@ -77,7 +60,7 @@ template <class T> struct problem {
 
 template <class T> problem<T> make(index b, index s, index k, double spread, std::uint64_t seed) {
   problem<T> p(b, s, k);
-  numbers random(seed);
+  sequence_numbers random(seed);
   for (auto* v : {&p.emissions, &p.transitions, &p.start, &p.end})
     for (T& x : *v)
       x = static_cast<T>(random.uniform(-spread, spread));
@@ -407,7 +390,7 @@ TEMPLATE_TEST_CASE("linear_chain_crf: every kind of score", "[crf]", float, doub
     for (index b = 0; b < sure.sequences; ++b)
       for (index t = 0; t < steps; ++t)
         sure.e(b, t, sure.y(b, t)) += T(24);
-    numbers random(seed);
+    sequence_numbers random(seed);
     for (index i = 0; i < tags; ++i)
       for (index j = 0; j < tags; ++j)
         if (i != j && random.below(3) == 0) {

@@ -18,6 +18,7 @@
 
 #include "support/catch.hpp"
 #include "support/executors.hpp"
+#include "support/numbers.hpp"
 #include "support/wide.hpp"
 
 namespace perdita_tests {
@@ -30,24 +31,6 @@ constexpr double inf = std::numeric_limits<double>::infinity();
 constexpr double not_a_number_d = std::numeric_limits<double>::quiet_NaN();
 std::size_t at(index n) { return static_cast<std::size_t>(n); }
 
-/// Deterministic, the same everywhere.
-class numbers {
-public:
-  explicit numbers(std::uint64_t seed) : state_(seed * 0x9e3779b97f4a7c15U + 1) {}
-  std::uint64_t next() {
-    state_ ^= state_ << 13;
-    state_ ^= state_ >> 7;
-    return state_ ^= state_ << 17;
-  }
-  double uniform(double low, double high) {
-    return low + (high - low) * static_cast<double>(next() >> 11) * 0x1p-53;
-  }
-  index below(index n) { return static_cast<index>(next() % static_cast<std::uint64_t>(n)); }
-
-private:
-  std::uint64_t state_;
-};
-
 template <class T> struct problem {
   index steps, classes, blank;
   std::vector<T> scores;
@@ -59,7 +42,7 @@ template <class T> struct problem {
   T& x(index b, index t, index k) { return scores[at((b * steps + t) * classes + k)]; }
   T x(index b, index t, index k) const { return scores[at((b * steps + t) * classes + k)]; }
   /// A sequence more.
-  void add(std::vector<int> target, index length, double spread, numbers& random) {
+  void add(std::vector<int> target, index length, double spread, sequence_numbers& random) {
     targets.push_back(std::move(target));
     inputs.push_back(static_cast<int>(length));
     for (index i = 0; i < steps * classes; ++i)
@@ -260,7 +243,7 @@ constexpr auto recursion = [](const auto& p, index b) { return by_recursion(p, b
 
 template <class T> problem<T> small(index blank, double spread) {
   problem<T> p(5, 3, blank);
-  numbers random(static_cast<std::uint64_t>(blank) + 7);
+  sequence_numbers random(static_cast<std::uint64_t>(blank) + 7);
   const int a = blank == 0 ? 1 : 0, c = blank == 2 ? 1 : 2;
   const std::vector<std::vector<int>> targets{
       {}, {a}, {a, c}, {a, a}, {c, a, c}, {a, a, c}, {c, c, c}, {a, c, a, c}, {a, c, a, c, a}};
@@ -274,7 +257,7 @@ template <class T>
 problem<T> make(index steps, index classes, index labels, double spread, double lead,
                 std::uint64_t seed) {
   problem<T> p(steps, classes, classes - 1);
-  numbers random(seed);
+  sequence_numbers random(seed);
   std::vector<int> target;
   for (index i = 0; i < labels; ++i)
     target.push_back(static_cast<int>(random.below(classes - 1)));
@@ -387,7 +370,7 @@ TEMPLATE_TEST_CASE("ctc_loss: log-probabilities", "[ctc]", float, double) {
 TEMPLATE_TEST_CASE("ctc_loss: impossible sequences", "[ctc]", float, double) {
   using T = TestType;
   problem<T> p(4, 3, 0);
-  numbers random(3);
+  sequence_numbers random(3);
   p.add({1, 2}, 4, 1, random);
   p.add({1, 1, 2}, 3, 1, random); // needs a blank: 4
   p.add({1, 1, 2}, 4, 1, random);
@@ -422,7 +405,7 @@ TEMPLATE_TEST_CASE("ctc_loss: masked classes", "[ctc]", float, double) {
   using T = TestType;
   auto p = make<T>(12, 5, 4, 2, 0, 3);
   auto fewer = problem<T>(12, 4, 3);
-  numbers random(1);
+  sequence_numbers random(1);
   for (int& y : p.targets[0])
     y = y % 3;
   fewer.add(p.targets[0], 12, 1, random);
@@ -474,7 +457,7 @@ TEMPLATE_TEST_CASE("ctc_loss: reductions, weights, upstream, scale, accumulation
                    double) {
   using T = TestType;
   problem<T> p(6, 4, 0);
-  numbers random(9);
+  sequence_numbers random(9);
   p.add({1, 2, 3}, 6, 2, random);
   p.add({}, 6, 2, random);
   p.add({3, 3}, 5, 2, random);
@@ -567,7 +550,7 @@ TEMPLATE_TEST_CASE("ctc_loss: nothing to do", "[ctc]", float, double) {
   const problem<T> none(4, 3, 0);
   CHECK(evaluate(none).value == 0);
   problem<T> p(0, 3, 0);
-  numbers random(1);
+  sequence_numbers random(1);
   p.add({}, 0, 1, random);
   CHECK(evaluate(p).value == 0);
   auto q = small<T>(0, 2);
