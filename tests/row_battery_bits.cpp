@@ -248,13 +248,20 @@ template <class T> void check_storage(const row_descriptor<T>& d) {
   }
 }
 
-template <class T> void check_threads(const row_descriptor<T>& d) {
+template <class T> void check_threads(const row_descriptor<T>& d, bool thorough) {
+  using shape = std::pair<index, index>;
+  using crew = std::pair<unsigned, task_order>;
+  const std::vector<shape> shapes = thorough
+                                        ? std::vector<shape>{{1500, 130}, {70, 3000}, {9000, 3}}
+                                        : std::vector<shape>{{70, 3000}};
+  std::vector<crew> crews{{3, task_order::shuffled}, {16, task_order::reversed}};
+  if (thorough)
+    crews.insert(crews.end(),
+                 {{1, task_order::reversed}, {2, task_order::forward}, {7, task_order::shuffled}});
   for (const int setting : d.few_settings()) {
     tally t(title(d, setting) + ", threads");
     random_numbers random(101);
-    for (const auto& [rows, cols] :
-         {std::pair<index, index>(1500, 130), std::pair<index, index>(70, 3000),
-          std::pair<index, index>(9000, 3)}) {
+    for (const auto& [rows, cols] : shapes) {
       const auto few = ordinary_kinds(d, setting, cols, 40);
       if (few.empty())
         continue;
@@ -283,21 +290,16 @@ template <class T> void check_threads(const row_descriptor<T>& d) {
         t.identical(base, run(*loss, p, a), size + ", the default");
         perdita::workspace memory;
         a.memory = &memory;
-        for (const auto& [threads, order] :
-             {std::pair(1U, task_order::reversed), std::pair(2U, task_order::forward),
-              std::pair(3U, task_order::shuffled), std::pair(7U, task_order::reversed),
-              std::pair(16U, task_order::shuffled)}) {
+        for (const auto& [threads, order] : crews) {
           const threads_executor many(threads, order);
           a.run_on = many;
           a.in_place = order == task_order::shuffled;
           t.identical(base, run(*loss, p, a), size + ", " + std::to_string(threads) + " threads");
         }
         // One thread after the other, more tasks than it says: nothing may depend on who runs what.
-        for (const task_order order : {task_order::reversed, task_order::shuffled}) {
-          const one_thread_executor one(order);
-          a.run_on = one;
-          t.identical(base, run(*loss, p, a), size + ", one thread out of order");
-        }
+        const one_thread_executor one(task_order::shuffled);
+        a.run_on = one;
+        t.identical(base, run(*loss, p, a), size + ", one thread out of order");
       }
       // One loss, used by several threads at once.
       const outcome<T> base = run(*loss, p, {});
@@ -318,7 +320,7 @@ template void check_same_bits(const row_descriptor<float>&);
 template void check_same_bits(const row_descriptor<double>&);
 template void check_storage(const row_descriptor<float>&);
 template void check_storage(const row_descriptor<double>&);
-template void check_threads(const row_descriptor<float>&);
-template void check_threads(const row_descriptor<double>&);
+template void check_threads(const row_descriptor<float>&, bool);
+template void check_threads(const row_descriptor<double>&, bool);
 
 } // namespace perdita_tests

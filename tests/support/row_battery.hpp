@@ -31,8 +31,9 @@ template <class T> void check_mathematics(const row_descriptor<T>& loss);
 template <class T> void check_edges(const row_descriptor<T>& loss);
 /// Errors are thrown before anything is written and say what is wrong.
 template <class T> void check_errors(const row_descriptor<T>& loss);
-/// Number of threads and order of tasks: the same bits.
-template <class T> void check_threads(const row_descriptor<T>& loss);
+/// Number of threads and order of tasks: the same bits. Thorough for each traversal ([threads]);
+/// one shape, in two crews, will do for a loss that adds none.
+template <class T> void check_threads(const row_descriptor<T>& loss, bool thorough = true);
 
 /// Everything above.
 template <class T> void check_row_loss(const row_descriptor<T>& loss);
