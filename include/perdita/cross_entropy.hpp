@@ -20,16 +20,21 @@ template <class T> struct cross_entropy_parameters {
   double smoothing = 0, focal_gamma = 0, log_z_penalty = 0, cap = 0, inverse_temperature = 1;
   const T* class_weights = nullptr; // all 1 if not given
   side_cursor<T> side;              // at class 0
+  double spread = 1;                // what the side numbers are to be multiplied by
   bool soft = false;
 };
 
 /// Cross-entropy as an algebra: value and slope are functions of target_odds. Where there is a soft
-/// target instead of a label, the class that it favours is the target. General adds
-/// Σ_c b_c (log Σ e^z − z_c): soft targets, and label smoothing with b_c = ε π_c w_c.
-template <class T, bool General> struct cross_entropy_formula : row_formula {
-  using statistic = std::conditional_t<General, log_sum_exp_and_moments, log_sum_exp>;
-  static constexpr bool proportional = !General;
-  static constexpr bool has_side = General;
+/// target instead of a label, the class that it favours is the target. The statistic says what is
+/// added to a label's term: nothing (log_sum_exp); Σ_c b (log Σ e^z − z_c), label smoothing with
+/// the same b for all (…_and_total); or that with any b_c, for soft targets and for label smoothing
+/// with b_c = ε π_c w_c, and temperature, cap and entropy (…_and_moments).
+template <class T, class Statistic> struct cross_entropy_formula : row_formula {
+  using statistic = Statistic;
+  static constexpr bool smoothed = std::is_same_v<Statistic, log_sum_exp_and_total>;
+  static constexpr bool general = std::is_same_v<Statistic, log_sum_exp_and_moments>;
+  static constexpr bool proportional = !smoothed && !general;
+  static constexpr bool has_side = general;
 
   cross_entropy_parameters<T> p;
 
@@ -44,7 +49,7 @@ template <class T, bool General> struct cross_entropy_formula : row_formula {
 
   /// z = cap tanh(x / cap) / temperature; a masked score stays -inf.
   template <class V> PERDITA_INLINE V score(const V& x) const {
-    if constexpr (!General)
+    if constexpr (!general)
       return x;
     const V scale(static_cast<T>(p.inverse_temperature));
     if (p.cap == 0)
@@ -61,10 +66,12 @@ template <class T, bool General> struct cross_entropy_formula : row_formula {
     const V t = z * V(static_cast<S>(1 / (p.inverse_temperature * p.cap)));
     return select(z == V(-std::numeric_limits<S>::infinity()), V(1), fnma(t, t, V(1)));
   }
-  bool slope_reads_score() const { return General && p.cap > 0; }
+  bool slope_reads_score() const { return general && p.cap > 0; }
   template <class V>
   PERDITA_INLINE V slope(const V& z, const V& share, const V& b, const V*) const {
-    const V pull = b * V(static_cast<T>(p.inverse_temperature));
+    const V pull = b * V(static_cast<T>(p.spread * p.inverse_temperature));
+    if constexpr (smoothed)
+      return share - pull;
     return select(b == V(0), share, share - pull) * steepness(z);
   }
 
@@ -90,9 +97,18 @@ template <class T, bool General> struct cross_entropy_formula : row_formula {
     W rivals = hard * df; // what the rivals share in proportion to p
     W target = zero - rivals * o.miss;
 
-    if constexpr (General) {
-      const W b = row.target_side, b_rivals = row.term[2];
-      const W over = select(row.term[0] == zero, inf, b_rivals * o.above() - row.term[1]);
+    if constexpr (smoothed || general) {
+      const W spread(p.spread);
+      W b = spread, b_rivals, pulled = spread * row.term[1];
+      if constexpr (smoothed) {
+        const W count = row.classes - one;
+        b_rivals = spread * count;
+        pulled = select(row.term[2] < count, -inf, pulled); // some are masked
+      } else {
+        b = spread * row.target_side;
+        b_rivals = spread * row.term[2];
+      }
+      const W over = select(row.term[0] == zero, inf, b_rivals * o.above() - pulled);
       value = value + weighted(b, o.surprise) + select(b_rivals == zero, zero, over);
       rivals = rivals + (b + b_rivals);
       target = target + (b_rivals * o.hit - b * o.miss);
@@ -107,7 +123,7 @@ template <class T, bool General> struct cross_entropy_formula : row_formula {
     out.value = value;
     out.image_scale = select(row.term[0] == zero, zero, rivals * o.per_rival);
     out.target_gradient = target;
-    if constexpr (General) {
+    if constexpr (general) {
       const W slower(p.inverse_temperature);
       out.image_scale = out.image_scale * slower;
       out.target_gradient = target * slower * steepness(row.target);
@@ -120,7 +136,7 @@ template <class T, bool General> struct cross_entropy_formula : row_formula {
     using W = decltype(o.hit);
     row_report<W> r = softmax_report(row);
     r.penalty = W(p.log_z_penalty) * o.log_sum_exp() * o.log_sum_exp();
-    if constexpr (General) { // Σ_c p_c (lse − z_c)
+    if constexpr (general) { // Σ_c p_c (lse − z_c)
       const W rivals = select(row.term[0] == W(0), W(0), o.above() - row.term[3] / row.term[0]);
       r.entropy = weighted(o.hit, o.surprise) + weighted(o.miss, rivals);
     }
@@ -140,7 +156,7 @@ template <class T, bool Product> struct cross_entropy_hessian : row_formula {
   static constexpr bool linear = false;
   static constexpr bool has_side = Product;
 
-  cross_entropy_formula<T, true> loss;
+  cross_entropy_formula<T, log_sum_exp_and_moments> loss;
   double smoothed_weight; // ε Σ π_c w_c
 
   double label_weight(index y) const { return loss.label_weight(y); }
@@ -344,8 +360,11 @@ private:
     p.inverse_temperature = 1 / static_cast<double>(options_.temperature);
     p.class_weights = class_weights_.empty() ? nullptr : class_weights_.data();
     p.soft = job.has_soft_target() && !job.labels;
-    // side number of class c: ε π_c w_c + (1 − ε) w_c q_c
-    p.side.uniform_bias = static_cast<T>(p.smoothing / static_cast<double>(job.scores.cols));
+    // side number of class c: ε π_c w_c + (1 − ε) w_c q_c; for all of them the same, 1 ε/K
+    const double even = p.smoothing / static_cast<double>(job.scores.cols);
+    const bool evenly = even > 0 && bias_.empty() && !p.soft;
+    p.spread = evenly ? even : 1;
+    p.side.uniform_bias = static_cast<T>(evenly ? 1 : even);
     p.side.uniform_weight = static_cast<T>(1 - p.smoothing);
     p.side.bias = bias_.empty() ? nullptr : bias_.data();
     p.side.weight = weight_.empty() ? nullptr : weight_.data();
@@ -376,14 +395,19 @@ private:
     });
   }
 
-  /// Calls f with the formula that serves the job: the plain one unless something needs more.
+  /// Calls f with the formula that serves the job: the plainest that can. The bits are the same
+  /// from each that can.
   template <class F> void visit(const core::row_job<T>& job, F f) const {
+    using namespace core;
     const auto p = parameters(job);
-    if (!p.soft && p.smoothing == 0 && p.cap == 0 && options_.temperature == 1 &&
-        !job.report.entropy.data)
-      return f(core::cross_entropy_formula<T, false>{{}, p});
-
-    f(core::cross_entropy_formula<T, true>{{}, p});
+    const bool special = p.soft || p.cap > 0 || options_.temperature != 1 ||
+                         job.report.entropy.data || !bias_.empty();
+    if (special)
+      f(cross_entropy_formula<T, log_sum_exp_and_moments>{{}, p});
+    else if (p.smoothing > 0)
+      f(cross_entropy_formula<T, log_sum_exp_and_total>{{}, p});
+    else
+      f(cross_entropy_formula<T, log_sum_exp>{{}, p});
   }
 
   options options_;

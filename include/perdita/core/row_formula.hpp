@@ -16,7 +16,8 @@ namespace perdita::inline PERDITA_ABI::core {
 struct row_formula {
   static constexpr bool excludes_target = true; ///< the sums are over the rivals of the target
   static constexpr bool proportional = true;    ///< slope is share: nothing else is needed
-  static constexpr bool linear = true;          ///< slope is linear in share and side together
+  static constexpr bool linear = true;          ///< slope is linear in share and side together,
+                                                ///< the side being 1 where there is none
   static constexpr bool uses_share = true;      ///< slope() reads its second argument
   static constexpr bool has_side = false;       ///< side(first) gives a number per class
   static constexpr bool slope_reads_score() { return false; } ///< slope() reads z
@@ -112,7 +113,7 @@ PERDITA_INLINE V slope_at(const Formula& formula, const V& z, const V& share, co
   if constexpr (Formula::proportional)
     return share;
   else if constexpr (Formula::linear)
-    return formula.slope(z, share, Formula::has_side ? side * scale : side, c);
+    return formula.slope(z, share, Formula::has_side ? side * scale : scale, c);
   else
     return formula.slope(z, share, side, c) * scale;
 }
