@@ -114,6 +114,7 @@ TEMPLATE_TEST_CASE("linear: value and gradients are those of the formula, to rou
     }
     values.check();
     gradients.check();
+    report_linear<T>(values, gradients);
   });
 }
 
@@ -148,6 +149,7 @@ TEMPLATE_TEST_CASE("linear: reductions, row weights, upstream slopes, scales and
           }
   values.check();
   gradients.check();
+  report_linear<T>(values, gradients);
 }
 
 TEMPLATE_TEST_CASE("linear: with a little memory and with much, the same to rounding", "[linear]",
@@ -170,6 +172,7 @@ TEMPLATE_TEST_CASE("linear: with a little memory and with much, the same to roun
   }
   values.check();
   gradients.check();
+  report_linear<T>(values, gradients);
 }
 
 TEMPLATE_TEST_CASE("linear: rows that do not count leave nothing, whatever they hold", "[linear]",
@@ -296,6 +299,7 @@ TEMPLATE_TEST_CASE("linear: without features the scores are the bias; without a 
   }
   values.check();
   gradients.check();
+  report_linear<T>(values, gradients);
 }
 
 TEMPLATE_TEST_CASE("linear: a NaN or an infinity in a hidden state makes its own row NaN, no other",
@@ -349,6 +353,7 @@ TEMPLATE_TEST_CASE("linear: scores that are huge, or hardly anything", "[linear]
     }
     values.check();
     gradients.check();
+    report_linear<T>(values, gradients);
   });
 }
 
@@ -398,6 +403,7 @@ TEMPLATE_TEST_CASE("linear: a class with a bias of -inf is masked", "[linear]", 
   judge<T>(cross_entropy_reference{}, mean, reference_scores<T>(rest), got, values, gradients);
   values.check();
   gradients.check();
+  report_linear<T>(values, gradients);
 
   // As a label it costs everything.
   p.labels[4] = 1;

@@ -196,6 +196,7 @@ TEMPLATE_TEST_CASE("linear: values, by-products and gradients as the loss of the
     }
   values.check();
   slopes.check();
+  report_linear<T>(values, slopes);
 }
 
 TEMPLATE_TEST_CASE("linear: lists of soft targets are the matrix that they stand for", "[linear]",
@@ -231,6 +232,7 @@ TEMPLATE_TEST_CASE("linear: lists of soft targets are the matrix that they stand
       }
   values.check();
   slopes.check();
+  report_linear<T>(values, slopes);
 }
 
 TEMPLATE_TEST_CASE("linear: rows of no entries cost nothing but what smoothing asks", "[linear]",
@@ -257,6 +259,7 @@ TEMPLATE_TEST_CASE("linear: rows of no entries cost nothing but what smoothing a
            values, slopes);
   values.check();
   slopes.check();
+  report_linear<T>(values, slopes);
 }
 
 TEMPLATE_TEST_CASE("linear: special scores are what they are to the loss", "[linear]", float,

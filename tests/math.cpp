@@ -13,6 +13,7 @@
 
 #include <perdita/core/math.hpp>
 
+#include "support/accuracy.hpp"
 #include "support/catch.hpp"
 #include "support/wide.hpp"
 
@@ -115,6 +116,8 @@ public:
   void check() {
     while (used_ > 0)
       add(points_[0]);
+    perdita_tests::report_accuracy<T>(std::string("core::") + f_.name, "", perdita_tests::in_ulp,
+                                      {worst_, -1, worst_ / f_.ulp});
     INFO(f_.name << ": " << count_ << " points, worst " << worst_ << " ulp over slope at " << at_);
     CHECK(count_ > 0);
     CHECK(moved_ == 0);

@@ -9,6 +9,7 @@
 #include <limits>
 #include <vector>
 
+#include "support/accuracy.hpp"
 #include "support/catch.hpp"
 #include "support/executors.hpp"
 
@@ -34,6 +35,7 @@ TEMPLATE_TEST_CASE("orthogonal_gradient: what is left is orthogonal, and the res
                    "[orthogonal]", float, double) {
   using T = TestType;
   const double epsilon = static_cast<double>(std::numeric_limits<T>::epsilon());
+  error_judge errors;
   for (const std::size_t n : {2U, 7U, 255U, 256U, 1000U, 100003U}) {
     const auto w = wave<T>(n, 0.37), g = wave<T>(n, 0.11);
     auto left = g;
@@ -42,9 +44,10 @@ TEMPLATE_TEST_CASE("orthogonal_gradient: what is left is orthogonal, and the res
     const double ratio = std::sqrt(gg / ww); // of lengths: what an error of ⟨w, g⟩ is measured by
     CHECK(std::abs(dot(w, left)) <= epsilon * std::sqrt(ww * gg));
     for (std::size_t i = 0; i < n; ++i)
-      CHECK(std::abs(static_cast<double>(left[i]) -
-                     (static_cast<double>(g[i]) - factor * static_cast<double>(w[i]))) <=
-            2 * epsilon * (std::abs(static_cast<double>(g[i])) + ratio));
+      CHECK(
+          errors.within(std::abs(static_cast<double>(left[i]) -
+                                 (static_cast<double>(g[i]) - factor * static_cast<double>(w[i]))),
+                        2, epsilon * (std::abs(static_cast<double>(g[i])) + ratio)));
     auto again = left;
     perdita::orthogonal_gradient(w, again);
     for (std::size_t i = 0; i < n; ++i)
@@ -55,6 +58,8 @@ TEMPLATE_TEST_CASE("orthogonal_gradient: what is left is orthogonal, and the res
     CHECK(std::abs(dot(w, stretched)) <=
           4 * epsilon * std::sqrt(ww * gg) * std::sqrt(gg / dot(left, left)));
   }
+  report_accuracy<T>("orthogonal_gradient", "", in_epsilons_of_terms,
+                     {-1, errors.worst(), errors.share()});
 }
 
 TEST_CASE("orthogonal_gradient: nothing to project on, nothing left, not a number",

@@ -57,6 +57,7 @@ template <class T> void check_accuracy(const row_descriptor<T>& d) {
       const auto loss = d.make(setting, cols, reduction::mean);
       judge(d, setting, reduction::mean, q, rows, run(*loss, q, {}), ordinary, t);
     }
+    t.report<T>(d.name());
     t.check();
   }
 }
@@ -109,6 +110,7 @@ template <class T> void check_shapes(const row_descriptor<T>& d) {
                     "in place " + std::to_string(rows) + " x " + std::to_string(cols));
       }
     }
+    t.report<T>(d.name());
     t.check();
   }
 }

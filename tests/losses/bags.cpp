@@ -12,6 +12,7 @@
 
 #include <perdita/testing/gradient_check.hpp>
 
+#include "support/accuracy.hpp"
 #include "support/catch.hpp"
 #include "support/executors.hpp"
 #include "support/numbers.hpp"
@@ -45,6 +46,7 @@ template <class T> struct bags {
 TEMPLATE_TEST_CASE("bag_squared: value and gradient against the formula", "[bags]", float, double) {
   using T = TestType;
   const double epsilon = std::numeric_limits<T>::epsilon();
+  error_judge of_values, of_slopes;
   for (const std::size_t size : {0U, 1U, 4U})
     for (const double rho : {0.0, 0.25, 1.0})
       for (const auto how :
@@ -80,12 +82,13 @@ TEMPLATE_TEST_CASE("bag_squared: value and gradient against the formula", "[bags
                                             .scale = 3,
                                             .values = got_values};
         const T value = loss(data.predictions, data.responses, data.starts, g, call);
-        CHECK(size_of(wide(value - share * total)) <= epsilon * share * total);
+        CHECK(of_values.within(size_of(wide(value - share * total)), 1, epsilon * share * total));
         CHECK(loss(data.predictions, data.responses, data.starts, call) == value);
         for (std::size_t b = 0; b < values.size(); ++b)
-          CHECK(size_of(wide(got_values[b] - values[b])) <= 4 * epsilon * values[b]);
+          CHECK(of_values.within(size_of(wide(got_values[b] - values[b])), 4, epsilon * values[b]));
         for (std::size_t i = 0; i < g.size(); ++i)
-          CHECK(size_of(wide(g[i] - 3 * share * slopes[i])) <= 3 * share * 4 * epsilon * sizes[i]);
+          CHECK(of_slopes.within(size_of(wide(g[i] - 3 * share * slopes[i])), 4,
+                                 3 * share * epsilon * sizes[i]));
         if (size > 0) {
           auto equal = g;
           CHECK(loss(data.predictions, data.responses, equal, call) == value);
@@ -93,6 +96,9 @@ TEMPLATE_TEST_CASE("bag_squared: value and gradient against the formula", "[bags
           CHECK(loss(data.predictions, data.responses, call) == value);
         }
       }
+  report_accuracy<T>(
+      "bag_squared", "", in_epsilons_of_terms,
+      {of_values.worst(), of_slopes.worst(), std::max(of_values.share(), of_slopes.share())});
 }
 
 TEST_CASE("bag_squared: the instance level is the bag level and the variance within", "[bags]") {

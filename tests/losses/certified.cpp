@@ -11,6 +11,7 @@
 #include <perdita/cross_entropy.hpp>
 #include <perdita/testing/gradient_check.hpp>
 
+#include "support/accuracy.hpp"
 #include "support/catch.hpp"
 #include "support/executors.hpp"
 #include "support/numbers.hpp"
@@ -88,7 +89,7 @@ TEMPLATE_TEST_CASE("certified: value and gradients of bounds and of margins", "[
                    double) {
   using T = TestType;
   random_numbers random(21);
-  double worst = 0;
+  double worst_value = 0, worst = 0; // of gradients
   for (const double lead : {-20.0, 0.0, 5.0, 60.0})
     for (const std::size_t n : {1U, 2U, 17U, 300U})
       for (int repeat = 0; repeat < 5; ++repeat) {
@@ -103,7 +104,8 @@ TEMPLATE_TEST_CASE("certified: value and gradients of bounds and of margins", "[
                              matrix_view<T>(du.data(), 1, m));
         CHECK(value == loss(lower, upper, label));
         const expectation e(b.margins(y), y);
-        worst = std::max({worst, relative(value, e.value), relative(T(-dl[y]), e.miss)});
+        worst_value = std::max(worst_value, relative(value, e.value));
+        worst = std::max(worst, relative(T(-dl[y]), e.miss));
         for (std::size_t k = 0; k < n; ++k) {
           worst = std::max(worst, relative(du[k], e.share[k]));
           CHECK((k == y || dl[k] == 0));
@@ -118,12 +120,16 @@ TEMPLATE_TEST_CASE("certified: value and gradients of bounds and of margins", "[
         const expectation f(given, y);
         const T of_margins = perdita::certified_margin_loss<T>()(
             matrix_view<const T>(margins.data(), 1, m), label, matrix_view<T>(dm.data(), 1, m));
-        worst = std::max(worst, relative(of_margins, f.value));
+        worst_value = std::max(worst_value, relative(of_margins, f.value));
         for (std::size_t k = 0; k < n; ++k)
           worst = std::max(worst, relative(T(-dm[k]), f.share[k]));
       }
-  INFO(worst);
-  CHECK(worst < (sizeof(T) == 4 ? 2 : 64)); // e^u in double, u to 60
+  const double budget = sizeof(T) == 4 ? 2 : 64; // e^u in double, u to 60
+  report_accuracy<T>("certified_cross_entropy, certified_margin_loss", "", in_epsilons,
+                     {worst_value, worst, std::max(worst_value, worst) / budget});
+  INFO(worst_value << " and " << worst);
+  CHECK(worst_value < budget);
+  CHECK(worst < budget);
 }
 
 TEST_CASE("certified: golden value", "[certified]") {
@@ -363,7 +369,8 @@ TEMPLATE_TEST_CASE("certified_linear: value and all gradients", "[certified]", f
   const wide epsilon = std::numeric_limits<T>::epsilon();
   layer<T> in(random);
   const T value = in.run({{.reduction = reduction::sum}});
-  CHECK(relative(value, expect_layer(in, 0, 0, 0)) < 8);
+  const double of_value = relative(value, expect_layer(in, 0, 0, 0));
+  CHECK(of_value < 8);
   const auto gradients = in.gradients();
   double worst = 0;
   for (int which = 0; which < 4; ++which)
@@ -375,6 +382,8 @@ TEMPLATE_TEST_CASE("certified_linear: value and all gradients", "[certified]", f
       worst = std::max(worst, static_cast<double>(size_of(wide(got - expected)) /
                                                   (epsilon * (size_of(expected) + 0.25))));
     }
+  report_accuracy<T>("certified_linear", "", in_epsilons_of_terms,
+                     {of_value, worst, std::max(of_value / 8, worst / 16)});
   INFO(worst);
   CHECK(worst < 16);
 }

@@ -10,14 +10,13 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "support/accuracy.hpp"
 #include "support/catch.hpp"
 #include "support/executors.hpp"
 #include "support/numbers.hpp"
@@ -241,7 +240,7 @@ results<T> evaluate(const problem<T>& p, perdita::call_options<T> call = {},
   return r;
 }
 
-/// The largest error over what is allowed, printed with PERDITA_TEST_REPORT.
+/// The largest error over what is allowed.
 struct judge {
   wide worst = 0;
   void operator()(const wide& got, const wide& want, const wide& allowed) {
@@ -302,11 +301,12 @@ void check(const problem<T>& p, const char* what, double condition, Reference re
   compare(r.transitions, transitions);
   compare(r.start, start);
   compare(r.end, end);
-  if (std::getenv("PERDITA_TEST_REPORT"))
-    std::printf("crf %-12s %s %4ld tags: value %.3f, emissions %.3f, chain %.3f\n", what,
-                sizeof(T) == 4 ? "float " : "double", static_cast<long>(p.tags),
-                static_cast<double>(value.worst), static_cast<double>(gradient.worst),
-                static_cast<double>(chain.worst));
+  const wide slopes = larger(gradient.worst, chain.worst);
+  const wide epsilons = unit / std::numeric_limits<T>::epsilon();
+  report_accuracy<T>("linear_chain_crf", what, in_epsilons_of_terms,
+                     {static_cast<double>(value.worst * epsilons),
+                      static_cast<double>(slopes * epsilons),
+                      static_cast<double>(larger(value.worst, slopes))});
   INFO(what << ", " << p.tags << " tags, " << p.steps << " steps");
   CHECK(value.worst <= 1);
   CHECK(gradient.worst <= 1);

@@ -8,14 +8,13 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "support/accuracy.hpp"
 #include "support/catch.hpp"
 #include "support/executors.hpp"
 #include "support/numbers.hpp"
@@ -230,10 +229,11 @@ void check(const problem<T>& p, const char* what, double condition, Reference re
       judge(worst_gradient, r.gradient[at(b * p.steps * p.classes + i)], e.gradient[at(i)],
             e.sizes[at(i)]);
   }
-  if (std::getenv("PERDITA_TEST_REPORT"))
-    std::printf("ctc %-14s %s: value %.3f, gradient %.3f\n", what,
-                sizeof(T) == 4 ? "float " : "double", static_cast<double>(worst_value),
-                static_cast<double>(worst_gradient));
+  const wide epsilons = unit / std::numeric_limits<T>::epsilon();
+  report_accuracy<T>("ctc_loss", what, in_epsilons_of_terms,
+                     {static_cast<double>(worst_value * epsilons),
+                      static_cast<double>(worst_gradient * epsilons),
+                      static_cast<double>(larger(worst_value, worst_gradient))});
   INFO(what);
   CHECK(worst_value <= 1);
   CHECK(worst_gradient <= 1);

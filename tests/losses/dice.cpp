@@ -13,6 +13,7 @@
 
 #include <perdita/testing/gradient_check.hpp>
 
+#include "support/accuracy.hpp"
 #include "support/catch.hpp"
 #include "support/executors.hpp"
 #include "support/numbers.hpp"
@@ -96,6 +97,10 @@ template <class T> struct worst_errors {
       slope = std::max(slope, static_cast<double>(size_of(wide(gradient[i] - e.slopes[i])) /
                                                   (epsilon * e.sizes[i])));
   }
+  void report(const char* loss, double value_budget, double slope_budget) const {
+    report_accuracy<T>(loss, "", in_epsilons_of_terms,
+                       {value, slope, std::max(value / value_budget, slope / slope_budget)});
+  }
 };
 
 /// One row with one value.
@@ -123,6 +128,7 @@ TEMPLATE_TEST_CASE("dice: value and gradient", "[dice]", float, double) {
           const perdita::dice<T> loss({.smoothing = static_cast<T>(s), .squared = squared});
           worst.add(call(loss, m.p, m.t, g), g, e);
         }
+  worst.report("dice", 4, 4);
   INFO(worst.value << " and " << worst.slope);
   CHECK(worst.value < 4);
   CHECK(worst.slope < 4);
@@ -143,6 +149,7 @@ TEMPLATE_TEST_CASE("tversky: value and gradient", "[dice]", float, double) {
                 {.alpha = a, .exponent = g, .smoothing = static_cast<T>(s)});
             worst.add(call(loss, m.p, m.t, slopes), slopes, expect_tversky(m.p, m.t, a, g, s));
           }
+  worst.report("tversky, mip_tversky", 6, 8);
   INFO(worst.value << " and " << worst.slope);
   CHECK(worst.value < 6);
   CHECK(worst.slope < 8);

@@ -7,12 +7,11 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstdio>
-#include <cstdlib>
 #include <limits>
 #include <numeric>
 #include <vector>
 
+#include "support/accuracy.hpp"
 #include "support/catch.hpp"
 #include "support/executors.hpp"
 #include "support/numbers.hpp"
@@ -124,7 +123,6 @@ template <class T> std::vector<std::size_t> by_margin(const batch<T>& b) {
 TEST_CASE("ens_loss: normal quantiles", "[ens_loss]") {
   using W = perdita::core::pack<double>;
   random_numbers random(1);
-  double worst = 0;
   for (int i = 0; i < 2000; ++i) {
     double u = random.uniform(0, 1);
     if (i % 3 == 1)
@@ -137,18 +135,14 @@ TEST_CASE("ens_loss: normal quantiles", "[ens_loss]") {
     perdita::core::normal_quantile(W(u)).store(z);
     const double expected = normal_quantile(u);
     INFO("u = " << u << ": " << z[0] << ", expected " << expected);
-    const double error = std::abs(z[0] - expected) / std::max(std::abs(expected), 0.25);
-    worst = std::max(worst, error);
-    CHECK(error <= 4e-15);
+    CHECK(std::abs(z[0] - expected) / std::max(std::abs(expected), 0.25) <= 4e-15);
   }
-  if (std::getenv("PERDITA_TEST_REPORT"))
-    std::printf("normal_quantile: worst relative error %.2g\n", worst);
 }
 
 TEMPLATE_TEST_CASE("ens_loss: every number", "[ens_loss]", float, double) {
   using T = TestType;
   const double epsilon = static_cast<double>(std::numeric_limits<T>::epsilon());
-  double worst = 0;
+  error_judge of_values, of_slopes;
   for (const std::size_t n : {1U, 2U, 7U, 64U, 301U})
     for (const double lambda : {-1.0, -0.6, -1e-9, 0.0, 1e-300, 1e-18, 1e-3, 0.35, 1.0})
       for (const std::uint64_t step : {0U, 1U, 77U}) {
@@ -171,19 +165,19 @@ TEMPLATE_TEST_CASE("ens_loss: every number", "[ens_loss]", float, double) {
           const wide slack = 0.75 * epsilon * size_of(slope) + 2e-15;
           INFO("n = " << n << ", lambda = " << lambda << ", element " << i << ": " << g[i]
                       << ", expected " << text(slope));
-          const wide error = size_of(wide(wide(static_cast<double>(g[i])) - slope));
-          worst = std::max(worst, static_cast<double>(error / slack));
-          REQUIRE(error <= slack);
-          REQUIRE(size_of(wide(wide(static_cast<double>(values[i])) - value)) <=
-                  2 * slack * (1 + size_of(wide(margins[i]))));
+          REQUIRE(
+              of_slopes.within(size_of(wide(wide(static_cast<double>(g[i])) - slope)), 1, slack));
+          REQUIRE(of_values.within(size_of(wide(wide(static_cast<double>(values[i])) - value)), 2,
+                                   slack * (1 + size_of(wide(margins[i])))));
           expected_sum += value;
           size += size_of(value);
         }
         CHECK(size_of(wide(wide(static_cast<double>(sum)) - expected_sum)) <=
               (4 * epsilon + 1e-14) * (size + 1));
       }
-  if (std::getenv("PERDITA_TEST_REPORT"))
-    std::printf("ens_loss: worst error %.2g of what is allowed\n", worst);
+  report_accuracy<T>(
+      "ens_loss", "", in_allowances,
+      {of_values.share(), of_slopes.share(), std::max(of_values.share(), of_slopes.share())});
 }
 
 TEMPLATE_TEST_CASE("ens_loss: what every draw keeps to", "[ens_loss]", float, double) {

@@ -15,6 +15,7 @@
 #include <string>
 #include <vector>
 
+#include "support/accuracy.hpp"
 #include "support/catch.hpp"
 #include "support/executors.hpp"
 #include "support/numbers.hpp"
@@ -45,6 +46,10 @@ template <class P, class D, class Y> void backward(double alpha, P&& p, D&& d, Y
     perdita::entmax15_backward(p, d, y);
   else
     perdita::entmax_backward(p, d, y, {.alpha = alpha});
+}
+
+const char* name_of(double alpha) {
+  return alpha == 2 ? "sparsemax" : alpha == 1.5 ? "entmax15" : "entmax";
 }
 
 /// b^{1/(α−1)} for the α of these tests, 0 for b ≤ 0.
@@ -151,9 +156,9 @@ template <class T> wide allowance(double alpha, const wide& base) {
 TEMPLATE_TEST_CASE("simplex maps: values of every kind of row", "[entmax_maps]", float, double) {
   using T = TestType;
   std::size_t compared = 0, wrong = 0;
-  double worst = 0;
   std::string last;
-  for (const double alpha : alphas)
+  for (const double alpha : alphas) {
+    error_judge errors;
     for (const index cols : {1, 2, 3, 17, 100, 700}) {
       const row_major<T> x = make_rows<T>(cols);
       row_major<T> p(x.rows(), cols);
@@ -171,8 +176,7 @@ TEMPLATE_TEST_CASE("simplex maps: values of every kind of row", "[entmax_maps]",
           least += e.base[j] > fine;
           most += e.base[j] > -fine;
           ++compared;
-          worst = std::max(worst, static_cast<double>(wide(error / allowed)));
-          if (error > allowed || (outside && p(r, c) != 0)) {
+          if (!errors.within(error, 1, allowed) || (outside && p(r, c) != 0)) {
             ++wrong;
             last = "alpha " + perdita::core::to_text(alpha) + ", " + std::to_string(cols) +
                    " columns, row " + std::to_string(r) + ", column " + std::to_string(c) + ": " +
@@ -198,8 +202,9 @@ TEMPLATE_TEST_CASE("simplex maps: values of every kind of row", "[entmax_maps]",
       map(alpha, x, serial, {}, perdita::serial);
       CHECK(same_bits(p, serial));
     }
-  INFO(wrong << " of " << compared << " wrong (worst " << worst
-             << " allowances), the last: " << last);
+    report_accuracy<T>(name_of(alpha), "", in_allowances, {errors.share(), -1, errors.share()});
+  }
+  INFO(wrong << " of " << compared << " wrong, the last: " << last);
   CHECK(wrong == 0);
   CHECK(compared > 50000);
 }
@@ -209,7 +214,8 @@ TEMPLATE_TEST_CASE("simplex maps: backward", "[entmax_maps]", float, double) {
   const wide epsilon = std::numeric_limits<T>::epsilon();
   std::size_t compared = 0, wrong = 0;
   std::string last;
-  for (const double alpha : alphas)
+  for (const double alpha : alphas) {
+    error_judge errors;
     for (const index cols : {1, 2, 3, 17, 100, 700}) {
       const row_major<T> x = make_rows<T>(cols);
       random_numbers random(4);
@@ -233,7 +239,8 @@ TEMPLATE_TEST_CASE("simplex maps: backward", "[entmax_maps]", float, double) {
           const wide sj = s[static_cast<std::size_t>(c)], dj = d(r, c);
           const wide expected = sj * (dj - product / sum);
           ++compared;
-          if (size_of(wide(got(r, c)) - expected) > 8 * epsilon * sj * (size_of(dj) + size / sum)) {
+          if (!errors.within(size_of(wide(got(r, c)) - expected), 8,
+                             epsilon * sj * (size_of(dj) + size / sum))) {
             ++wrong;
             last = "alpha " + perdita::core::to_text(alpha) + ", " + std::to_string(cols) +
                    " columns, row " + std::to_string(r) + ", column " + std::to_string(c) + ": " +
@@ -249,6 +256,8 @@ TEMPLATE_TEST_CASE("simplex maps: backward", "[entmax_maps]", float, double) {
       backward(alpha, over, d, over);
       CHECK(same_bits(got, over));
     }
+    report_accuracy<T>(name_of(alpha), "", in_allowances, {-1, errors.share(), errors.share()});
+  }
   INFO(wrong << " of " << compared << " wrong, the last one: " << last);
   CHECK(wrong == 0);
   CHECK(compared > 50000);
@@ -335,6 +344,7 @@ TEMPLATE_TEST_CASE("budget_map: values and backward", "[entmax_maps]", float, do
   using T = TestType;
   const wide epsilon = std::numeric_limits<T>::epsilon();
   std::size_t wrong = 0, compared = 0;
+  error_judge of_map, of_slopes;
   std::string last;
   for (const double budget : {0.25, 1., 2., 2.5, 40.})
     for (const index cols : {1, 2, 3, 17, 100, 700}) {
@@ -375,8 +385,10 @@ TEMPLATE_TEST_CASE("budget_map: values and backward", "[entmax_maps]", float, do
           const wide slope = inside ? wide(wide(d(r, c)) - mean) : wide(0);
           ++compared;
           const wide rounded = size_of(low) * std::numeric_limits<double>::epsilon(); // τ
-          if (size_of(wide(p(r, c)) - expected) > 2 * epsilon + rounded ||
-              size_of(wide(back(r, c)) - slope) > 8 * epsilon) {
+          const bool right =
+              of_map.within(size_of(wide(p(r, c)) - expected), 1, 2 * epsilon + rounded) &&
+              of_slopes.within(size_of(wide(back(r, c)) - slope), 8, epsilon);
+          if (!right) {
             ++wrong;
             last = "budget " + perdita::core::to_text(budget) + ", " + std::to_string(cols) +
                    " columns, row " + std::to_string(r) + ", column " + std::to_string(c) + ": " +
@@ -391,6 +403,9 @@ TEMPLATE_TEST_CASE("budget_map: values and backward", "[entmax_maps]", float, do
       perdita::budget_map(over, over, {.budget = budget});
       CHECK(same_bits(p, over));
     }
+  report_accuracy<T>(
+      "budget_map", "", in_allowances,
+      {of_map.share(), of_slopes.share(), std::max(of_map.share(), of_slopes.share())});
   INFO(wrong << " of " << compared << " wrong, the last one: " << last);
   CHECK(wrong == 0);
   CHECK(compared > 50000);

@@ -18,6 +18,7 @@
 #include <perdita/sparsemax.hpp>
 #include <perdita/testing/gradient_check.hpp>
 
+#include "support/accuracy.hpp"
 #include "support/catch.hpp"
 #include "support/executors.hpp"
 #include "support/numbers.hpp"
@@ -56,6 +57,7 @@ TEMPLATE_TEST_CASE("feasible: one step of both players against the formula", "[f
   const batch<T> b;
   constexpr std::size_t rows = batch<T>::rows, cols = batch<T>::cols;
   const double epsilon = std::numeric_limits<T>::epsilon();
+  error_judge of_values, of_slopes;
   for (const double slack_cost : {inf, 2.0})
     for (const auto how :
          {perdita::reduction::mean, perdita::reduction::sum, perdita::reduction::none})
@@ -95,15 +97,15 @@ TEMPLATE_TEST_CASE("feasible: one step of both players against the formula", "[f
                             .normaliser = normaliser,
                             .values = values,
                             .hits = hits});
-        CHECK(size_of(wide(got - value * share)) <= 8 * epsilon);
+        CHECK(of_values.within(size_of(wide(got - value * share)), 8, epsilon));
         for (std::size_t i = 0; i < rows; ++i) {
           CHECK(size_of(wide(multipliers[i] - lambda[i])) <= 2 * epsilon);
-          CHECK(size_of(wide(values[i] - part[i])) <= 8 * epsilon);
+          CHECK(of_values.within(size_of(wide(values[i] - part[i])), 8, epsilon));
         }
         wide worst = 0;
         for (std::size_t k = 0; k < g.size(); ++k)
           worst = larger(worst, size_of(wide(g[k] - 2 * share * slopes[k])));
-        CHECK(worst <= 8 * epsilon);
+        CHECK(of_slopes.within(worst, 8, epsilon));
         perdita::cross_entropy<T>()(b.view(), b.labels,
                                     {.row_weights = b.row_weights, .hits = expected_hits});
         CHECK(hits == expected_hits);
@@ -113,6 +115,9 @@ TEMPLATE_TEST_CASE("feasible: one step of both players against the formula", "[f
                    {.row_weights = b.row_weights, .normaliser = normaliser}) == got);
         CHECK(multipliers == before);
       }
+  report_accuracy<T>(
+      "feasible", "cross_entropy", in_epsilons_absolute,
+      {of_values.worst(), of_slopes.worst(), std::max(of_values.share(), of_slopes.share())});
 }
 
 TEST_CASE("feasible: class weights do not enter the mean", "[feasible]") {

@@ -10,6 +10,7 @@
 
 #include <perdita/testing/gradient_check.hpp>
 
+#include "support/accuracy.hpp"
 #include "support/catch.hpp"
 #include "support/executors.hpp"
 #include "support/numbers.hpp"
@@ -103,6 +104,8 @@ TEMPLATE_TEST_CASE("poincare_distance: value and gradients", "[hyperbolic]", flo
                   std::max(slope_error, static_cast<double>(size_of(wide(got - x->slopes[k])) /
                                                             (epsilon * x->sizes[k])));
         }
+  report_accuracy<T>("poincare_distance, pairwise_confusion", "", in_epsilons_of_terms,
+                     {value_error, slope_error, std::max(value_error / 4, slope_error / 8)});
   INFO(value_error << " and " << slope_error);
   CHECK(value_error < 4);
   CHECK(slope_error < 8);
@@ -344,6 +347,8 @@ TEMPLATE_TEST_CASE("hyperbolic_logits: scores and Jacobian products", "[hyperbol
     differences(in.v, dv, total(1));
     differences(in.a, da, total(2));
   }
+  report_accuracy<T>("hyperbolic_logits", "", in_epsilons_of_terms,
+                     {score_error, slope_error, std::max(score_error / 32, slope_error / 64)});
   INFO(score_error << " and " << slope_error);
   CHECK(score_error < 32);
   CHECK(slope_error < 64);

@@ -4,6 +4,7 @@
 
 #include <perdita/prediction_entropy.hpp>
 
+#include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <limits>
@@ -11,6 +12,7 @@
 
 #include <perdita/testing/gradient_check.hpp>
 
+#include "support/accuracy.hpp"
 #include "support/catch.hpp"
 #include "support/executors.hpp"
 #include "support/numbers.hpp"
@@ -93,6 +95,7 @@ TEMPLATE_TEST_CASE("prediction_entropy: value and gradient against the formula",
   using T = TestType;
   using loss_type = perdita::prediction_entropy<T>;
   const double epsilon = std::numeric_limits<T>::epsilon();
+  error_judge of_values, of_slopes;
   for (const std::size_t cols : {1U, 3U, 8U, 21U})
     for (const double width : {0.1, 2.0, 12.0})
       for (const typename loss_type::options o :
@@ -110,20 +113,24 @@ TEMPLATE_TEST_CASE("prediction_entropy: value and gradient against the formula",
         CHECK(loss(matrix(x, cols), {.row_weights = weights}) == value);
         INFO(cols << " classes, width " << width << ", a " << o.row << ": " << text(value)
                   << " for " << text(e.value));
-        CHECK(size_of(wide(value - e.value)) <=
-              epsilon * size_of(e.value) +
-                  16 * std::numeric_limits<double>::epsilon() *
-                      (log(wide(static_cast<double>(cols))) + size_of(e.value)) +
-                  wide(1e-30L));
+        CHECK(of_values.within(size_of(wide(value - e.value)), 1,
+                               epsilon * size_of(e.value) +
+                                   16 * std::numeric_limits<double>::epsilon() *
+                                       (log(wide(static_cast<double>(cols))) + size_of(e.value)) +
+                                   wide(1e-30L)));
         for (std::size_t i = 0; i < rows; ++i)
-          CHECK(size_of(wide(values[i] - weights[i] * e.entropy[i])) <=
-                (4 + 40 * width * (epsilon < 1e-10)) * epsilon * weights[i] * e.entropy[i]);
+          CHECK(of_values.within(size_of(wide(values[i] - weights[i] * e.entropy[i])),
+                                 4 + 40 * width * (epsilon < 1e-10),
+                                 epsilon * weights[i] * e.entropy[i]));
         wide worst = 0;
         for (std::size_t k = 0; k < g.size(); ++k)
           worst = larger(worst,
                          size_of(wide(g[k] - 3 * e.gradient[k])) / (3 * e.sizes[k] + wide(1e-40L)));
-        CHECK(worst <= (2 + 8 * (1 + 4 * width) * (epsilon < 1e-10)) * epsilon);
+        CHECK(of_slopes.within(worst, 2 + 8 * (1 + 4 * width) * (epsilon < 1e-10), epsilon));
       }
+  report_accuracy<T>(
+      "prediction_entropy", "", in_allowances,
+      {of_values.share(), of_slopes.share(), std::max(of_values.share(), of_slopes.share())});
 }
 
 TEST_CASE("prediction_entropy: the gradient is the derivative", "[entropy]") {

@@ -4,6 +4,7 @@
 
 #include <perdita/reweighting.hpp>
 
+#include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -16,6 +17,7 @@
 #include <perdita/ldr.hpp>
 #include <perdita/sparsemax.hpp>
 
+#include "support/accuracy.hpp"
 #include "support/catch.hpp"
 #include "support/executors.hpp"
 #include "support/numbers.hpp"
@@ -93,6 +95,7 @@ template <class T> wide cross_entropy_row(const T* x, std::size_t n, std::size_t
 
 TEMPLATE_TEST_CASE("loss_based_weights: the formula", "[reweighting]", float, double) {
   using T = TestType;
+  error_judge errors;
   random_numbers random(3);
   for (const std::size_t n : {1U, 2U, 5U, 300U})
     for (const strategy s : strategies)
@@ -115,9 +118,10 @@ TEMPLATE_TEST_CASE("loss_based_weights: the formula", "[reweighting]", float, do
           // Of h, a few epsilons of double, and 1/r of them in the exponent.
           const double epsilon = std::numeric_limits<T>::epsilon();
           const double noise = std::numeric_limits<double>::epsilon();
-          CHECK(worst <= 0.51 * epsilon + (4 + 4 * (1 + delta) / r) * noise);
+          CHECK(errors.within(worst, 0.51 + (4 + 4 * (1 + delta) / r) * noise / epsilon, epsilon));
           CHECK(size_of(wide(sum - 1)) <= epsilon * (1 + 4 / r));
         }
+  report_accuracy<T>("loss_based_weights", "", in_epsilons, {errors.worst(), -1, errors.share()});
 }
 
 TEST_CASE("loss_based_weights: equal, infinite, huge losses and NaN", "[reweighting]") {
@@ -153,6 +157,7 @@ TEMPLATE_TEST_CASE("reweighted: value, gradient and by-products against the form
   const batch<T> b;
   constexpr std::size_t rows = batch<T>::rows, cols = batch<T>::cols;
   const double epsilon = std::numeric_limits<T>::epsilon();
+  error_judge of_values, of_slopes;
   std::vector<wide> losses(rows), slopes(rows * cols), counts(rows);
   wide number = 0;
   for (std::size_t i = 0; i < rows; ++i) {
@@ -177,12 +182,12 @@ TEMPLATE_TEST_CASE("reweighted: value, gradient and by-products against the form
       const perdita::call_options<T> call{
           .row_weights = b.row_weights, .values = values, .log_sum_exp = lse};
       const T value = loss(b.view(), b.labels, b.writable(g), call);
-      CHECK(size_of(wide(value / expected - 1)) <= 8 * epsilon);
+      CHECK(of_values.within(size_of(wide(value / expected - 1)), 8, epsilon));
       CHECK(loss(b.view(), b.labels, {.row_weights = b.row_weights}) == value);
       wide worst = 0;
       for (std::size_t i = 0; i < rows; ++i) {
-        CHECK(size_of(wide(values[i] - number * w[i] * losses[i])) <=
-              16 * epsilon * (values[i] + number * w[i]));
+        CHECK(of_values.within(size_of(wide(values[i] - number * w[i] * losses[i])), 16,
+                               epsilon * (values[i] + number * w[i])));
         CHECK((lse[i] != 0) == (counts[i] != 0));
         for (std::size_t j = 0; j < cols; ++j) {
           const wide exact = size * w[i] * slopes[i * cols + j];
@@ -190,8 +195,11 @@ TEMPLATE_TEST_CASE("reweighted: value, gradient and by-products against the form
                                     larger(size * w[i], wide(1e-30L)));
         }
       }
-      CHECK(worst <= 16 * epsilon);
+      CHECK(of_slopes.within(worst, 16, epsilon));
     }
+  report_accuracy<T>(
+      "reweighted", "cross_entropy", in_epsilons_of_terms,
+      {of_values.worst(), of_slopes.worst(), std::max(of_values.share(), of_slopes.share())});
 }
 
 TEMPLATE_TEST_CASE("reweighted: any loss, with its weights held fixed", "[reweighting]", float,

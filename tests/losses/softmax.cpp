@@ -13,6 +13,7 @@
 #include <string>
 #include <vector>
 
+#include "support/accuracy.hpp"
 #include "support/catch.hpp"
 #include "support/numbers.hpp"
 #include "support/softmax_reference.hpp"
@@ -64,6 +65,7 @@ TEMPLATE_TEST_CASE("softmax: values of every kind of row", "[softmax]", float, d
   const wide negligible = ldexp(wide(1), sizeof(T) == 4 ? -99 : -990);
   std::size_t compared = 0, wrong = 0;
   std::string worst;
+  error_judge of_p, of_log;
   for (const index cols : {1, 2, 3, 17, 100, 700}) {
     const row_major<T> x = make_rows<T>(cols, true);
     row_major<T> p(x.rows(), cols), log_p(x.rows(), cols);
@@ -79,16 +81,17 @@ TEMPLATE_TEST_CASE("softmax: values of every kind of row", "[softmax]", float, d
         const wide condition = budget + behind + size_of(s.excess) + (cols > 512 ? 16 : 0) +
                                (sizeof(T) == 8 ? behind : wide(0));
         const wide allowed = s.p(j) * condition * epsilon + negligible + smallest;
-        const bool p_right = size_of(wide(p(r, c)) - s.p(j)) <= allowed;
+        const bool p_right = of_p.within(size_of(wide(p(r, c)) - s.p(j)), 1, allowed);
         bool log_right = false;
         if (s.z[j] == -infinity())
           log_right = log_p(r, c) == -std::numeric_limits<T>::infinity();
         else
-          log_right = size_of(wide(log_p(r, c)) + s.surprise(j)) <=
-                      (c == top ? wide(s.excess * (budget + size_of(log(s.rest + smallest))))
-                                : wide((behind + s.excess) * budget)) *
-                              epsilon +
-                          negligible + smallest;
+          log_right =
+              of_log.within(size_of(wide(log_p(r, c)) + s.surprise(j)), 1,
+                            (c == top ? wide(s.excess * (budget + size_of(log(s.rest + smallest))))
+                                      : wide((behind + s.excess) * budget)) *
+                                    epsilon +
+                                negligible + smallest);
         compared += 2;
         if (!p_right || !log_right) {
           ++wrong;
@@ -116,6 +119,8 @@ TEMPLATE_TEST_CASE("softmax: values of every kind of row", "[softmax]", float, d
     perdita::log_softmax(over_columns, over_columns);
     CHECK(same_bits(log_p, over_columns));
   }
+  report_accuracy<T>("softmax", "", in_allowances, {of_p.share(), -1, of_p.share()});
+  report_accuracy<T>("log_softmax", "", in_allowances, {of_log.share(), -1, of_log.share()});
   INFO(wrong << " of " << compared << " wrong, the last one: " << worst);
   CHECK(wrong == 0);
   CHECK(compared > 10000);
@@ -126,6 +131,7 @@ TEMPLATE_TEST_CASE("softmax: backward", "[softmax]", float, double) {
   const wide epsilon = std::numeric_limits<T>::epsilon(), smallest = std::numeric_limits<T>::min();
   std::size_t compared = 0, wrong = 0;
   std::string worst;
+  error_judge of_p, of_log;
   for (const index cols : {1, 2, 3, 17, 100, 700}) {
     const row_major<T> x = make_rows<T>(cols, true);
     random_numbers random(4);
@@ -152,10 +158,11 @@ TEMPLATE_TEST_CASE("softmax: backward", "[softmax]", float, double) {
         const wide share =
             log_p(r, c) == -std::numeric_limits<T>::infinity() ? wide(0) : wide(exp(lj));
         const wide second = dj - share * sum;
-        const bool right = size_of(wide(from_p(r, c)) - first) <=
-                               pj * (size_of(dj) + size) * budget * 2 * epsilon + smallest &&
-                           size_of(wide(from_log(r, c)) - second) <=
-                               (size_of(dj) + share * sum_size) * budget * 2 * epsilon + smallest;
+        const bool right =
+            of_p.within(size_of(wide(from_p(r, c)) - first), 1,
+                        pj * (size_of(dj) + size) * budget * 2 * epsilon + smallest) &&
+            of_log.within(size_of(wide(from_log(r, c)) - second), 1,
+                          (size_of(dj) + share * sum_size) * budget * 2 * epsilon + smallest);
         ++compared;
         if (!right) {
           ++wrong;
@@ -176,6 +183,8 @@ TEMPLATE_TEST_CASE("softmax: backward", "[softmax]", float, double) {
     perdita::softmax_backward(over, d, over);
     CHECK(same_bits(from_p, over));
   }
+  report_accuracy<T>("softmax", "", in_allowances, {-1, of_p.share(), of_p.share()});
+  report_accuracy<T>("log_softmax", "", in_allowances, {-1, of_log.share(), of_log.share()});
   INFO(wrong << " of " << compared << " wrong, the last one: " << worst);
   CHECK(wrong == 0);
   CHECK(compared > 5000);

@@ -12,6 +12,7 @@
 #include <perdita/cross_entropy.hpp>
 #include <perdita/testing/gradient_check.hpp>
 
+#include "support/accuracy.hpp"
 #include "support/catch.hpp"
 #include "support/executors.hpp"
 #include "support/numbers.hpp"
@@ -53,6 +54,7 @@ TEMPLATE_TEST_CASE("target_surrogate: value and gradient against the formula", "
   using T = TestType;
   const problem<T> p;
   const double epsilon = std::numeric_limits<T>::epsilon();
+  error_judge of_values, of_slopes;
   for (const double step : {0.25, 3.0}) {
     wide total = 1.5, terms = 1.5;
     std::vector<wide> shares(rows), shares_terms(rows), expected(rows * cols), sizes(rows * cols);
@@ -73,13 +75,16 @@ TEMPLATE_TEST_CASE("target_surrogate: value and gradient against the formula", "
     const perdita::call_options<T> call{
         .row_weights = p.weights, .upstream = p.upstream, .scale = 3, .values = values};
     const T value = surrogate(p.view(p.z), p.at(1.5), p.writable(g), call);
-    CHECK(size_of(wide(value - total)) <= epsilon * terms);
+    CHECK(of_values.within(size_of(wide(value - total)), 1, epsilon * terms));
     CHECK(surrogate(p.view(p.z), p.at(1.5), call) == value);
     for (std::size_t r = 0; r < rows; ++r)
-      CHECK(size_of(wide(values[r] - shares[r])) <= epsilon * shares_terms[r] * 2);
+      CHECK(of_values.within(size_of(wide(values[r] - shares[r])), 2, epsilon * shares_terms[r]));
     for (std::size_t k = 0; k < g.size(); ++k)
-      CHECK(size_of(wide(g[k] - expected[k])) <= 4 * epsilon * sizes[k]);
+      CHECK(of_slopes.within(size_of(wide(g[k] - expected[k])), 4, epsilon * sizes[k]));
   }
+  report_accuracy<T>(
+      "target_surrogate", "", in_epsilons_of_terms,
+      {of_values.worst(), of_slopes.worst(), std::max(of_values.share(), of_slopes.share())});
 }
 
 TEMPLATE_TEST_CASE("target_surrogate: touches the loss, and is nowhere below cross-entropy",

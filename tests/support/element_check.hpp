@@ -3,9 +3,8 @@
 
 // Element losses against references in 113 bits: the points where they are tried, and the judge.
 
+#include <algorithm>
 #include <cmath>
-#include <cstdio>
-#include <cstdlib>
 #include <functional>
 #include <limits>
 #include <string>
@@ -13,6 +12,7 @@
 
 #include <perdita/core/element_kernel.hpp>
 
+#include "accuracy.hpp"
 #include "catch.hpp"
 #include "numbers.hpp"
 #include "wide.hpp"
@@ -151,10 +151,13 @@ void judge(const std::string& name, const element_points<T>& points,
       FAIL_CHECK("curvature");
     check_reference(reference, x, t);
   }
-  if (std::getenv("PERDITA_TEST_REPORT"))
-    std::printf("%-40s %s value %.2f of %g, slope %.2f of %g, curvature %.2f of %g epsilons\n",
-                name.c_str(), sizeof(T) == 4 ? "float " : "double", worst.value, budget.value,
-                worst.slope, budget.slope, worst.curvature, budget.curvature);
+  const auto share = [](double error, double allowed) { return error > 0 ? error / allowed : 0; };
+  report_accuracy<T>(name.substr(0, name.find_first_of(" ,")),
+                     "(" + name + "; curvature " + text(worst.curvature) + ")",
+                     in_epsilons_of_terms,
+                     {worst.value, worst.slope,
+                      std::max({share(worst.value, budget.value), share(worst.slope, budget.slope),
+                                share(worst.curvature, budget.curvature)})});
 }
 
 /// The loss (with reduction none) at every point.

@@ -13,7 +13,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
-#include <cstdlib>
 #include <limits>
 #include <string>
 #include <type_traits>
@@ -229,10 +228,8 @@ public:
       ++wrong_;
   }
   double worst() const { return worst_; }
+  const std::string& title() const { return title_; }
   void check() const {
-    if (std::getenv("PERDITA_TEST_REPORT"))
-      std::printf("%-60s %8zu compared, worst %.3f of the allowance (%s)\n", title_.c_str(),
-                  compared_, worst_, worst_at_.c_str());
     INFO(title_ << ": " << wrong_ << " of " << compared_ << " wrong, worst " << worst_
                 << " times the allowance: " << worst_at_);
     CHECK(wrong_ == 0);
@@ -244,6 +241,13 @@ private:
   std::size_t compared_ = 0, wrong_ = 0;
   double worst_ = 0;
 };
+
+/// What was found of the linear head, in shares of the allowance.
+template <class T> void report_linear(const close_to& values, const close_to& gradients) {
+  report_accuracy<T>(
+      "linear", "(" + values.title() + ")", in_allowances,
+      {values.worst(), gradients.worst(), std::max(values.worst(), gradients.worst())});
+}
 
 inline constexpr double product_noise = 0.1;
 /// Of a sum of that many terms with random signs, in ε Σ|terms|. One term alone is rounded by half

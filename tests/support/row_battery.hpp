@@ -4,7 +4,8 @@
 // Every promise that all losses of one row of scores make, tested from a descriptor alone. The
 // battery is compiled once for each compute type, in row_battery*.cpp.
 //
-// With PERDITA_TEST_REPORT set in the environment, the accuracy tests print the worst errors found.
+// With PERDITA_TEST_REPORT set in the environment, the accuracy tests report the worst errors
+// found: see accuracy.hpp.
 
 #include "row_descriptor.hpp"
 

@@ -9,12 +9,12 @@
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
-#include <cstdlib>
 #include <limits>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "accuracy.hpp"
 #include "catch.hpp"
 #include "numbers.hpp"
 #include "row_run.hpp"
@@ -22,6 +22,16 @@
 namespace perdita_tests {
 
 // ---- how answers are judged
+
+template <class T> double ulps(const wide& expected, T got) {
+  if (!is_finite(expected) || expected == 0 || !std::isfinite(got))
+    return 0;
+  int exponent = 0;
+  frexp(expected, &exponent);
+  exponent = std::max(exponent, std::numeric_limits<T>::min_exponent);
+  return static_cast<double>(
+      wide(ldexp(wide(size_of(wide(got) - expected)), std::numeric_limits<T>::digits - exponent)));
+}
 
 /// Counts comparisons and keeps the worst one.
 class tally {
@@ -86,16 +96,19 @@ public:
     if (expected == 0)
       ++zeros_;
   }
-  enum measure { of_value, of_slope, of_largest_slope };
-  void add_ulp(measure what, double ulp) { ulp_[what] = std::max(ulp_[what], ulp); }
+  enum measure { of_value, of_slope };
+  /// In ulp, but where terms cancel: what they leave may be all error.
+  template <class T> void add_ulp(measure what, const wide& expected, const wide& allowed, T got) {
+    if (allowed <= 256 * std::numeric_limits<T>::epsilon() * size_of(expected))
+      ulp_[what] = std::max(ulp_[what], ulps(expected, got));
+  }
 
+  /// Of a loss in the type T.
+  template <class T> void report(const std::string& loss) const {
+    report_accuracy<T>(loss, "(" + title_ + "; worst: " + worst_at_ + ")", in_ulp_of_rows,
+                       {ulp_[of_value], ulp_[of_slope], worst_});
+  }
   void check() const {
-    if (std::getenv("PERDITA_TEST_REPORT"))
-      std::printf(
-          "%-70s %9zu compared, worst %5.2f of the allowance (%s); "
-          "ordinary rows: value %.2f ulp, slopes %.2f ulp, %.2f epsilon of the row's largest\n",
-          title_.c_str(), compared_, worst_, worst_at_.c_str(), ulp_[of_value], ulp_[of_slope],
-          ulp_[of_largest_slope]);
     INFO(title_ << ": " << wrong_ << " of " << compared_ << " comparisons failed" << complaints_);
     CHECK(wrong_ == 0);
     CHECK(compared_ > 0);
@@ -103,7 +116,7 @@ public:
   }
 
 private:
-  static std::size_t shown() { return std::getenv("PERDITA_TEST_REPORT") ? 100 : 5; }
+  static std::size_t shown() { return reporting() ? 100 : 5; }
   template <class T>
   static std::string first(const std::vector<T>& expected, const std::vector<T>& got) {
     if (expected.size() != got.size())
@@ -120,18 +133,8 @@ private:
 
   std::string title_, complaints_, worst_at_;
   std::size_t compared_ = 0, wrong_ = 0, ordinary_ = 0, zeros_ = 0;
-  double worst_ = 0, ulp_[3] = {0, 0, 0};
+  double worst_ = 0, ulp_[2] = {-1, -1};
 };
-
-template <class T> double ulps(const wide& expected, T got) {
-  if (!is_finite(expected) || expected == 0 || !std::isfinite(got))
-    return 0;
-  int exponent = 0;
-  frexp(expected, &exponent);
-  exponent = std::max(exponent, std::numeric_limits<T>::min_exponent);
-  return static_cast<double>(
-      wide(ldexp(wide(size_of(wide(got) - expected)), std::numeric_limits<T>::digits - exponent)));
-}
 
 /// A slope below this share of the largest one of its row may be exactly zero.
 template <class T> wide negligible_share() { return ldexp(wide(1), sizeof(T) == 4 ? -99 : -990); }
@@ -188,10 +191,10 @@ void judge(const row_descriptor<T>& d, int setting, perdita::reduction how, cons
     by_product(4, e.penalty, 1);
     if (!got.hits.empty() && e.hit_reported)
       t.require(got.hits[i] == (counts && e.hit ? 1 : 0), "hit of row " + std::to_string(r));
-    if (ordinary[i] && counts)
-      t.add_ulp(tally::of_value, got.by_products[0].empty()
-                                     ? 0
-                                     : ulps(wide(e.value.value * weight), got.by_products[0][i]));
+    if (ordinary[i] && counts && !got.by_products[0].empty()) {
+      const wide allowed = (e.value.slack + size_of(e.value.value)) * weight * epsilon;
+      t.add_ulp(t.of_value, wide(e.value.value * weight), allowed, got.by_products[0][i]);
+    }
 
     wide factor = counts ? wide(weight * share * wide(p.scale)) : wide(0);
     if (!p.upstream.empty())
@@ -217,11 +220,8 @@ void judge(const row_descriptor<T>& d, int setting, perdita::reduction how, cons
       if (ordinary[i] && counts && share != 0) {
         if (!d.sparse())
           t.ordinary(expected);
-        t.add_ulp(tally::of_slope, size_of(g.value) > most / 1000 ? ulps(expected, answer) : 0);
-        if (most * size > 0)
-          t.add_ulp(tally::of_largest_slope,
-                    static_cast<double>(
-                        wide(size_of(wide(answer) - expected) / (most * size * epsilon))));
+        if (size_of(g.value) > most / 1000)
+          t.add_ulp(t.of_slope, expected, allowed, answer);
       }
     }
   }
