@@ -215,63 +215,73 @@ private:
 
 namespace core {
 
-/// Lower bounds of margins of a linear layer whose inputs lie in boxes, and what their slopes say
-/// of everything that they are made of. Works on copies in double.
+/// What a loss of a linear layer's bounds makes of the scores' leads d_k = z_k − z_y over the
+/// label's: its slopes with respect to their largest and smallest values where the input lies in
+/// its box, and to their values in one corner of it.
+struct lead_slopes {
+  double upper = 0, lower = 0, corner = 0;
+};
+
+/// Leads of a linear layer's scores whose inputs lie in boxes, and what their slopes say of
+/// everything that they are made of. Works on copies in double.
 class interval_layer {
 public:
   template <class T>
   interval_layer(const matrix_data<T>& center, const matrix_data<T>& radius,
-                 const matrix_data<T>& weights, const std::vector<std::int64_t>& labels,
-                 const executor& run_on)
+                 const matrix_data<T>& weights, const vector_view<const T>& bias,
+                 const std::vector<std::int64_t>& labels, const executor& run_on)
       : rows_(center.rows), classes_(weights.rows), dims_(center.cols), center_(copy(center)),
-        radius_(copy(radius)), weights_(copy(weights)), labels_(labels), run_on_(run_on) {}
+        radius_(copy(radius)), weights_(copy(weights)), labels_(labels), run_on_(run_on),
+        slopes_(static_cast<std::size_t>(rows_ * classes_)),
+        corners_(static_cast<std::size_t>(rows_ * dims_)) {
+    for (index k = 0; k < classes_; ++k)
+      bias_.push_back(static_cast<double>(bias[k]));
+  }
 
-  /// m_k = ⟨W_y − W_k, c⟩ − ⟨|W_y − W_k|, r⟩ + b_y − b_k. Rows whose labels are out of range stay.
-  template <class B> void find_margins(const B& bias, double* margins) const {
+  /// log U of each row that counts(row), log U = log(1 + Σ_{k≠y} ((1 − f) e^{u_k} + f chord_k)) of
+  /// the leads' upper bounds u and of the chords of e^d on [l, u] where their sum is largest; and
+  /// its slopes times scale(row).
+  template <class C, class S> void judge(double crown_share, C counts, S scale, double* values) {
     run(rows_, [&](index r) {
-      const index y = label(r);
-      if (y < 0)
-        return;
-      for (index k = 0; k < classes_; ++k) {
-        double sum = bias(y) - bias(k);
-        for_inputs(r, y, k, [&](index, double d, double c, double radius) {
-          sum += d * c - std::fabs(d) * radius;
-        });
-        margins[r * classes_ + k] = sum;
-      }
+      if (label(r) >= 0 && counts(r))
+        values[r] = judge_row(r, crown_share, scale(r));
     });
   }
   /// f(row, ∂/∂c, ∂/∂r)
-  template <class F> void of_inputs(const double* slopes, F f) const {
+  template <class F> void of_inputs(F f) const {
     run(rows_, [&](index r) {
       std::vector<double> sums(static_cast<std::size_t>(2 * dims_));
       double *of_center = sums.data(), *of_radius = of_center + dims_;
-      for_rivals(r, slopes, [&](index y, index k, double g) {
-        for_inputs(r, y, k, [&](index j, double d, double, double) {
-          of_center[j] += g * d;
-          of_radius[j] -= g * std::fabs(d);
+      const double* corner = corners_.data() + r * dims_;
+      for_rivals(r, [&](index y, index k, const lead_slopes& g) {
+        const double all = g.upper + g.lower + g.corner;
+        for_inputs(r, y, k, [&](index j, double e, double, double) {
+          of_center[j] += all * e;
+          of_radius[j] += (g.upper - g.lower) * std::fabs(e) + g.corner * (corner[j] * e);
         });
       });
       f(r, of_center, of_radius);
     });
   }
   /// f(class, ∂/∂W, ∂/∂b)
-  template <class F> void of_classes(const double* slopes, F f) const {
+  template <class F> void of_classes(F f) const {
     run(classes_, [&](index own) {
       std::vector<double> of_weights(static_cast<std::size_t>(dims_));
       double of_bias = 0;
-      for (index r = 0; r < rows_; ++r)
-        for_rivals(r, slopes, [&](index y, index k, double g) {
+      for (index r = 0; r < rows_; ++r) {
+        const double* corner = corners_.data() + r * dims_;
+        for_rivals(r, [&](index y, index k, const lead_slopes& g) {
           if (y != own && k != own)
             return;
-          const double sign = y == own ? g : -g;
-          of_bias += sign;
-          for_inputs(r, y, k, [&](index j, double d, double c, double radius) {
-            of_weights[static_cast<std::size_t>(j)] += sign * (c - (d > 0   ? radius
-                                                                    : d < 0 ? -radius
-                                                                            : 0));
+          const double sign = k == own ? 1 : -1, all = sign * (g.upper + g.lower + g.corner);
+          of_bias += all;
+          for_inputs(r, y, k, [&](index j, double e, double c, double radius) {
+            const double side = e > 0 ? 1 : e < 0 ? -1 : 0;
+            of_weights[static_cast<std::size_t>(j)] +=
+                all * c + sign * ((g.upper - g.lower) * side + g.corner * corner[j]) * radius;
           });
         });
+      }
       f(own, of_weights.data(), of_bias);
     });
   }
@@ -294,56 +304,153 @@ private:
     const auto work = [&](std::size_t i) { f(static_cast<index>(i)); };
     run_on_(static_cast<std::size_t>(n), work);
   }
-  /// f(label, class, slope of the margin) where there is a slope.
-  template <class F> void for_rivals(index r, const double* slopes, F f) const {
+  /// A lead of between middle − reach and middle + reach, and how far it is above the middle in the
+  /// corner.
+  struct lead {
+    double middle, reach, lean = 0;
+  };
+  double judge_row(index r, double crown_share, double scale) {
     const index y = label(r);
-    for (index k = 0; y >= 0 && k < classes_; ++k)
-      if (k != y && slopes[r * classes_ + k] != 0)
-        f(y, k, slopes[r * classes_ + k]);
+    std::vector<lead> leads(static_cast<std::size_t>(classes_));
+    double top = 0; // of the exponents, the label's 0 among them
+    for (index k = 0; k < classes_; ++k) {
+      lead& d = leads[static_cast<std::size_t>(k)];
+      d = {bias_at(k) - bias_at(y), 0};
+      for_inputs(r, y, k, [&](index, double e, double c, double radius) {
+        d.middle += e * c;
+        d.reach += std::fabs(e) * radius;
+      });
+      if (k != y)
+        top = std::fmax(top, d.middle + d.reach);
+    }
+    if (crown_share > 0)
+      find_corner(r, y, top, leads);
+
+    double sum = 0;
+    for (index k = 0; k < classes_; ++k) {
+      lead_slopes& g = slopes_[static_cast<std::size_t>(r * classes_ + k)];
+      if (k != y)
+        sum += relax(leads[static_cast<std::size_t>(k)], top, crown_share, g);
+    }
+    const double own = std::exp(-top), share = scale / (own + sum);
+    for (index k = 0; k < classes_; ++k) {
+      lead_slopes& g = slopes_[static_cast<std::size_t>(r * classes_ + k)];
+      g = {g.upper * share, g.lower * share, g.corner * share};
+    }
+    return top == 0 ? std::log1p(sum) : top + std::log(own + sum);
   }
-  /// f(j, W_yj − W_kj, c_j, r_j)
+  /// (e^u − e^l)/(u − l) times e^−top
+  static double steepness(const lead& d, double top) {
+    const double width = 2 * d.reach, high = std::exp(d.middle + d.reach - top);
+    return width > 0 && high > 0 ? high * (-std::expm1(-width) / width) : high;
+  }
+  /// Where in the box the sum of the chords is largest: a corner for Σ slope_k (W_k − W_y).
+  void find_corner(index r, index y, double top, std::vector<lead>& leads) {
+    double* corner = corners_.data() + r * dims_;
+    for (index k = 0; k < classes_; ++k)
+      if (k != y) {
+        const double slope = steepness(leads[static_cast<std::size_t>(k)], top);
+        if (slope != 0)
+          for_inputs(r, y, k, [&](index j, double e, double, double) { corner[j] += slope * e; });
+      }
+    for (index j = 0; j < dims_; ++j)
+      corner[j] = corner[j] > 0 ? 1 : corner[j] < 0 ? -1 : 0;
+    for (index k = 0; k < classes_; ++k)
+      for_inputs(r, y, k, [&](index j, double e, double, double radius) {
+        leads[static_cast<std::size_t>(k)].lean += corner[j] * e * radius;
+      });
+  }
+  /// (1 − f) e^u + f chord in the corner, times e^−top as its slopes are.
+  static double relax(const lead& d, double top, double f, lead_slopes& g) {
+    const double high = std::exp(d.middle + d.reach - top);
+    if (f == 0 || !(d.reach > 0)) { // the chord is a point
+      g = {high, 0, 0};
+      return high;
+    }
+    const double low = std::exp(d.middle - d.reach - top), steep = steepness(d, top);
+    const double at = std::clamp((d.reach + d.lean) / (2 * d.reach), 0.0, 1.0);
+    g = {(1 - f) * high + f * at * (high - steep), f * (1 - at) * (low - steep), f * steep};
+    return (1 - f) * high + f * ((1 - at) * low + at * high);
+  }
+  double bias_at(index k) const { return bias_[static_cast<std::size_t>(k)]; }
+
+  /// f(label, class, slopes of its lead) where there is a slope.
+  template <class F> void for_rivals(index r, F f) const {
+    const index y = label(r);
+    for (index k = 0; y >= 0 && k < classes_; ++k) {
+      const lead_slopes& g = slopes_[static_cast<std::size_t>(r * classes_ + k)];
+      if (g.upper != 0 || g.lower != 0 || g.corner != 0)
+        f(y, k, g);
+    }
+  }
+  /// f(j, W_kj − W_yj, c_j, r_j)
   template <class F> void for_inputs(index r, index y, index k, F f) const {
     const double *of_y = weights_.data() + y * dims_, *of_k = weights_.data() + k * dims_;
     const double *c = center_.data() + r * dims_, *radius = radius_.data() + r * dims_;
     for (index j = 0; j < dims_; ++j)
-      f(j, of_y[j] - of_k[j], c[j], radius[j]);
+      f(j, of_k[j] - of_y[j], c[j], radius[j]);
   }
 
   index rows_, classes_, dims_;
-  std::vector<double> center_, radius_, weights_;
+  std::vector<double> center_, radius_, weights_, bias_;
   const std::vector<std::int64_t>& labels_;
   const executor& run_on_;
+  std::vector<lead_slopes> slopes_; ///< 0 for the label, and for rows that do not count
+  std::vector<double> corners_;     ///< the side, -1 to 1, of each row's corner
 };
 
 } // namespace core
 
-/// certified_margin_loss of a last layer z = W h + b whose inputs are known to lie in boxes,
-/// |h − c| ≤ r, with the layer's own bounds of its margins, tighter than those of its scores:
+/// Certified cross-entropy of a last layer z = W h + b whose inputs are known to lie in boxes,
+/// |h − c| ≤ r: log of an upper bound, over the box, of Σ_k e^{d_k}, d_k = z_k − z_y the leads over
+/// the label's score. With E_k = W_k − W_y, and u_k, l_k = ⟨E_k, c⟩ + b_k − b_y ± ⟨|E_k|, r⟩ the
+/// layer's own bounds of d_k, tighter than those of its scores,
 ///
-///   m_k = ⟨W_y − W_k, c⟩ − ⟨|W_y − W_k|, r⟩ + b_y − b_k,   ℓ = log(1 + Σ_{k≠y} e^{−m_k})
+///   ℓ = log(1 + Σ_{k≠y} ((1 − f) e^{u_k} + f chord_k(d_k(h*))))
 ///
-/// with g_k = ∂ℓ/∂m_k, D_k = W_y − W_k:
+/// With the default f = 0 this is certified_margin_loss of m_k = −u_k. f = 1 is CROWN's fusion of
+/// the loss with the layer: e^d is at most its chord between l_k and u_k, of slope s_k =
+/// (e^{u_k} − e^{l_k})/(u_k − l_k), and the sum of the chords, one linear function of h, is largest
+/// in a corner, h* = c + sign(Σ s_k E_k) r. It is nowhere above f = 0, and below it as soon as two
+/// classes cannot have their worst in the same corner. CROWN-IBP mixes both: f falls from 1 to 0
+/// (f = (ε_max − ε)/ε_max) while the box grows.
 ///
-///   ∂ℓ/∂c = Σ g_k D_k,  ∂ℓ/∂r = −Σ g_k |D_k|,  ∂ℓ/∂b_y = Σ g_k,  ∂ℓ/∂b_k = −g_k
-///   ∂ℓ/∂W_y = Σ g_k (c − sign(D_k) r),  ∂ℓ/∂W_k = −g_k (c − sign(D_k) r),   sign(0) = 0
+/// With θ_k = (d_k(h*) − l_k)/(u_k − l_k) and U what the logarithm is of,
+///
+///   U ∂ℓ/∂u_k = (1 − f) e^{u_k} + f θ_k (e^{u_k} − s_k),  U ∂ℓ/∂l_k = f (1 − θ_k) (e^{l_k} − s_k),
+///   U ∂ℓ/∂d_k(h*) = f s_k
+///
+/// and from there to c, r, W and b; sign(0) = 0, and where u_k = l_k the chord is e^{u_k}.
 ///
 /// center, radius: rows × features; weights: classes × features; bias: classes. r ≥ 0 is not
 /// checked; r = 0 is cross_entropy of the layer. Outputs lie apart from each other; `accumulate`
 /// adds to all of them. NaN makes its row NaN and, as far as it reaches, the gradients of weights
 /// and bias. Sums are in double, and no bit depends on the number of threads. Takes memory for
-/// copies of the inputs in double, and for the margins. Reductions, errors, row weights: as
+/// copies of the inputs in double, and for the slopes. Reductions, errors, row weights: as
 /// cross_entropy. No by-products but `values`.
 /// Source: Gowal et al., "On the effectiveness of interval bound propagation", 2018 (elision of the
-/// last layer).
-template <class T = float> class certified_linear {
+/// last layer); Zhang et al., "Towards stable and efficient training of verifiably robust neural
+/// networks" (CROWN-IBP), ICLR 2020; Xu et al., "Automatic perturbation analysis for scalable
+/// certified robustness and beyond", NeurIPS 2020 (loss fusion).
+template <class T = float> class certified_linear : public row_loss<certified_linear<T>, T> {
 public:
   using value_type = T;
-  using options = typename certified_margin_loss<T>::options;
+  struct options {
+    double crown_share =
+        0; ///< f in [0, 1]: of the chords' bound; the rest is that of the intervals
+    std::int64_t ignore_index = -100;
+    perdita::reduction reduction = perdita::reduction::mean;
+  };
   static constexpr const char* name = "certified_linear";
+  static constexpr bool takes_soft_targets = false;
+  static constexpr bool has_softmax = false;
 
   certified_linear() : certified_linear(options{}) {}
-  explicit(false) certified_linear(const options& o)
-      : margin_loss_({.ignore_index = o.ignore_index, .reduction = o.reduction}), options_(o) {}
+  explicit(false) certified_linear(const options& o) : options_(o) {
+    core::require(o.crown_share >= 0 && o.crown_share <= 1, name, "crown_share", o.crown_share,
+                  "a number in [0, 1]");
+    core::require_reduction(name, o.reduction);
+  }
   const options& settings() const { return options_; }
 
   /// The reduced value.
@@ -371,6 +478,9 @@ public:
   }
 
 private:
+  friend row_loss<certified_linear<T>, T>;
+  template <class F> void visit(const core::row_job<T>&, F f) const { f(0); }
+
   using input = core::matrix_data<T>;
   using output = core::matrix_data<T, true>;
   struct outputs {
@@ -378,7 +488,8 @@ private:
   };
 
   template <bool M>
-  static void check(const char* what, const core::matrix_data<T, M>& m, index rows, index cols) {
+  static void check_matrix(const char* what, const core::matrix_data<T, M>& m, index rows,
+                           index cols) {
     core::require(m.rows == rows, name, (std::string("rows of ") + what).c_str(), m.rows,
                   "the number that the other arguments have");
     core::require(m.cols == cols, name, (std::string("columns of ") + what).c_str(), m.cols,
@@ -386,10 +497,10 @@ private:
     core::require(m.data || rows * cols == 0, name, what, 0, "a pointer to memory");
   }
   static void check_outputs(const outputs& to, const input& center, const input& weights) {
-    check("d_center", to.center, center.rows, center.cols);
-    check("d_radius", to.radius, center.rows, center.cols);
-    check("d_weights", to.weights, weights.rows, weights.cols);
-    check("d_bias", to.bias, 1, weights.rows);
+    check_matrix("d_center", to.center, center.rows, center.cols);
+    check_matrix("d_radius", to.radius, center.rows, center.cols);
+    check_matrix("d_weights", to.weights, weights.rows, weights.cols);
+    check_matrix("d_bias", to.bias, 1, weights.rows);
     const core::extent memory[] = {core::bytes_of(to.center), core::bytes_of(to.radius),
                                    core::bytes_of(to.weights), core::bytes_of(to.bias)};
     core::require_apart(name, memory, 4);
@@ -403,21 +514,15 @@ private:
       row[static_cast<std::size_t>(j)] += static_cast<T>(from[j]);
     to.write(r, 0, n, row.data());
   }
-  static std::vector<double> widened(const vector_view<const T>& v) {
-    std::vector<double> wide;
-    for (index i = 0; v.data && i < v.size; ++i)
-      wide.push_back(static_cast<double>(v[i]));
-    return wide;
-  }
 
   template <class L>
   T run(const input& center, const input& radius, const input& weights,
         const vector_view<const T>& bias, const vector_view<L>& labels, const outputs* to,
         const call_options<T>& call) const {
     const index rows = center.rows, classes = weights.rows;
-    check("center", center, rows, center.cols);
-    check("radius", radius, rows, center.cols);
-    check("weights", weights, classes, center.cols);
+    check_matrix("center", center, rows, center.cols);
+    check_matrix("radius", radius, rows, center.cols);
+    check_matrix("weights", weights, classes, center.cols);
     core::require(bias.size == classes, name, "size of bias", bias.size, "the number of classes");
     core::require(bias.data || classes == 0, name, "bias", 0, "a pointer to memory");
     core::require(labels.size == rows, name, "labels", labels.size, "as many as rows");
@@ -425,50 +530,52 @@ private:
     if (to)
       check_outputs(*to, center, weights);
 
-    std::vector<std::int64_t> of_rows(static_cast<std::size_t>(rows));
-    core::read_labels<std::remove_const_t<L>>(labels.data, labels.stride, 0, rows, of_rows.data());
-    std::vector<double> margins(static_cast<std::size_t>(rows * classes));
-    const core::interval_layer layer(center, radius, weights, of_rows, call.run_on);
-    layer.find_margins([&](index k) { return static_cast<double>(bias[k]); }, margins.data());
-    const double value = of_margins(margins, classes, of_rows, call);
+    core::row_job<T> job;
+    job.name = name;
+    job.scores.rows = rows;
+    job.scores.cols = classes;
+    this->set_labels(job, labels);
+    return this->drive(job, call, [&](const auto&) {
+      return judge({center, radius, weights}, bias, job, to, call);
+    });
+  }
+  struct inputs {
+    const input &center, &radius, &weights;
+  };
+  /// Σ of the rows' weighted values, and all gradients.
+  double judge(const inputs& in, const vector_view<const T>& bias, const core::row_job<T>& job,
+               const outputs* to, const call_options<T>& call) const {
+    const index rows = job.scores.rows, classes = job.scores.cols, dims = in.center.cols;
+    std::vector<std::int64_t> labels(static_cast<std::size_t>(rows));
+    if (rows > 0)
+      job.read_labels(0, rows, labels.data());
+    const auto counts = [&](index r) { return job.counts(r, labels[static_cast<std::size_t>(r)]); };
+    std::vector<double> values(labels.size());
+    core::interval_layer layer(in.center, in.radius, in.weights, bias, labels, call.run_on);
+    layer.judge(
+        options_.crown_share, counts, [&](index r) { return job.row_scale(r); }, values.data());
+    core::value_sum total;
+    for (index r = 0; r < rows; ++r)
+      if (counts(r))
+        core::store_value(job, r, values[static_cast<std::size_t>(r)], total);
+      else
+        core::store_ignored_report(job, r);
     if (to) {
-      layer.of_inputs(margins.data(), [&](index r, const double* c, const double* radii) {
-        put(to->center, r, c, center.cols, call.accumulate);
-        put(to->radius, r, radii, center.cols, call.accumulate);
+      layer.of_inputs([&](index r, const double* c, const double* radii) {
+        put(to->center, r, c, dims, call.accumulate);
+        put(to->radius, r, radii, dims, call.accumulate);
       });
       const vector_view<T> d_bias(reinterpret_cast<T*>(to->bias.data), classes,
                                   to->bias.col_stride);
-      layer.of_classes(margins.data(), [&](index k, const double* w, double b) {
-        put(to->weights, k, w, center.cols, call.accumulate);
+      layer.of_classes([&](index k, const double* w, double b) {
+        put(to->weights, k, w, dims, call.accumulate);
         d_bias[k] = static_cast<T>(call.accumulate ? static_cast<double>(d_bias[k]) + b : b);
       });
     }
-    return static_cast<T>(value);
+    core::exact_sum sum;
+    total.add_to(sum);
+    return sum.value();
   }
-  /// Margins become their slopes.
-  double of_margins(std::vector<double>& margins, index classes,
-                    const std::vector<std::int64_t>& labels, const call_options<T>& call) const {
-    const std::vector<double> weights = widened(call.row_weights), factors = widened(call.upstream);
-    const auto rows = static_cast<index>(labels.size());
-    core::require(!call.values.data || call.values.size == rows, name, "values", call.values.size,
-                  "as many as rows");
-    std::vector<double> values(labels.size());
-    call_options<double> wide;
-    wide.row_weights = weights;
-    wide.upstream = factors;
-    wide.scale = static_cast<double>(call.scale);
-    wide.normaliser = call.normaliser;
-    wide.values = values;
-    wide.run_on = call.run_on;
-    wide.memory = call.memory;
-    const matrix_view<double> at(margins.data(), rows, classes);
-    const double value = margin_loss_(at, labels, at, wide);
-    for (index r = 0; call.values.data && r < rows; ++r)
-      call.values[r] = static_cast<T>(values[static_cast<std::size_t>(r)]);
-    return value;
-  }
-
-  certified_margin_loss<double> margin_loss_;
   options options_;
 };
 

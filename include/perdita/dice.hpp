@@ -6,7 +6,10 @@
 #include <cstddef>
 #include <cstdint>
 #include <string>
+#include <type_traits>
+#include <utility>
 
+#include "core/integral_data.hpp"
 #include "core/row_loss.hpp"
 
 namespace perdita::inline PERDITA_ABI {
@@ -26,16 +29,47 @@ struct overlap_outcome {
   double value = 0, u = 0, v = 0;
 };
 
+/// Classes of pixels: image i says what the targets of the predictions' rows i K to i K + K − 1
+/// are, K the number of classes; or, where there is only one, it is a mask of that.
+template <class T> struct label_map {
+  matrix_data<T> labels;
+  index classes = 1;
+  std::int64_t ignored = 0;
+  void (*compare)(const label_map&, const unsigned char*, index, std::int64_t, T*) = nullptr;
+
+  template <class L>
+  label_map(const matrix_view<L>& map, index rows, std::int64_t ignore_index)
+      : labels(integral_data<T>(map)), classes(map.rows > 0 ? rows / map.rows : 1),
+        ignored(ignore_index), compare(&compare_labels<std::remove_const_t<L>>) {}
+  std::int64_t largest() const { return classes == 1 ? 1 : classes - 1; }
+  /// Of row r of the predictions: 1 where its class is, 0 elsewhere, −1 where nothing counts.
+  void read(index r, index c, index n, T* out) const {
+    compare(*this, labels.at(r / classes, c), n, classes == 1 ? 1 : r % classes, out);
+  }
+
+private:
+  template <class L>
+  static void compare_labels(const label_map& map, const unsigned char* p, index n,
+                             std::int64_t wanted, T* out) {
+    const L* of_pixels = reinterpret_cast<const L*>(p);
+    for (index i = 0; i < n; ++i) {
+      const auto label = static_cast<std::int64_t>(of_pixels[i * map.labels.col_stride]);
+      out[i] = label == map.ignored ? T(-1) : label == wanted ? T(1) : T(0);
+    }
+  }
+};
+
 /// Sums and slopes of matrices of which each row is one subject, or all rows together are. Rows are
 /// cut into pieces, whose sums are added up in order, whoever makes them.
-template <class T> class overlap_kernel {
+template <class T, class Targets = matrix_data<T>> class overlap_kernel {
   using V = pack<T>;
   using W = pack<double>;
   static constexpr index width = static_cast<index>(lanes<T>);
   static constexpr index chunk = 512, piece = 16384, task_elements = 32768;
+  static constexpr bool has_holes = std::is_same_v<Targets, label_map<T>>;
 
 public:
-  overlap_kernel(const matrix_data<T>& predictions, const matrix_data<T>& targets,
+  overlap_kernel(const matrix_data<T>& predictions, const Targets& targets,
                  const matrix_data<T, true>& gradient, const row_job<T>& job, bool squared)
       : predictions_(predictions), targets_(targets), gradient_(gradient), job_(job),
         squared_(squared), rows_(predictions.rows), cols_(predictions.cols),
@@ -129,8 +163,11 @@ private:
       const T* const p = look(predictions_, r, c + done, m, stage[0]);
       const T* const t = look(targets_, r, c + done, m, stage[1]);
       lane_sums lane;
-      for (index i = 0; i < m; i += width)
-        lane.add(first(p + i, m - i), first(t + i, m - i), squared_);
+      for (index i = 0; i < m; i += width) {
+        V x = first(p + i, m - i), y = first(t + i, m - i);
+        close_holes(x, y);
+        lane.add(x, y, squared_);
+      }
       both.add(lane.both);
       missed.add(lane.missed);
       extra.add(lane.extra);
@@ -150,8 +187,11 @@ private:
       if (job_.accumulate)
         gradient_.reader(gradient_.at(r, c + done), gradient_.col_stride, m, stage[2]);
       for (index i = 0; i < m; i += width) {
-        const V x = first(p + i, m - i), y = first(t + i, m - i);
+        V x = first(p + i, m - i), y = first(t + i, m - i);
+        const auto hole = close_holes(x, y);
         V slope = squared_ ? fma(x - y, u, x * v) : fma(y, u, (V(1) - y) * v);
+        if constexpr (has_holes)
+          slope = select(hole, V(0), slope);
         if (!counts)
           slope = V(0);
         if (job_.accumulate)
@@ -162,16 +202,28 @@ private:
     }
   }
 
-  static const T* look(const matrix_data<T>& from, index r, index c, index n, T* stage) {
-    if (from.direct() && from.col_stride == 1)
-      return from.pointer(r, c);
+  /// Nothing predicted, and nothing there, where nothing counts.
+  static PERDITA_INLINE auto close_holes(V& prediction, V& target) {
+    const auto hole = target < V(0);
+    if constexpr (has_holes) {
+      prediction = select(hole, V(0), prediction);
+      target = select(hole, V(0), target);
+    }
+    return hole;
+  }
+  template <class From>
+  static const T* look(const From& from, index r, index c, index n, T* stage) {
+    if constexpr (std::is_same_v<From, matrix_data<T>>)
+      if (from.direct() && from.col_stride == 1)
+        return from.pointer(r, c);
     from.read(r, c, n, stage);
     return stage;
   }
   /// Zeros, which add nothing, after the last.
   static V first(const T* p, index n) { return n >= width ? V::load(p) : load_first(p, n, V(0)); }
 
-  const matrix_data<T>&predictions_, &targets_;
+  const matrix_data<T>& predictions_;
+  const Targets& targets_;
   const matrix_data<T, true>& gradient_;
   const row_job<T>& job_;
   bool squared_;
@@ -305,12 +357,20 @@ struct tversky_formula {
 
 } // namespace core
 
+namespace core {
+
+template <class M>
+concept label_map_like = matrix_like<M> && label_type<typename element_of<M>::type>;
+
+} // namespace core
+
 /// Base of the losses of how far two sets overlap. Derived declares what a row_loss does, and
 /// formula(): sums → outcome.
 template <class Derived, class T> class overlap_loss : public row_loss<Derived, T> {
 public:
   static constexpr bool takes_soft_targets = true;
   static constexpr bool has_softmax = false;
+  static constexpr bool takes_label_maps = true; ///< hidden by losses that do not
 
   /// The reduced value. Predictions and targets are rows × elements, of T (or 16-bit storage where
   /// T is float).
@@ -327,6 +387,19 @@ public:
   operator()(X&& predictions, Y&& targets, G&& gradient, const call_options<T>& call = {}) const {
     return run(core::as_matrix(predictions), core::as_matrix(targets), core::as_matrix(gradient),
                call, true);
+  }
+  /// The same, with the classes of pixels for targets.
+  template <class X, core::label_map_like Y>
+  requires core::scores_like<X, T> T operator()(X&& predictions, Y&& labels,
+                                                const call_options<T>& call = {}) const {
+    return run_map(core::as_matrix(predictions), core::as_matrix(labels), matrix_view<T>(), call,
+                   false);
+  }
+  template <class X, core::label_map_like Y, class G>
+  requires core::scores_like<X, T> && core::gradient_like<G, T> T
+  operator()(X&& predictions, Y&& labels, G&& gradient, const call_options<T>& call = {}) const {
+    return run_map(core::as_matrix(predictions), core::as_matrix(labels), core::as_matrix(gradient),
+                   call, true);
   }
 
 protected:
@@ -345,20 +418,26 @@ protected:
   static std::size_t overlap_bytes(index rows, index cols, const core::row_job<T>& job) {
     return core::overlap_kernel<T>::scratch_bytes(rows, cols, job.scores.rows);
   }
-  double run_overlap(const core::matrix_data<T>& predictions, const core::matrix_data<T>& targets,
+  template <class Targets>
+  double run_overlap(const core::matrix_data<T>& predictions, const Targets& targets,
                      const core::matrix_data<T, true>& gradient, const core::row_job<T>& job,
                      const executor& run_on, std::byte* scratch) const {
     const auto formula = self().formula();
-    return core::overlap_kernel<T>(predictions, targets, gradient, job, formula.squared)
+    return core::overlap_kernel<T, Targets>(predictions, targets, gradient, job, formula.squared)
         .run(formula, run_on, scratch);
+  }
+  template <class Targets>
+  double run_overlap(const core::row_job<T>& given, const Targets& targets,
+                     const core::row_job<T>& job, const call_options<T>& call) const {
+    workspace own;
+    workspace& memory = call.memory ? *call.memory : own;
+    return run_overlap(given.scores, targets, given.gradient, job, call.run_on,
+                       memory.request(overlap_bytes(given.scores.rows, given.scores.cols, job)));
   }
   /// What most losses do; mip_tversky hides it.
   double evaluate(const core::row_job<T>& given, const core::row_job<T>& job,
                   const call_options<T>& call) const {
-    workspace own;
-    workspace& memory = call.memory ? *call.memory : own;
-    return run_overlap(given.scores, given.soft, given.gradient, job, call.run_on,
-                       memory.request(overlap_bytes(given.scores.rows, given.scores.cols, job)));
+    return run_overlap(given, given.soft, job, call);
   }
 
 private:
@@ -375,26 +454,63 @@ private:
     given.scores = core::matrix_data<T>(predictions);
     given.soft = core::matrix_data<T>(targets);
     given.gradient = core::matrix_data<T, true>(gradient);
+    check_shape("targets", targets.rows, targets.cols, predictions.rows,
+                self().target_columns(predictions.cols, targets.cols));
     check_call(given, call, has_gradient);
-
-    core::row_job<T> job; // of one row, where all rows are one subject
+    return drive_subjects(given, call, [&](const core::row_job<T>& job) {
+      return self().evaluate(given, job, call);
+    });
+  }
+  template <class S, class L, class G>
+  T run_map(const matrix_view<S>& predictions, const matrix_view<L>& labels,
+            const matrix_view<G>& gradient, const call_options<T>& call, bool has_gradient) const {
+    static_assert(Derived::takes_label_maps, "this loss takes its targets as numbers");
+    const core::label_map<T> map(labels, predictions.rows, self().settings().ignore_index);
+    if (map.classes < 1 || labels.rows * map.classes != predictions.rows)
+      core::fail(Derived::name, "rows of the predictions", core::to_text(predictions.rows),
+                 "a multiple of those of the labels, " + core::to_text(labels.rows));
+    check_shape("labels", labels.rows, labels.cols, labels.rows, predictions.cols);
+    core::row_job<T> given;
+    given.name = Derived::name;
+    given.scores = core::matrix_data<T>(predictions);
+    given.soft = map.labels;
+    given.gradient = core::matrix_data<T, true>(gradient);
+    check_call(given, call, has_gradient);
+    check_labels(labels, map);
+    return drive_subjects(given, call, [&](const core::row_job<T>& job) {
+      return run_overlap(given, map, job, call);
+    });
+  }
+  template <class L>
+  void check_labels(const matrix_view<L>& labels, const core::label_map<T>& map) const {
+    for (index r = 0; r < labels.rows; ++r)
+      for (index c = 0; c < labels.cols; ++c) {
+        const L label = labels(r, c);
+        const bool known =
+            std::cmp_greater_equal(label, 0) && std::cmp_less_equal(label, map.largest());
+        if (!known && static_cast<std::int64_t>(label) != map.ignored)
+          core::fail_at(Derived::name, "labels", r * labels.cols + c, core::to_text(label),
+                        "0 to " + core::to_text(map.largest()) + ", or ignore_index " +
+                            core::to_text(map.ignored));
+      }
+  }
+  /// f(job), of a row for each subject, which all rows are together if one value is asked for.
+  template <class F>
+  T drive_subjects(const core::row_job<T>& given, const call_options<T>& call, F f) const {
+    core::row_job<T> job;
     job.name = Derived::name;
-    const index rows = predictions.rows, cols = predictions.cols;
+    const index rows = given.scores.rows, cols = given.scores.cols;
     const bool one = self().settings().over_batch;
     job.scores.rows = one ? (rows * cols > 0 ? 1 : 0) : rows;
     job.scores.cols = one ? rows * cols : cols;
-    return this->drive(job, call, [&](const auto&) {
-      return job.scores.rows > 0 ? self().evaluate(given, job, call) : 0;
-    });
+    return this->drive(job, call, [&](const auto&) { return job.scores.rows > 0 ? f(job) : 0; });
   }
 
   void check_call(const core::row_job<T>& job, const call_options<T>& call,
                   bool has_gradient) const {
     const index rows = job.scores.rows, cols = job.scores.cols;
-    check_shape("targets", job.soft.rows, job.soft.cols, rows,
-                self().target_columns(cols, job.soft.cols));
     this->require_memory("predictions", job.scores.data, rows * cols);
-    this->require_memory("targets", job.soft.data, rows * job.soft.cols);
+    this->require_memory("targets", job.soft.data, job.soft.rows * job.soft.cols);
     if (!has_gradient)
       return;
     check_shape("gradient", job.gradient.rows, job.gradient.cols, rows, cols);
@@ -414,9 +530,17 @@ private:
 ///   squared:  ℓ = 1 − (2 Σ p t + s)/(Σ p² + Σ t² + s) = Σ (p − t)²/U
 ///   ∂ℓ/∂p = 2 (p − t)/U − 2 p Σ (p − t)²/U²
 ///
-/// computed in the forms on the right, which keep their digits where p is near t. U = 0 (nothing is
-/// there, nothing predicted, s = 0): value and gradient are 0. Outside [0, 1] the formulas hold as
-/// they stand. NaN or an infinity makes its row NaN.
+/// computed in the forms on the right, which keep their digits where p is near t.
+///
+/// Targets are of the predictions' shape, of T (or 16-bit storage where T is float), or a label
+/// map: integers, images × pixels, whose label 0 to K − 1 says which of the image's K rows of
+/// predictions (rows i K to i K + K − 1, K = rows/images) has the target 1 there; all others have
+/// 0. With K = 1 it is a mask, of 0 and 1. Pixels of ignore_index have no part in any row, whatever
+/// is predicted there, and their gradient is 0. No one-hot matrix is made. Predictions whose
+/// channels are last are rows too, with the strides of a matrix_view.
+///
+/// U = 0 (nothing is there, nothing predicted, s = 0): value and gradient are 0. Outside [0, 1] the
+/// formulas hold as they stand. NaN or an infinity makes its row NaN.
 ///
 /// Reductions, row weights, `accumulate` and the rest of the call options: as cross_entropy, a row
 /// being a row. No by-products but `values`. With over_batch all elements together have one value:
@@ -431,7 +555,7 @@ public:
     bool squared = false;    ///< squares in the denominator
     bool over_batch = false; ///< one value for all rows
     perdita::reduction reduction = perdita::reduction::mean;
-    std::int64_t ignore_index = -100; ///< without effect: there are no labels
+    std::int64_t ignore_index = -100; ///< of label maps
   };
   static constexpr const char* name = "dice";
 
@@ -470,7 +594,7 @@ public:
     T smoothing = 1;      ///< s ≥ 0
     bool over_batch = false;
     perdita::reduction reduction = perdita::reduction::mean;
-    std::int64_t ignore_index = -100; ///< without effect: there are no labels
+    std::int64_t ignore_index = -100; ///< of label maps
   };
   static constexpr const char* name = "tversky";
 
@@ -518,6 +642,7 @@ public:
     std::int64_t ignore_index = -100; ///< without effect: there are no labels
   };
   static constexpr const char* name = "mip_tversky";
+  static constexpr bool takes_label_maps = false;
 
   explicit(false) mip_tversky(const options& o) : options_(o) {
     core::require(o.depth > 0, name, "depth", o.depth, "a number of voxels above 0");

@@ -3,11 +3,13 @@
 
 #include <algorithm>
 #include <cmath>
+#include <concepts>
 #include <cstdint>
 #include <limits>
 #include <string>
 #include <vector>
 
+#include "core/integral_data.hpp"
 #include "core/paired_kernel.hpp"
 #include "core/row_loss.hpp"
 #include "core/solved_row.hpp"
@@ -58,6 +60,18 @@ template <class T> struct multi_margin_formula : weston_watkins_formula<T> {
   }
 };
 
+template <class Y>
+concept class_lists_like =
+    matrix_like<Y> && std::signed_integral<std::remove_const_t<typename element_of<Y>::type>>;
+
+/// A row of n class numbers, which the first negative one ends, as a row of ones and zeros.
+template <class L, class T>
+void read_class_list(const unsigned char* p, index stride, index n, T* out) {
+  const L* list = reinterpret_cast<const L*>(p);
+  std::fill_n(out, n, T(0));
+  for (index i = 0; i < n && list[i * stride] >= 0; ++i)
+    out[list[i * stride]] = T(1);
+}
 /// Scores in double, of which those with a target above 0 are relevant.
 struct multilabel_margin_formula {
   static constexpr bool paired = true;
@@ -192,13 +206,18 @@ private:
 ///   ℓ = (1/K) Σ_{a∈R} Σ_{b∉R} max(0, c + x_b − x_a)
 ///   ∂ℓ/∂x_b = |{a : c + x_b > x_a}|/K,  ∂ℓ/∂x_a = −|{b : c + x_b > x_a}|/K
 ///
-/// The target is rows × classes, 1 for the relevant classes and 0 for the others (PyTorch: a list
-/// of them that ends with −1). Where all are relevant, or none, the loss is 0. With one it is
-/// multi_margin. Takes K log K operations a row, in double; on the kink the slope is 0.
+/// The target is rows × classes, of one of two kinds: numbers of T (or 16-bit storage), above 0 for
+/// the relevant classes (1, say) and 0 for the others; or, as in PyTorch, of a signed integral
+/// type, the list of the relevant classes' numbers in any order, which the first negative number
+/// ends (what comes after it is of no effect). A class that is listed twice counts once (in
+/// PyTorch: twice).
+///
+/// Where all classes are relevant, or none, the loss is 0. With one it is multi_margin. Takes
+/// K log K operations a row, in double; on the kink the slope is 0.
 /// Masked classes (-inf) that are not relevant do not count, but in K; a relevant one costs +inf
 /// unless all others are masked, as another one of +inf does. NaN, or +inf on both sides, makes the
-/// row NaN. Shapes, reductions, errors: as cross_entropy with soft targets. No by-products but
-/// `values`. Needs whole rows, so not on the linear head.
+/// row NaN. Shapes, reductions, errors: as cross_entropy with soft targets; a listed class that
+/// does not exist throws. No by-products but `values`. Needs whole rows, so not on the linear head.
 /// Source: Elisseeff and Weston, "A kernel method for multi-labelled classification", 2001.
 template <class T = float> class multilabel_margin : public row_loss<multilabel_margin<T>, T> {
 public:
@@ -223,6 +242,27 @@ public:
   }
   const options& settings() const { return options_; }
 
+  /// The reduced value. `target` is a matrix of numbers or of lists.
+  template <class X, class Y>
+  requires core::scores_like<X, T> T operator()(X&& scores, Y&& target,
+                                                const call_options<T>& call = {}) const {
+    if constexpr (core::class_lists_like<Y>)
+      return of_lists<false>(core::as_matrix(scores), core::as_matrix(target), matrix_view<T>(),
+                             call);
+    else
+      return row_loss<multilabel_margin<T>, T>::operator()(scores, target, call);
+  }
+  /// The reduced value, and its gradient with respect to the scores.
+  template <class X, class Y, class G>
+  requires core::scores_like<X, T> && core::gradient_like<G, T>
+      T operator()(X&& scores, Y&& target, G&& gradient, const call_options<T>& call = {}) const {
+    if constexpr (core::class_lists_like<Y>)
+      return of_lists<true>(core::as_matrix(scores), core::as_matrix(target),
+                            core::as_matrix(gradient), call);
+    else
+      return row_loss<multilabel_margin<T>, T>::operator()(scores, target, gradient, call);
+  }
+
 private:
   friend row_loss<multilabel_margin<T>, T>;
   void check(const core::row_job<T>& job) const {
@@ -231,6 +271,25 @@ private:
   }
   template <class F> void visit(const core::row_job<T>&, F f) const {
     f(core::multilabel_margin_formula{static_cast<double>(options_.margin)});
+  }
+  template <bool Gradient, class S, class L, class G>
+  T of_lists(const matrix_view<S>& scores, const matrix_view<L>& lists,
+             const matrix_view<G>& gradient, const call_options<T>& call) const {
+    this->check_size("target rows", lists.rows, scores.rows);
+    this->check_size("target columns", lists.cols, scores.cols);
+    this->require_memory("target", lists.data, lists.rows * lists.cols);
+    for (index r = 0; r < lists.rows; ++r)
+      for (index i = 0; i < lists.cols && lists(r, i) >= 0; ++i)
+        if (static_cast<std::int64_t>(lists(r, i)) >= scores.cols)
+          core::fail_at(name, "target", r * lists.cols + i, core::to_text(lists(r, i)),
+                        "0 to " + core::to_text(scores.cols - 1) + ", or a negative number");
+    core::row_job<T> job;
+    job.name = name;
+    job.scores = core::matrix_data<T>(scores);
+    job.soft = core::integral_data<T>(lists, &core::read_class_list<std::remove_const_t<L>, T>);
+    job.gradient = core::matrix_data<T, true>(gradient);
+    return this->template evaluate<Gradient>(
+        job, call, [this](const auto& settled, auto f) { this->visit(settled, f); });
   }
   options options_;
 };

@@ -337,7 +337,8 @@ template <class T> struct layer {
 
 /// The sum over rows in wide arithmetic, of inputs of which one is moved.
 template <class T>
-wide expect_layer(const layer<T>& in, int which, std::size_t at, const wide& by) {
+wide expect_layer(const layer<T>& in, int which, std::size_t at, const wide& by,
+                  const wide& share = 0) {
   const auto get = [&](const std::vector<T>& m, int number, index i) {
     const auto k = static_cast<std::size_t>(i);
     return wide(m[k]) + (number == which && k == at ? by : wide(0));
@@ -347,16 +348,32 @@ wide expect_layer(const layer<T>& in, int which, std::size_t at, const wide& by)
     const index y = in.labels[static_cast<std::size_t>(r)];
     if (y < 0)
       continue;
-    std::vector<wide> m;
+    const auto difference = [&](index k, index j) {
+      return wide(get(in.weights, 2, y * in.dims + j) - get(in.weights, 2, k * in.dims + j));
+    };
+    // Margins, the least of them and what the chords of e^−m say: constants, and sums of slopes.
+    std::vector<wide> m, slopes(static_cast<std::size_t>(in.dims), 0);
+    wide chords = 1;
     for (index k = 0; k < in.classes; ++k) {
-      m.push_back(get(in.bias, 3, y) - get(in.bias, 3, k));
+      wide middle = get(in.bias, 3, y) - get(in.bias, 3, k), reach = 0;
       for (index j = 0; j < in.dims; ++j) {
-        const wide d = get(in.weights, 2, y * in.dims + j) - get(in.weights, 2, k * in.dims + j);
-        m.back() += d * get(in.center, 0, r * in.dims + j) -
-                    size_of(d) * get(in.radius, 1, r * in.dims + j);
+        middle += difference(k, j) * get(in.center, 0, r * in.dims + j);
+        reach += size_of(difference(k, j)) * get(in.radius, 1, r * in.dims + j);
       }
+      m.push_back(middle - reach);
+      if (k == y)
+        continue;
+      const wide least = exp(wide(-middle - reach)), most = exp(wide(reach - middle)),
+                 slope = (most - least) / (2 * reach);
+      chords += (most + least) / 2;
+      for (index j = 0; j < in.dims; ++j)
+        slopes[static_cast<std::size_t>(j)] += slope * difference(k, j);
     }
-    total += expectation(m, static_cast<std::size_t>(y)).value;
+    for (index j = 0; share > 0 && j < in.dims; ++j)
+      chords += size_of(slopes[static_cast<std::size_t>(j)]) * get(in.radius, 1, r * in.dims + j);
+    const wide of_intervals = expectation(m, static_cast<std::size_t>(y)).value;
+    total +=
+        share == 0 ? of_intervals : log(wide(share * chords + (1 - share) * exp(of_intervals)));
   }
   return total;
 }
@@ -368,22 +385,24 @@ TEMPLATE_TEST_CASE("certified_linear: value and all gradients", "[certified]", f
   random_numbers random(26);
   const wide epsilon = std::numeric_limits<T>::epsilon();
   layer<T> in(random);
-  const T value = in.run({{.reduction = reduction::sum}});
-  const double of_value = relative(value, expect_layer(in, 0, 0, 0));
-  CHECK(of_value < 8);
-  const auto gradients = in.gradients();
-  double worst = 0;
-  for (int which = 0; which < 4; ++which)
-    for (std::size_t i = 0; i < gradients[static_cast<std::size_t>(which)].size(); ++i) {
-      const wide step = ldexp(wide(1), -38); // errors of 1e-22 or so
-      const auto at = [&](int n) { return expect_layer(in, which, i, wide(n * step)); };
-      const wide expected = (8 * (at(1) - at(-1)) - (at(2) - at(-2))) / (12 * step);
-      const wide got = gradients[static_cast<std::size_t>(which)][i];
-      worst = std::max(worst, static_cast<double>(size_of(wide(got - expected)) /
-                                                  (epsilon * (size_of(expected) + 0.25))));
-    }
+  double worst_value = 0, worst = 0;
+  for (const double share : {0.0, 1.0, 0.375}) {
+    const T value = in.run({{.crown_share = share, .reduction = reduction::sum}});
+    worst_value = std::max(worst_value, relative(value, expect_layer(in, 0, 0, 0, share)));
+    const auto gradients = in.gradients();
+    for (int which = 0; which < 4; ++which)
+      for (std::size_t i = 0; i < gradients[static_cast<std::size_t>(which)].size(); ++i) {
+        const wide step = ldexp(wide(1), -38); // errors of 1e-22 or so
+        const auto at = [&](int n) { return expect_layer(in, which, i, wide(n * step), share); };
+        const wide expected = (8 * (at(1) - at(-1)) - (at(2) - at(-2))) / (12 * step);
+        const wide got = gradients[static_cast<std::size_t>(which)][i];
+        worst = std::max(worst, static_cast<double>(size_of(wide(got - expected)) /
+                                                    (epsilon * (size_of(expected) + 0.25))));
+      }
+  }
   report_accuracy<T>("certified_linear", "", in_epsilons_of_terms,
-                     {of_value, worst, std::max(of_value / 8, worst / 16)});
+                     {worst_value, worst, std::max(worst_value / 8, worst / 16)});
+  CHECK(worst_value < 8);
   INFO(worst);
   CHECK(worst < 16);
 }
@@ -416,6 +435,92 @@ TEST_CASE(
   CHECK(boxed > exact);
   std::fill(in.radius.begin(), in.radius.end(), 0.0);
   CHECK(std::abs(in.run({}) - exact) < 1e-14);
+}
+
+TEST_CASE("certified_linear: chords are tighter than intervals, and still bounds", "[certified]") {
+  random_numbers random(29);
+  const auto of = [](double share) {
+    return perdita::certified_linear<double>({.crown_share = share});
+  };
+  layer<double> in(random);
+  for (const double grow : {0.01, 1.0, 10.0, 1000.0}) {
+    layer<double> box = in;
+    for (double& r : box.radius)
+      r *= grow;
+    const double chords = box.run(of(1)), half = box.run(of(0.5)), intervals = box.run(of(0));
+    CHECK(chords < half);
+    CHECK(half < intervals);
+    CHECK(std::isfinite(chords));
+    // No input in the box is worse, corners included.
+    layer<double> point = box;
+    std::fill(point.radius.begin(), point.radius.end(), 0.0);
+    for (int repeat = 0; repeat < 100; ++repeat) {
+      for (std::size_t i = 0; i < point.center.size(); ++i) {
+        const double side = repeat % 2 == 0 ? random.uniform(-1, 1) : random.below(2) ? 1 : -1;
+        point.center[i] = box.center[i] + side * box.radius[i];
+      }
+      CHECK(point.run(of(1)) <= chords);
+      CHECK(point.run(of(0)) <= chords);
+    }
+  }
+  // One rival has its worst corner to itself.
+  layer<double> two = in;
+  two.classes = 2;
+  two.weights.resize(14);
+  two.dw.resize(14);
+  two.bias.resize(2);
+  two.db.resize(2);
+  two.labels = {0, 1, -100, 1, 0, 0};
+  const double intervals = two.run(of(0));
+  const auto expected = two.gradients();
+  CHECK(std::abs(two.run(of(1)) - intervals) < 1e-14);
+  for (std::size_t i = 0; i < 4; ++i)
+    for (std::size_t j = 0; j < expected[i].size(); ++j)
+      CHECK(std::abs(two.gradients()[i][j] - expected[i][j]) < 1e-14);
+  // Nothing to be bounded: cross-entropy, its gradients too
+  layer<double> exact = in, same = in;
+  std::fill(exact.radius.begin(), exact.radius.end(), 0.0);
+  same.radius = exact.radius;
+  CHECK(exact.run(of(1)) == same.run(of(0)));
+  CHECK((exact.dc == same.dc && exact.dw == same.dw && exact.db == same.db));
+}
+
+TEST_CASE("certified_linear: rows that are not numbers, or far away", "[certified]") {
+  random_numbers random(30);
+  for (const double share : {0.0, 0.5, 1.0}) {
+    const perdita::certified_linear<double> loss(
+        {.crown_share = share, .reduction = reduction::none});
+    layer<double> in(random);
+    const layer<double> plain = [&] {
+      layer<double> copy = in;
+      copy.run(loss);
+      return copy;
+    }();
+    std::vector<double> values(6);
+    perdita::call_options<double> call;
+    call.values = values;
+    for (const double bad : {nan, inf}) {
+      layer<double> spoilt = in;
+      spoilt.radius[9] = bad; // of row 1
+      CHECK(std::isnan(spoilt.run(loss, call)));
+      CHECK((std::isnan(values[1]) && values[2] == 0 && values[3] > 0));
+      for (std::size_t i = 0; i < 42; ++i)
+        CHECK((i / 7 == 1 ? std::isnan(spoilt.dc[i]) : spoilt.dc[i] == plain.dc[i]));
+    }
+    layer<double> far = in; // no rival comes near, or the rivals are all there is
+    far.bias = {900, 0, 0, 0, 0};
+    far.labels = {0, 0, -100, 0, 0, 0};
+    CHECK(far.run(loss, call) == 0);
+    far.labels = {1, 2, -100, 3, 4, 1};
+    far.run(loss, call);
+    CHECK((values[0] > 850 && std::isfinite(values[0])));
+    CHECK(far.db[0] == 5);
+    far = in; // a class that cannot be
+    far.bias[0] = -inf;
+    far.labels[0] = 1;
+    CHECK(std::isfinite(far.run(loss, call)));
+    CHECK((far.db[0] == 0 && far.dw[3] == 0 && std::isfinite(far.dw[10])));
+  }
 }
 
 TEST_CASE("certified_linear: options, threads, and what is refused", "[certified]") {
@@ -461,6 +566,9 @@ TEST_CASE("certified_linear: options, threads, and what is refused", "[certified
     CHECK_THROWS_WITH(e.run({}), ContainsSubstring(message));
     CHECK(e.gradients()[2] == before[2]);
   };
+  for (const double bad : {-0.5, 1.5, nan})
+    CHECK_THROWS_WITH(perdita::certified_linear<float>({.crown_share = bad}),
+                      ContainsSubstring("crown_share is"));
   refuse([](auto& e) { e.labels[1] = 5; }, "labels[1] is 5");
   refuse([](auto& e) { e.labels.pop_back(); }, "labels is 5");
   refuse([](auto& e) { e.bias.pop_back(); }, "size of bias is 4");

@@ -7,6 +7,7 @@
 
 #include <array>
 #include <cmath>
+#include <cstdint>
 #include <functional>
 #include <limits>
 #include <vector>
@@ -394,6 +395,104 @@ TEST_CASE("mip_tversky: the largest voxel along an axis", "[dice]") {
   CHECK(std::isnan(call(small, {0.5, nan, 0.25, 0.5}, {1, 0, 0, 0}, g)));
   for (const double x : g)
     CHECK(std::isnan(x));
+}
+
+TEMPLATE_TEST_CASE("dice: label maps are one-hot targets that are not made", "[dice]",
+                   unsigned char, int, std::int64_t) {
+  using L = TestType;
+  random_numbers random(14);
+  const index images = 3, classes = 4, pixels = 700, rows = images * classes;
+  const auto size = static_cast<std::size_t>(rows * pixels);
+  const masks<float> m(size, false, random);
+  std::vector<L> map(static_cast<std::size_t>(images * pixels)), turned(map.size());
+  for (L& label : map)
+    label = static_cast<L>(random.below(5)); // 4 is ignored
+  std::vector<float> with_holes = m.p, hot(size), g(size), h(size), each(12), other(12);
+  for (index r = 0; r < rows; ++r)
+    for (index c = 0; c < pixels; ++c) {
+      const L label = map[static_cast<std::size_t>(r / classes * pixels + c)];
+      const auto at = static_cast<std::size_t>(r * pixels + c);
+      turned[static_cast<std::size_t>(c * images + r / classes)] = label;
+      hot[at] = label == r % classes ? 1.0F : 0.0F;
+      if (label == 4)
+        with_holes[at] = 0;
+    }
+  std::vector<float> given = m.p;
+  for (std::size_t i = 0; i < size; ++i) // what is predicted where nothing counts is of no effect
+    if (with_holes[i] == 0 && i % 3 == 0)
+      given[i] = static_cast<float>(i % 2 == 0 ? nan : inf);
+  const matrix_view<const float> p(given.data(), rows, pixels), q(with_holes.data(), rows, pixels),
+      t(hot.data(), rows, pixels);
+  const matrix_view<const L> labels(map.data(), images, pixels),
+      columns(turned.data(), images, pixels, 1, images);
+  const auto check = [&](const auto& loss, bool one) {
+    perdita::call_options<float> call, plain;
+    call.values = one ? perdita::vector_view<float>(each.data(), 1) : each;
+    plain.values = one ? perdita::vector_view<float>(other.data(), 1) : other;
+    std::vector<float> weights;
+    for (index r = 0; r < (one ? 1 : rows); ++r) // without the background
+      weights.push_back(!one && r % classes == 0 ? 0.0F : 1.5F);
+    call.row_weights = plain.row_weights = weights;
+    const float value = loss(q, t, matrix_view<float>(g.data(), rows, pixels), plain);
+    CHECK(loss(p, labels, matrix_view<float>(h.data(), rows, pixels), call) == value);
+    CHECK(each == other);
+    std::size_t wrong = 0;
+    for (std::size_t i = 0; i < size; ++i)
+      wrong += h[i] != (with_holes[i] == 0 ? 0 : g[i]);
+    CHECK(wrong == 0);
+    CHECK(loss(p, columns, call) == value);
+    // Added to, by several threads
+    const threads_executor threads(3, task_order::shuffled);
+    std::vector<float> sum(size, 1.0F);
+    call.run_on = threads;
+    call.accumulate = true;
+    CHECK(loss(p, labels, matrix_view<float>(sum.data(), rows, pixels), call) == value);
+    for (std::size_t i = 0; i < size; ++i)
+      wrong += sum[i] != 1.0F + h[i];
+    CHECK(wrong == 0);
+  };
+  for (const bool one : {false, true}) {
+    check(perdita::dice<float>({.over_batch = one, .ignore_index = 4}), one);
+    check(perdita::dice<float>({.squared = true, .over_batch = one, .ignore_index = 4}), one);
+    check(perdita::tversky<float>({.over_batch = one, .ignore_index = 4}), one);
+  }
+}
+
+TEST_CASE("dice: masks of integers, and label maps that are refused", "[dice]") {
+  // The golden values' mask
+  const std::vector<double> p{.9, .2, .6, .1};
+  std::vector<short> mask{1, 0, 1, 1};
+  std::vector<double> g(4, 7);
+  const matrix_view<const double> row(p.data(), 1, 4);
+  const matrix_view<short> of_row(mask.data(), 1, 4);
+  const matrix_view<double> gradient(g.data(), 1, 4);
+  using Catch::Matchers::WithinAbs;
+  CHECK_THAT(perdita::dice<double>()(row, of_row, gradient), WithinAbs(0.275862068966, 1e-11));
+  CHECK_THAT(g[1], WithinAbs(0.124851367, 1e-8));
+  CHECK_THAT(g[2], WithinAbs(-0.219976219, 1e-8));
+  mask[1] = -100; // nothing there: U = 1.6 + 3 + 1
+  CHECK_THAT(perdita::dice<double>()(row, of_row, gradient), WithinAbs(1 - 4.2 / 5.6, 1e-15));
+  CHECK(g[1] == 0);
+
+  g.assign(4, 7);
+  const perdita::dice<double> loss;
+  mask[1] = 2;
+  CHECK_THROWS_WITH(loss(row, of_row, gradient),
+                    ContainsSubstring("labels[1] is 2, expected 0 to 1, or ignore_index -100"));
+  const matrix_view<const double> two(p.data(), 2, 2);
+  const matrix_view<short> wide_map(mask.data(), 1, 2), tall(mask.data(), 3, 2),
+      narrow(mask.data(), 1, 1), missing(nullptr, 1, 2);
+  CHECK_THROWS_WITH(loss(two, wide_map), ContainsSubstring("labels[1] is 2, expected 0 to 1"));
+  CHECK_THROWS_WITH(loss(two, tall), ContainsSubstring("rows of the predictions is 2"));
+  CHECK_THROWS_WITH(loss(matrix_view<const double>(p.data(), 0, 2), tall),
+                    ContainsSubstring("rows of the predictions is 0"));
+  CHECK_THROWS_WITH(loss(two, narrow), ContainsSubstring("shape of the labels is 1 x 1"));
+  CHECK_THROWS_WITH(loss(two, missing), ContainsSubstring("targets"));
+  CHECK_THROWS_WITH(loss(row, of_row, matrix_view<double>(g.data(), 1, 3)),
+                    ContainsSubstring("shape of the gradient"));
+  CHECK(g == std::vector<double>(4, 7));
+  CHECK(loss(matrix_view<const double>(p.data(), 0, 2), matrix_view<short>(mask.data(), 0, 2)) ==
+        0);
 }
 
 TEST_CASE("dice: what is refused", "[dice]") {

@@ -6,12 +6,14 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdint>
 #include <limits>
 #include <memory>
 #include <string>
 #include <vector>
 
 #include "support/catch.hpp"
+#include "support/numbers.hpp"
 #include "support/row_battery.hpp"
 
 namespace perdita_tests {
@@ -236,6 +238,83 @@ TEST_CASE("multi_margin: weights and the mean", "[multi_margin]") {
   CHECK(loss(scores, labels) == value);
   CHECK(loss.class_weights() == w);
   CHECK(loss.settings().class_weights.empty());
+}
+
+TEMPLATE_TEST_CASE("multilabel_margin: lists of classes", "[multi_margin]", signed char, int,
+                   std::int64_t) {
+  using list_type = TestType;
+  using perdita::index;
+  random_numbers random(41);
+  const perdita::multilabel_margin<double> loss;
+  for (const index cols : {index(1), index(4), index(90)}) {
+    const index rows = 9;
+    const auto size = static_cast<std::size_t>(rows * cols);
+    std::vector<double> x(size), relevant(size, 0), g(size, 7), h(size, 8);
+    std::vector<list_type> lists(size, list_type(-1)), turned(size);
+    for (index r = 0; r < rows; ++r) {
+      const std::size_t at = static_cast<std::size_t>(r * cols);
+      std::vector<list_type> order;
+      for (index c = 0; c < cols; ++c) {
+        x[at + static_cast<std::size_t>(c)] = random.normal();
+        order.insert(order.begin() + static_cast<std::ptrdiff_t>(random.below(order.size() + 1)),
+                     static_cast<list_type>(c));
+      }
+      // None, all, or some, in any order; what follows the end is some class or nonsense.
+      const auto chosen = r == 0 ? 0 : r == 1 ? order.size() : random.below(order.size() + 1);
+      for (std::size_t i = 0; i < order.size(); ++i) {
+        if (i < chosen)
+          relevant[at + static_cast<std::size_t>(order[i])] = 1;
+        lists[at + i] = i == chosen ? list_type(-1 - r) : i < chosen ? order[i] : list_type(120);
+      }
+    }
+    for (index r = 0; r < rows; ++r)
+      for (index c = 0; c < cols; ++c)
+        turned[static_cast<std::size_t>(c * rows + r)] =
+            lists[static_cast<std::size_t>(r * cols + c)];
+    const perdita::matrix_view<const double> scores(x.data(), rows, cols),
+        matrix(relevant.data(), rows, cols);
+    const perdita::matrix_view<double> of_matrix(g.data(), rows, cols),
+        of_lists(h.data(), rows, cols);
+    const double expected = loss(scores, matrix, of_matrix);
+    const perdita::matrix_view<const list_type> listed(lists.data(), rows, cols);
+    CHECK(loss(scores, listed, of_lists) == expected);
+    CHECK(g == h);
+    CHECK((cols == 1 || expected > 0));
+    CHECK(loss(scores, listed) == expected);
+    CHECK(loss(scores, perdita::matrix_view<const list_type>(turned.data(), rows, cols, 1, rows)) ==
+          expected);
+    // In place
+    const perdita::matrix_view<double> both(x.data(), rows, cols);
+    CHECK(loss(both, listed, both) == expected);
+    CHECK(x == g);
+  }
+}
+
+TEST_CASE("multilabel_margin: PyTorch's example, and lists that are refused", "[multi_margin]") {
+  using Catch::Matchers::ContainsSubstring;
+  std::vector<double> x{0.1, 0.2, 0.4, 0.8}, g(4, 7);
+  std::vector<std::int64_t> y{3, 0, -1, 1};
+  const perdita::matrix_view<double> scores(x.data(), 1, 4), gradient(g.data(), 1, 4);
+  const perdita::matrix_view<std::int64_t> target(y.data(), 1, 4);
+  const perdita::multilabel_margin<double> loss;
+  // 0.25 * ((1-(0.1-0.2)) + (1-(0.1-0.4)) + (1-(0.8-0.2)) + (1-(0.8-0.4)))
+  CHECK(std::abs(loss(scores, target, gradient) - 0.85) < 1e-15);
+  CHECK(g == std::vector<double>{-0.5, 0.5, 0.5, -0.5});
+  y = {3, 3, -1, -1}; // once
+  const double of_one = loss(scores, target);
+  CHECK(std::abs(of_one - 0.25 * (0.3 + 0.4 + 0.6)) < 1e-15);
+
+  g.assign(4, 7);
+  y = {3, 4, -1, -1};
+  CHECK_THROWS_WITH(loss(scores, target, gradient),
+                    ContainsSubstring("target[1] is 4, expected 0 to 3, or a negative number"));
+  CHECK_THROWS_WITH(loss(scores, perdita::matrix_view<std::int64_t>(y.data(), 1, 3), gradient),
+                    ContainsSubstring("target columns"));
+  CHECK_THROWS_WITH(loss(scores, perdita::matrix_view<std::int64_t>(y.data(), 2, 4), gradient),
+                    ContainsSubstring("target rows"));
+  CHECK_THROWS_WITH(loss(scores, perdita::matrix_view<const std::int64_t>(nullptr, 1, 4), gradient),
+                    ContainsSubstring("target is null"));
+  CHECK(g == std::vector<double>(4, 7));
 }
 
 TEST_CASE("multi_margin: what is refused", "[multi_margin]") {
