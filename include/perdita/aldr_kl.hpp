@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <type_traits>
 
 #include "core/row_loss.hpp"
 #include "core/solved_row.hpp"
@@ -20,69 +21,149 @@ template <class T> struct aldr_kl_formula : solved_formula {
   double lambda, alpha, margin;
 
   template <class V> auto slopes(const double* c) const {
-    return
-        [top = V(static_cast<T>(c[0])), inverse = V(static_cast<T>(c[1])),
-         share = V(static_cast<T>(c[2]))](const V& x) { return exp((x - top) * inverse) * share; };
+    return [
+      top = V(static_cast<T>(c[0])), inverse = V(static_cast<T>(c[1])),
+      share = V(static_cast<T>(c[2]))
+    ](const V& x) __attribute__((always_inline)) {
+      return exp((x - top) * inverse) * share;
+    };
   }
-  row_solution solve(const T* x, index n, index y, double* d) const {
+  row_solution solve(const T* x, index n, index y, double*) const {
     constexpr double inf = std::numeric_limits<double>::infinity();
-    const rivals_of_row rivals(x, n, y, d);
+    const rival_scores<T> rivals(x, n, y);
     if (rivals.lost)
       return no_solution();
+    const bool has_label = x[y] > -std::numeric_limits<T>::infinity();
     const double label = rivals.label - margin, log_classes = std::log(static_cast<double>(n));
-    if (rivals.top == -inf) // nothing but the label, if that
-      return solution(x[y] > -inf ? certain(log_classes) : inf, x[y] > -inf ? 0.0 : -1.0, 0, 1, 0);
-
-    state at(d, n, label, lambda);
-    if (n > 1)
-      settle(at, d, n, label, log_classes);
-    const double miss = at.miss, off = at.lambda - lambda;
-    const double value =
-        at.lambda * (at.surprise - log_classes) - alpha * log_classes / (2 * lambda) * off * off;
-    return solution(label == -inf ? inf : value, -miss, rivals.top, 1 / at.lambda, miss / at.sum);
+    if (rivals.all_masked()) // nothing but the label, if that
+      return solution(has_label ? certain(log_classes) : inf, has_label ? 0.0 : -1.0, 0, 1, 0);
+    const state at = settled(rivals, label, log_classes);
+    const double off = at.lambda - lambda;
+    const double value = at.lambda * (at.odds.surprise - log_classes) -
+                         alpha * log_classes / (2 * lambda) * off * off;
+    return solution(has_label ? value : inf, -at.odds.miss, static_cast<double>(rivals.top),
+                    1 / at.lambda, at.odds.miss / at.sum);
   }
 
 private:
+  /// Σ f^i e^f, i = 0 … 3, of the rivals' f = (x − top)/λ.
+  struct moments {
+    double of[4];
+  };
+
+  /// What they are at a λ near by, f growing by a factor: to the fourth power of what it is off 1.
+  static moments moved(const moments& m, double factor) {
+    const double e = factor - 1, *s = m.of;
+    return {{s[0] + e * (s[1] + e / 2 * (s[2] + e / 3 * s[3])),
+             factor * (s[1] + e * (s[2] + e / 2 * s[3])), factor * factor * (s[2] + e * s[3]),
+             factor * factor * factor * s[3]}};
+  }
+
   /// The distribution at one λ.
   struct state {
-    double lambda, sum, miss, surprise, entropy, variance;
+    double lambda, sum, log_sum;
+    scalar_odds odds;
+    double entropy, second, third; // the central moments of f
 
-    state(const double* d, index n, double label, double at) : lambda(at) {
-      const exponential_moments m(d, n, 1 / at);
-      sum = m.sum;
-      const double log_sum = std::log(sum), u = log_sum - label / at;
-      const double smaller = std::exp(-std::fabs(u)), hit = (u > 0 ? smaller : 1) / (1 + smaller);
-      miss = (u > 0 ? 1 : smaller) / (1 + smaller);
-      surprise = std::log1p(smaller) + std::fmax(u, 0); // of the label
-      const double rival_surprise = std::log1p(smaller) + std::fmax(-u, 0);
-      const double mean = m.first / sum;
-      entropy = miss * (log_sum - mean / at);
-      entropy += hit > 0 ? hit * surprise : 0;
-      entropy += miss > 0 ? miss * rival_surprise : 0;
-      const double apart = hit > 0 && miss > 0 ? mean - label : 0;
-      variance = miss * (m.second / sum - mean * mean) + hit * miss * apart * apart;
+    state(const moments& m, double label, double at)
+        : lambda(at), sum(m.of[0]), log_sum(std::log(sum)), odds(log_sum - label / at) {
+      const double mean = m.of[1] / sum, square = m.of[2] / sum, cube = m.of[3] / sum;
+      const double of_rivals = square - mean * mean;
+      const double apart = odds.hit > 0 && odds.miss > 0 ? mean - label / at : 0;
+      const double both = odds.hit * odds.miss;
+      entropy = odds.miss * (log_sum - mean);
+      entropy += odds.hit > 0 ? odds.hit * odds.surprise : 0;
+      entropy += odds.miss > 0 ? odds.miss * odds.rival_surprise : 0;
+      second = odds.miss * of_rivals + both * apart * apart;
+      third = odds.miss * (cube - mean * (3 * square - 2 * mean * mean)) +
+              both * apart * (3 * of_rivals + (odds.hit - odds.miss) * apart * apart);
     }
   };
 
   /// Where the label is certain: KL = log K.
   double certain(double log_classes) const { return -log_classes * lambda * (1 - 1 / (2 * alpha)); }
-  /// λ ← λ₀ (1 − KL/(α log K)) from λ₀ on falls to the largest root. Its slope says when Newton's
-  /// step may take over.
-  void settle(state& at, const double* d, index n, double label, double log_classes) const {
-    constexpr double close = 0.02, epsilon = std::numeric_limits<double>::epsilon();
+
+  /// λ ← λ₀ (1 − KL/(α log K)) from λ₀ on falls to the largest root. Once the slope and the
+  /// curvature of its defect agree on where that is, the root of their parabola may take over.
+  double next(const state& at, double log_classes) const {
+    constexpr double close = 0.5;
+    const double to = lambda * (1 - (log_classes - at.entropy) / (alpha * log_classes));
+    const double fall = at.lambda - to, strength = lambda / (alpha * log_classes * at.lambda);
+    const double slope = 1 - strength * at.second;
+    const double curvature = strength / at.lambda * (at.third + 3 * at.second);
+    const double inside = slope * slope - 2 * curvature * fall;
+    if (!(slope > 0 && inside > 0))
+      return to;
+    const double step = 2 * fall / (slope + std::sqrt(inside));
+    const bool agree = std::fabs(curvature * step) < 0.6 * slope;
+    return agree && std::fabs(step) < close * at.lambda ? at.lambda - step : to;
+  }
+
+  /// The distribution at λ*. Only the last pass has to be exact.
+  state settled(const rival_scores<T>& rivals, double label, double log_classes) const {
+    constexpr bool is_double = std::is_same_v<T, double>;
+    constexpr double near = 0.1, nearest = is_double ? 1e-6 : 1e-3;
     constexpr int most = 200;
-    for (int step = 0; step < most; ++step) {
-      const double next = lambda * (1 - (log_classes - at.entropy) / (alpha * log_classes));
-      const double fall = at.lambda - next;
-      const double cubed = at.lambda * at.lambda * at.lambda;
-      const double rate = lambda * at.variance / (alpha * log_classes * cubed);
-      const bool newton = std::fabs(fall) < close * (1 - rate) * at.lambda;
-      const double to = newton ? at.lambda - fall / (1 - rate) : next;
-      const double change = std::fabs(to - at.lambda);
-      at = state(d, n, label, to);
-      if (change <= 4 * epsilon * to)
-        return;
+    bool exact = is_double;
+    double at = lambda, about = 1;
+    for (int step = 0;; ++step) {
+      const moments m =
+          exact ? moments_at<true>(rivals, at, about) : moments_at<false>(rivals, at, about);
+      const state now(m, label, at);
+      if (log_classes == 0)
+        return now;
+      const double to = next(now, log_classes), change = std::fabs(to - at);
+      if (exact && (change <= nearest * at || step >= most))
+        return state(moved(m, at / to), label, to);
+      about = now.sum;
+      exact = exact || change < near * at || step >= most;
+      at = 1 / static_cast<double>(static_cast<T>(1 / to));
     }
+  }
+
+  /// Quick: to within some epsilons of T. Exact: as λ* in T needs, which is more than T itself is,
+  /// with packs in double where a score has more than a small part of the sum, which is `about`.
+  /// Where none has, there are many, and their errors average out.
+  template <bool Exact>
+  static moments moments_at(const rival_scores<T>& rivals, double at, double about) {
+    using V = pack<T>;
+    using W = pack<double>;
+    constexpr auto parts = sizeof(double) / sizeof(T);
+    constexpr double part = 1. / 64;
+    const V shift(rivals.top), rate(static_cast<T>(1 / at)), least(-80);
+    const V high(static_cast<T>(std::log(about * part)));
+    const W wide_shift(static_cast<double>(rivals.top)), wide_rate(1 / at), wide_least(-800);
+    lane_sums<T, 4> sums;
+    W exact[4] = {W(0), W(0), W(0), W(0)};
+    rivals.each([&](const V& z, index) __attribute__((always_inline)) {
+      const V f = (z - shift) * rate;
+      if (Exact && (std::is_same_v<T, double> || any(f >= high))) {
+        W wide[parts];
+        widen(z, wide);
+        for (const W& w : wide)
+          absorb(
+              exact, max(wide_least, (w - wide_shift) * wide_rate),
+              [](const W& x) __attribute__((always_inline)) { return exp_to<T>(x); });
+        return;
+      }
+      absorb(
+          sums.some, max(least, f), [](const V& x) __attribute__((always_inline)) {
+            return Exact ? exp(x) : exp_shifted(x);
+          });
+      sums.count_pack();
+    });
+    moments m;
+    for (int k = 0; k < 4; ++k)
+      m.of[k] = sums.total(k) + sum_lanes(exact[k]);
+    return m;
+  }
+  template <class V, class Exp>
+  static PERDITA_INLINE void absorb(V* sums, const V& f, const Exp& image_of) {
+    const V e = image_of(f), first = f * e, second = f * first;
+    sums[0] += e;
+    sums[1] += first;
+    sums[2] += second;
+    sums[3] = fma(f, second, sums[3]);
   }
 };
 

@@ -32,13 +32,13 @@ struct certified_formula {
     const rivals_of_row rivals(worst, n, y, d);
     if (rivals.lost || worst[y] == inf)
       return spoil(slopes, n);
-    const double sum = exponential_moments(d, n, 1).sum;
+    const double sum = sum_of_images(d, n, 1);
     if (sum == 0 && worst[y] == -inf)
       return spoil(slopes, n);                                       // every class is masked
     const double u = sum == 0 ? -inf : std::log(sum) - rivals.label; // log of the odds against y
-    const double smaller = std::exp(-std::fabs(u)), miss = (u > 0 ? 1 : smaller) / (1 + smaller);
-    write(d, sum, miss, n, y, slopes);
-    return std::log1p(smaller) + std::fmax(u, 0);
+    const scalar_odds odds(u);
+    write(d, sum, odds.miss, n, y, slopes);
+    return odds.surprise;
   }
 
 private:

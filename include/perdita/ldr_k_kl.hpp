@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <functional>
 #include <limits>
+#include <numeric>
 
 #include "core/row_loss.hpp"
 #include "core/solved_row.hpp"
@@ -31,34 +32,42 @@ template <class T> struct ldr_k_kl_formula : solved_formula {
   index k;
 
   template <class V> auto slopes(const double* c) const {
-    return [near = V(static_cast<T>(c[0])), most = V(static_cast<T>(c[1])),
-            share = V(static_cast<T>(c[2])), width = V(static_cast<T>(lambda))](const V& x) {
-      return min(most, exp((x - near) / width) * share);
+    return [
+      near = V(static_cast<T>(c[0])), most = V(static_cast<T>(c[1])),
+      share = V(static_cast<T>(c[2])), inverse = V(static_cast<T>(1 / lambda))
+    ](const V& x) __attribute__((always_inline)) {
+      return min(most, exp((x - near) * inverse) * share);
     };
   }
   row_solution solve(const T* x, index n, index y, double* d) const {
     constexpr double inf = std::numeric_limits<double>::infinity();
-    const rivals_of_row rivals(x, n, y, d);
-    const double label = rivals.label - margin, origin = rivals.top > -inf ? rivals.top : 0;
-    if (rivals.lost || label == inf)
+    const rival_scores<T> rivals(x, n, y);
+    const auto own = static_cast<double>(x[y]);
+    if (rivals.lost || own == inf)
       return no_solution();
     // Margins δ over the label, or over the largest rival where the label is masked.
-    const double from = label > -inf ? label : 0;
-    index left = 0;
-    for (index i = 0; i < n; ++i) {
-      d[i] = i == y ? label - from : d[i] - from;
-      left += d[i] > -inf;
-    }
+    const bool has_label = own > -inf;
+    const double from = (has_label ? own : static_cast<double>(rivals.top)) - margin;
+    const index found = rivals.largest(k, d), left = std::min(k, found + has_label);
     if (left == 0)
       return solution(inf, -1);
-    const auto most = static_cast<double>(std::min(k, left)); // at the cap, at the most
-    const index top = std::min(k, left) - 1;
-    std::partial_sort(d, d + top, d + n, std::greater<>());
-
-    double next = -inf; // the largest below the top
-    for (index i = top; i < n; ++i)
-      next = std::fmax(next, d[i]);
-    double below = rest(d + top, n - top, next), held = 0; // L_m, Σ of the m largest
+    const auto most = static_cast<double>(left); // at the cap, at the most
+    const index top = left - 1;
+    // The rivals among the top; what comes next leads those that are not.
+    const bool label_in_top = has_label && top > 0 && (found < top || d[top - 1] - from < 0);
+    const index held_rivals = top - label_in_top;
+    const double next = held_rivals < found ? d[held_rivals] : -inf;
+    double rest = -inf; // of the rivals not among the top: log Σ e^{δ/λ}
+    if (held_rivals < found) {
+      const auto ties = static_cast<double>(std::count(d, d + held_rivals, next));
+      const double sum = rivals.sum_of_images(static_cast<T>(next), 1 / lambda) - ties;
+      rest = (next - from) / lambda + std::log(sum);
+    }
+    for (index i = 0; i < held_rivals; ++i)
+      d[i] -= from;
+    if (label_in_top)
+      insert(0, d, held_rivals);
+    double below = has_label && !label_in_top ? log_add_exp(0, rest) : rest; // L_m
     index m = top;
     const auto free = [&] { return 1 - static_cast<double>(m) / most; };
     for (index i = top; i > 0; --i) {
@@ -70,41 +79,26 @@ template <class T> struct ldr_k_kl_formula : solved_formula {
       }
       below = with;
     }
-    for (index i = 0; i < m; ++i)
-      held += d[i];
-    if (m < top)
-      next = d[m];
-    const double size = std::log(static_cast<double>(n));
+    const double held = std::accumulate(d, d + m, 0.0), size = std::log(static_cast<double>(n));
     const double value = held / most +
                          lambda * (static_cast<double>(m) / most) * (std::log(most) - size) +
                          free() * lambda * (below - size - std::log(free()));
     const double share = std::fmin(1 / most, free() * std::exp(-below));
-    const double miss = label == -inf ? 1 : most == 1 ? -std::expm1(-below) : 1 - share;
-    // Any score near the next one does, as long as the factor belongs to it.
-    const auto near = static_cast<T>(next + (from + origin));
-    const double of_near = (static_cast<double>(near) - origin) - from;
-    return solution(label == -inf ? inf : value, -miss, static_cast<double>(near), 1 / most,
-                    free() * std::exp(of_near / lambda - below));
+    const double miss = !has_label ? 1 : most == 1 ? -std::expm1(-below) : 1 - share;
+    // Any score near the largest that is not at the cap does, as long as the factor belongs to it.
+    const double label_or_next =
+        held_rivals == found || (has_label && !label_in_top) ? std::fmax(next, from) : next;
+    const auto near = static_cast<T>(m < top ? d[m] + from : label_or_next);
+    return solution(has_label ? value : inf, -miss, static_cast<double>(near), 1 / most,
+                    free() * std::exp((static_cast<double>(near) - from) / lambda - below));
   }
 
 private:
-  /// log Σ e^{d/λ}, of which `top` is the largest; a label among them, whose d is 0, comes last, so
-  /// that the digits of its rivals are not lost in it.
-  double rest(double* d, index n, double top) const {
-    constexpr double inf = std::numeric_limits<double>::infinity();
-    double* label = std::find(d, d + n, 0.0);
-    const bool has_label = label != d + n;
-    if (has_label) {
-      *label = -inf;
-      top = *std::max_element(d, d + n);
-    }
-    double sum = -inf;
-    if (top > -inf) {
-      for (index i = 0; i < n; ++i)
-        d[i] -= top;
-      sum = top / lambda + std::log(exponential_moments(d, n, 1 / lambda).sum);
-    }
-    return has_label ? log_add_exp(0, sum) : sum;
+  /// Into n numbers in falling order.
+  static void insert(double number, double* d, index n) {
+    double* const at = std::upper_bound(d, d + n, number, std::greater<>());
+    std::copy_backward(at, d + n, d + n + 1);
+    *at = number;
   }
 };
 

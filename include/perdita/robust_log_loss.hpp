@@ -20,33 +20,61 @@ template <class T> struct robust_log_formula : solved_formula {
   double per_rival; // 1/(K − 1)
 
   template <class V> auto slopes(const double* c) const {
-    return [this, top = V(static_cast<T>(c[0])), share = V(static_cast<T>(c[1])),
-            even = V(static_cast<T>(c[2]))](const V& x) {
+    return [
+      this, top = V(static_cast<T>(c[0])), share = V(static_cast<T>(c[1])),
+      even = V(static_cast<T>(c[2]))
+    ](const V& x) __attribute__((always_inline)) {
       const V p = exp(x - top) * share;
       return p * (V(static_cast<T>(per_rival)) / (V(static_cast<T>(a)) + p) + even);
     };
   }
-  row_solution solve(const T* x, index n, index y, double* d) const {
-    using W = pack<double>;
-    constexpr double inf = std::numeric_limits<double>::infinity();
-    const rivals_of_row rivals(x, n, y, d);
+  row_solution solve(const T* x, index n, index y, double*) const {
+    const rival_scores<T> rivals(x, n, y);
     if (rivals.lost)
       return no_solution();
-    if (rivals.top == -inf) // p_y = 1, or, with the label masked too, 0
-      return solution(x[y] > -inf ? 0.0 : std::log1p(1 / a), 0);
-    const double sum = exponential_moments(d, n, 1).sum, u = std::log(sum) - rivals.label;
-    const double smaller = std::exp(-std::fabs(u));
-    const double miss = (u > 0 ? 1 : smaller) / (1 + smaller),
-                 hit = (u > 0 ? smaller : 1) / (1 + smaller);
-    W logs(0), shares(0);
-    for_packs(d, n, -inf, [&](const W& at, index) {
-      const W p = exp(at) * W(miss / sum);
-      logs += log1p(p / W(a));
-      shares += p / (W(a) + p);
+    if (rivals.all_masked()) // p_y = 1, or, with the label masked too, 0
+      return solution(x[y] > rivals.top ? 0.0 : std::log1p(1 / a), 0);
+    const double sum = rivals.sum_of_images(rivals.top, 1);
+    const scalar_odds odds(std::log(sum) - rivals.label);
+    const rival_sums s = sums(rivals, odds.miss / sum);
+    const double h = odds.hit / (a + odds.hit);
+    return solution(std::log1p(odds.miss / (a + odds.hit)) + s.logs * per_rival,
+                    -odds.hit * (odds.miss / (a + odds.hit) + s.shares * per_rival), rivals.top,
+                    odds.miss / sum, h - s.shares * per_rival);
+  }
+
+private:
+  /// Σ log(1 + p_k/a) and Σ p_k/(a + p_k)
+  struct rival_sums {
+    double logs, shares;
+  };
+  /// A logarithm takes long, so several terms are multiplied first: as their product less 1, to
+  /// which (e, q) → e (1 + q) + q adds one and, with nothing subtracted, keeps its digits.
+  rival_sums sums(const rival_scores<T>& rivals, double share) const {
+    using V = pack<T>;
+    const double most = std::log(static_cast<double>(std::numeric_limits<T>::max())) - 1;
+    const auto at_once = static_cast<int>(std::fmax(1, std::fmin(16, most / std::log1p(1 / a))));
+    const V shift(rivals.top), one(1), factor(static_cast<T>(share / a));
+    V product(0), some_shares(0);
+    wide_lanes<T> logs, shares;
+    logs.clear();
+    shares.clear();
+    int left = at_once;
+    const auto flush = [&]() __attribute__((always_inline)) {
+      logs.add(log1p(product));
+      shares.add(some_shares);
+      product = some_shares = V(0);
+      left = at_once;
+    };
+    rivals.each([&](const V& z, index) __attribute__((always_inline)) {
+      const V q = exp_shifted(z - shift) * factor, with = one + q;
+      some_shares += q / with;
+      product = fma(product, with, q);
+      if (--left == 0)
+        flush();
     });
-    const double r = sum_lanes(shares) * per_rival, h = hit / (a + hit);
-    return solution(std::log1p(miss / (a + hit)) + sum_lanes(logs) * per_rival,
-                    -hit * (miss / (a + hit) + r), rivals.top, miss / sum, h - r);
+    flush();
+    return {logs.total(), shares.total()};
   }
 };
 
@@ -67,7 +95,7 @@ template <class T> struct robust_log_formula : solved_formula {
 template <class T = float> class robust_log_loss : public row_loss<robust_log_loss<T>, T> {
 public:
   struct options {
-    T a = T(0.1); ///< a > 0: the smaller, the closer to cross-entropy
+    T a = T(0.1); ///< a > 0, not subnormal: the smaller, the closer to cross-entropy
     std::int64_t ignore_index = -100;
     perdita::reduction reduction = perdita::reduction::mean;
   };
@@ -82,7 +110,8 @@ public:
 
   robust_log_loss() : robust_log_loss(options{}) {}
   explicit(false) robust_log_loss(const options& o) : options_(o) {
-    core::require(o.a > 0 && std::isfinite(o.a), name, "a", o.a, "a finite number above 0");
+    core::require(o.a >= std::numeric_limits<T>::min() && std::isfinite(o.a), name, "a", o.a,
+                  "a finite number above 0 and not subnormal");
     core::require_reduction(name, o.reduction);
   }
   const options& settings() const { return options_; }

@@ -66,18 +66,18 @@ private:
     const rivals_of_row rivals(x, n, y, d);
     if (rivals.lost)
       return std::numeric_limits<double>::quiet_NaN();
-    const double rest = 1 - tau, sum = exponential_moments(d, n, 1 / rho).sum;
+    const double rest = 1 - tau, sum = sum_of_images(d, n, 1 / rho);
     const double u =
         rivals.top == -inf ? (x[y] == -inf ? inf : -inf) : std::log(sum) - rivals.label / rho;
-    const double smaller = std::exp(-std::fabs(u)), miss = (u > 0 ? 1 : smaller) / (1 + smaller);
-    const double surprise = std::log1p(smaller) + std::fmax(u, 0);
-    const double steep = rest == 0 ? 1 : std::fmin(most, std::exp(rest * surprise));
+    const scalar_odds odds(u);
+    const double steep = rest == 0 ? 1 : std::fmin(most, std::exp(rest * odds.surprise));
     if (slopes) {
       for (index k = 0; k < n; ++k)
-        slopes[k] += k == y || sum == 0 ? 0 : steep * miss * std::exp(d[k] / rho) / (sum * rho);
-      slopes[y] -= steep * miss / rho;
+        slopes[k] +=
+            k == y || sum == 0 ? 0 : steep * odds.miss * std::exp(d[k] / rho) / (sum * rho);
+      slopes[y] -= steep * odds.miss / rho;
     }
-    return rest == 0 ? surprise : std::expm1(rest * surprise) / rest;
+    return rest == 0 ? odds.surprise : std::expm1(rest * odds.surprise) / rest;
   }
 };
 

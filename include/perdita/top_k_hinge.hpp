@@ -23,66 +23,76 @@ template <class T> struct top_k_hinge_formula : solved_formula {
 
   /// c: scores above c[0] have 1/k, those from c[1] to c[0] have c[2].
   template <class V> auto slopes(const double* c) const {
-    return [upper = V(static_cast<T>(c[0])), lower = V(static_cast<T>(c[1])),
-            share = V(static_cast<T>(c[2])), each = V(T(1) / static_cast<T>(k))](const V& x) {
+    return [
+      upper = V(static_cast<T>(c[0])), lower = V(static_cast<T>(c[1])),
+      share = V(static_cast<T>(c[2])), each = V(T(1) / static_cast<T>(k))
+    ](const V& x) __attribute__((always_inline)) {
       return select(x > upper, each, select(x >= lower, share, V(0))) + (share - share);
     };
   }
   row_solution solve(const T* x, index n, index y, double* order) const {
     constexpr double inf = std::numeric_limits<double>::infinity();
-    const auto label = static_cast<double>(x[y]);
+    const rival_scores<T> rivals(x, n, y);
+    const bool has_label = x[y] > -std::numeric_limits<T>::infinity();
+    const T gap_of_top = (rivals.top - x[y]) + margin;
+    if (rivals.spoilt || (!rivals.all_masked() && gap_of_top != gap_of_top))
+      return no_solution();
+    const index found = rivals.largest(k, order), most = std::min(k, found + has_label);
+    if (most == 0)
+      return solution(inf, -1);
     const auto gap = [&](double at) {
       return static_cast<double>((static_cast<T>(at) - x[y]) + margin);
     };
-    index rivals = 0, above = 0, equal = 0; // not masked; over the label, and as good
-    bool lost = label != label;
-    for (index i = 0; i < n; ++i) {
-      const auto at = static_cast<double>(x[i]);
-      if (i == y || at == -inf)
-        continue;
-      order[rivals++] = at;
-      const double g = gap(at);
-      lost = lost || g != g;
-      above += g > 0;
-      equal += g == 0;
-    }
-    const index left = rivals + (label > -inf), most = std::min(k, left);
-    if (lost)
-      return no_solution();
-    if (left == 0)
-      return solution(inf, -1);
     const auto count = static_cast<double>(most);
     const auto share = [&](index before, index ties) {
       return (count - static_cast<double>(before)) / (count * static_cast<double>(ties));
     };
-    const bool counted = label > -inf && above < most; // the label is one of them
+    // The label is one of them where fewer than `most` rivals are above it, and the last of them
+    // where no others are below it.
+    const bool counted = has_label && (found < most || gap(order[most - 1]) <= 0);
     const index chosen = counted ? most - 1 : most;
-    std::partial_sort(order, order + chosen, order + rivals, std::greater<>());
     double sum = 0;
     for (index i = 0; i < chosen; ++i)
       sum += gap(order[i]);
     const double value = sum / count;
-    if (left < k)
+    if (most < k)
       return solution(value, (counted ? 1 / count : 0) - 1, inf, least, 1 / count);
-    if (counted && above + equal + 1 >= most) { // and the last
-      const double part = share(above, equal + 1);
-      double upper = least, lower = inf;
-      for (index i = 0; i < rivals; ++i) {
-        const double g = gap(order[i]);
-        upper = g <= 0 ? std::fmax(upper, order[i]) : upper;
-        lower = g == 0 ? std::fmin(lower, order[i]) : lower;
-      }
-      return solution(value, part - 1, upper, lower, part);
+    if (counted && (chosen == 0 || gap(order[chosen - 1]) >= 0)) {
+      const label_edge edge = around_label(rivals, x[y]);
+      const double part = share(edge.above, edge.equal + 1);
+      return solution(value, part - 1, edge.upper, edge.lower, part);
     }
     const double edge = order[chosen - 1];
-    const auto better = std::count_if(order, order + rivals, [=](double o) { return o > edge; });
-    const auto ties = std::count(order, order + rivals, edge);
+    const auto [above, equal] = rivals.around(static_cast<T>(edge));
     return solution(value, (counted ? 1 / count : 0) - 1, edge, edge,
-                    share(static_cast<index>(better) + counted, static_cast<index>(ties)));
+                    share(above + counted, equal));
   }
 
 private:
   static constexpr double least = static_cast<double>(std::numeric_limits<T>::lowest());
+
+  /// How many rivals are above the label and as good as it, and the largest of those that are not
+  /// above it and the smallest of those that are as good.
+  struct label_edge {
+    index above, equal;
+    double upper, lower;
+  };
+  label_edge around_label(const rival_scores<T>& rivals, T own) const {
+    using V = pack<T>;
+    constexpr T inf = std::numeric_limits<T>::infinity();
+    const V zero(0), one(1), label(own), width(margin);
+    V above(0), equal(0), upper(std::numeric_limits<T>::lowest()), lower(inf);
+    rivals.each([&](const V& z, index) __attribute__((always_inline)) {
+      const V gap = (z - label) + width;
+      const auto ties = gap == zero;
+      above += select(gap > zero, one, zero);
+      equal += select(ties, one, zero);
+      upper = max(upper, select(gap > zero, V(-inf), z));
+      lower = min(lower, select(ties, z, V(inf)));
+    });
+    return {total_count(above), total_count(equal), static_cast<double>(max_lanes(upper)),
+            -static_cast<double>(max_lanes(-lower))};
+  }
 };
 
 } // namespace core

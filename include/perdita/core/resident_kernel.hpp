@@ -145,7 +145,7 @@ private:
     const V scale(static_cast<T>(job_.row_scale(r)));
     const auto slopes = formula_.template slopes<V>(c);
     T* out = gradient_in_place_ ? job_.gradient.pointer(r, 0) : out_;
-    const auto slope = [&](const V& z) { return slopes(z) * scale; };
+    const auto slope = [&](const V& z) __attribute__((always_inline)) { return slopes(z) * scale; };
     index j = 0;
     for (; j + width <= cols_; j += width)
       slope(V::load(x + j)).store(out + j);
