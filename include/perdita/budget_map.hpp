@@ -5,6 +5,7 @@
 #include <cmath>
 #include <limits>
 
+#include "core/fenchel_young.hpp"
 #include "sparsemax.hpp"
 
 namespace perdita::inline PERDITA_ABI {
@@ -98,6 +99,38 @@ private:
       }
     }
     return {active.total(), sum_lanes(count), sum_lanes(ones), sum_lanes(size)};
+  }
+};
+
+/// Ω = ½ ‖p‖² where 0 ≤ p ≤ 1 and Σ p = B: beside what young_row() says, Σ_{p_j = 1} (1 − q_j)(x_j
+/// − 1 − τ).
+struct budget_young {
+  static constexpr bool paired = true;
+  double budget;
+
+  double operator()(const double* x, const double* q, index n, index, double* slopes) const {
+    using W = pack<double>;
+    return young_row(x, q, n, budget, slopes, [&](const double* z, index count, double, double*) {
+      double threshold = budget_formula(budget).solve(z, count, nullptr).term[0];
+      if (threshold == std::numeric_limits<double>::lowest())
+        threshold = below_all(z, count);
+      return [threshold](const W& at, const W& share) {
+        const W zero(0), over = at - W(threshold), excess = max(zero, over - W(1));
+        const W gap = share - min(W(1), max(zero, over));
+        const W outside = times_or_zero(share, max(zero, -over));
+        const W above = max(zero, W(1) - share) * excess;
+        return young_part{fma(W(0.5) * gap, gap, outside + above), gap};
+      };
+    });
+  }
+
+private:
+  /// Where all have 1.
+  static double below_all(const double* z, index n) {
+    double least = std::numeric_limits<double>::infinity();
+    for (index j = 0; j < n; ++j)
+      least = z[j] > -std::numeric_limits<double>::infinity() ? std::min(least, z[j]) : least;
+    return least - (1 + 0x1p-40 * std::abs(least));
   }
 };
 

@@ -219,7 +219,8 @@ void entmax15_backward(P&& p, D&& d_p, Y&& d_scores, const executor& run_on = {}
 ///   ∂ℓ/∂x = p − e_y
 ///
 /// ℓ and its gradient are exactly 0 where x_y ≥ x_j + 2 for every other j.
-/// Special values, shapes, reductions, errors, cost: as sparsemax_loss.
+/// Soft targets: as entmax_loss. Special values, shapes, reductions, errors, cost: as
+/// sparsemax_loss.
 /// Source: Peters, Niculae and Martins, "Sparse sequence-to-sequence models", ACL 2019.
 template <class T = float> class entmax15_loss : public row_loss<entmax15_loss<T>, T> {
 public:
@@ -228,7 +229,7 @@ public:
     perdita::reduction reduction = perdita::reduction::mean;
   };
   static constexpr const char* name = "entmax15_loss";
-  static constexpr bool takes_soft_targets = false;
+  static constexpr bool takes_soft_targets = true;
   static constexpr bool has_softmax = false;
   static constexpr loss_traits traits{.convex = true,
                                       .smooth = true,
@@ -244,8 +245,11 @@ public:
 
 private:
   friend row_loss<entmax15_loss<T>, T>;
-  template <class F> void visit(const core::row_job<T>&, F f) const {
-    f(core::entmax_formula(core::tsallis_three_halves{}));
+  template <class F> void visit(const core::row_job<T>& job, F f) const {
+    if (job.has_soft_target())
+      f(core::tsallis_young{1.5});
+    else
+      f(core::entmax_formula(core::tsallis_three_halves{}));
   }
   options options_;
 };
@@ -258,6 +262,11 @@ private:
 /// α → 1: cross-entropy.  α = 3/2: entmax15_loss.  α = 2: sparsemax_loss.  α → ∞: the perceptron's
 /// max x − x_y. ℓ and its gradient are exactly 0 where x_y ≥ x_j + 1/(α−1) for every other j.
 /// Every digit of a small ℓ is right: nothing is subtracted from something as large.
+/// A soft target is a distribution q, of multi-label rows q = y/|y|:
+///
+///   ℓ = ⟨p, x⟩ − Σ p^α/(α(α−1)) + Σ q^α/(α(α−1)) − ⟨q, x⟩,   ∂ℓ/∂x = p − q
+///
+/// with everything else as sparsemax_loss has it.
 /// For α > 2 a probability has an infinite slope where it leaves 0, and is as exact there as
 /// doubles for τ make it: half their digits for α = 3.
 /// Special values, shapes, reductions, errors: as sparsemax_loss. α = 3/2 and α = 2 are served
@@ -274,7 +283,7 @@ public:
     perdita::reduction reduction = perdita::reduction::mean;
   };
   static constexpr const char* name = "entmax_loss";
-  static constexpr bool takes_soft_targets = false;
+  static constexpr bool takes_soft_targets = true;
   static constexpr bool has_softmax = false;
   static constexpr loss_traits traits = entmax15_loss<T>::traits;
 
@@ -302,7 +311,9 @@ public:
 
 private:
   friend row_loss<entmax_loss<T>, T>;
-  template <class F> void visit(const core::row_job<T>&, F f) const {
+  template <class F> void visit(const core::row_job<T>& job, F f) const {
+    if (job.has_soft_target())
+      return f(core::tsallis_young{options_.alpha});
     core::with_entmax_power(options_.alpha,
                             [&](const auto& power) { f(core::entmax_formula(power)); });
   }

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "core/fenchel_young.hpp"
 #include "core/row_formula.hpp"
 #include "core/row_loss.hpp"
 #include "core/threshold.hpp"
@@ -160,6 +161,16 @@ void sparsemax_backward(P&& p, D&& d_p, Y&& d_scores, const executor& run_on = {
 ///
 /// with τ such that Σ p = 1. ℓ = 0 exactly where x_y ≥ x_j + 1 for every other j. Two classes with
 /// t = x_y − x_other: 0 for t ≥ 1, (t−1)²/4 for |t| < 1, −t for t ≤ −1.
+///
+/// A soft target is a distribution q, of multi-label rows q = y/|y|:
+///
+///   ℓ = ½ Σ_{j ∈ S} (x_j² − τ²) + ½ ‖q‖² − ⟨q, x⟩ = Σ ½ (q_j − p_j)² + Σ_{j ∉ S} q_j (τ − x_j)
+///   ∂ℓ/∂x = p − q
+///
+/// 0 exactly where q = p; nothing cancels near it. Numbers q_j ≥ 0 whose sum is s count as s times
+/// their distribution, gradient s p − q: the labels of a multi-label row may be left as 0 and 1,
+/// and a row of zeros counts for nothing. A NaN in q makes the row NaN. Soft targets are served in
+/// double.
 /// Special values: -inf is a masked class (p = 0, gradient 0; as a label +inf and −1); NaN or +inf
 /// makes the row NaN. Shapes, reductions, errors: as cross_entropy. No by-products but `values`.
 /// Cost: two reads of a row, the second from cache, and its gradient. The row must be held whole.
@@ -172,7 +183,7 @@ public:
     perdita::reduction reduction = perdita::reduction::mean;
   };
   static constexpr const char* name = "sparsemax_loss";
-  static constexpr bool takes_soft_targets = false;
+  static constexpr bool takes_soft_targets = true;
   static constexpr bool has_softmax = false;
   static constexpr loss_traits traits{.convex = true,
                                       .smooth = true,
@@ -188,8 +199,11 @@ public:
 
 private:
   friend row_loss<sparsemax_loss<T>, T>;
-  template <class F> void visit(const core::row_job<T>&, F f) const {
-    f(core::sparsemax_formula{});
+  template <class F> void visit(const core::row_job<T>& job, F f) const {
+    if (job.has_soft_target())
+      f(core::gini_young{});
+    else
+      f(core::sparsemax_formula{});
   }
   options options_;
 };

@@ -5,8 +5,6 @@
 #include <perdita/budget_map.hpp>
 #include <perdita/entmax.hpp>
 
-#include <Eigen/Core>
-
 #include <algorithm>
 #include <cmath>
 #include <functional>
@@ -18,14 +16,11 @@
 #include "support/accuracy.hpp"
 #include "support/catch.hpp"
 #include "support/executors.hpp"
+#include "support/map_rows.hpp"
 #include "support/numbers.hpp"
 
 namespace perdita_tests {
 namespace {
-
-template <class T>
-using row_major = Eigen::Matrix<T, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
-template <class T> using column_major = Eigen::Matrix<T, Eigen::Dynamic, Eigen::Dynamic>;
 
 constexpr double alphas[] = {1.25, 1.5, 2, 3};
 
@@ -115,31 +110,6 @@ private:
     return low;
   }
 };
-
-template <class T> row_major<T> make_rows(index cols) {
-  random_numbers random(static_cast<std::uint64_t>(cols));
-  row_major<T> x(static_cast<index>(row_kind::count), cols);
-  for (index r = 0; r < x.rows(); ++r) {
-    const auto label = static_cast<index>(random.below(static_cast<std::uint64_t>(cols)));
-    const auto scores = make_scores(static_cast<row_kind>(r), cols, label, random);
-    for (index c = 0; c < cols; ++c)
-      x(r, c) = static_cast<T>(scores[static_cast<std::size_t>(c)]);
-  }
-  return x;
-}
-template <class M> std::vector<wide> row_of(const M& x, index r) {
-  std::vector<wide> z;
-  for (index c = 0; c < x.cols(); ++c)
-    z.push_back(x(r, c));
-  return z;
-}
-template <class A, class B> bool same_bits(const A& a, const B& b) {
-  bool same = a.rows() == b.rows() && a.cols() == b.cols();
-  for (index r = 0; same && r < a.rows(); ++r)
-    for (index c = 0; c < a.cols(); ++c)
-      same = same && (a(r, c) == b(r, c) || (a(r, c) != a(r, c) && b(r, c) != b(r, c)));
-  return same;
-}
 
 /// How far p may be off: by 2 epsilons of its base (in double where the map computes in that) and 2
 /// of itself.

@@ -8,7 +8,8 @@
 ///   double operator()(const double* x, const double* target, index n, index label,
 ///                     double* slopes) const;   label: -1 where there are none
 ///
-/// with room for 3 n more doubles behind the slopes.
+/// with room for 3 n more doubles, and a pack, behind the slopes. A job with labels alone has e_y
+/// for its target.
 
 #include "resident_kernel.hpp"
 
@@ -34,7 +35,7 @@ public:
     const auto n = static_cast<std::size_t>(cols_);
     for (double** row : {&x_, &target_})
       *row = memory.take<double>(n);
-    slopes_ = memory.take<double>(4 * n);
+    slopes_ = memory.take<double>(4 * n + lanes<double>);
     stage_ = memory.take<T>(n);
     sum_ = memory.take<T>(n);
     scratch_bytes_ = memory.used();
@@ -52,7 +53,10 @@ public:
         continue;
       }
       read(job_.scores, r, x_);
-      read(job_.soft, r, target_);
+      if (job_.soft)
+        read(job_.soft, r, target_);
+      else
+        write_unit(static_cast<index>(label));
       store_value(job_, r, formula_(x_, target_, cols_, static_cast<index>(label), slopes_),
                   *total);
       if constexpr (Gradient)
@@ -66,6 +70,10 @@ private:
     from.read(r, 0, cols_, stage_);
     for (index c = 0; c < cols_; ++c)
       to[c] = static_cast<double>(stage_[c]);
+  }
+  void write_unit(index label) {
+    std::fill_n(target_, cols_, 0.0);
+    target_[label] = 1;
   }
   void write(index r) {
     const double scale = job_.row_scale(r);

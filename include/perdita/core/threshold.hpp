@@ -139,15 +139,17 @@ struct tsallis_trial {
 ///
 /// α = 3/2: squares and one root; the iteration moves 1 − √p₁.
 struct tsallis_three_halves {
+  double unit = 0.5; ///< c √p₁: α − 1, or what the scores are divided by besides
+
   static constexpr double alpha() { return 1.5; }
 
   /// No less than what the iteration arrives at: where n scores are equal, and some rounding.
   static double most(double n) { return 1 - (1 - 0x1p-40) / std::sqrt(n); }
-  static tsallis_trial trial(double at, double root) {
-    return {at, 0.5 / root, root * root, at * (2 - at), root};
+  tsallis_trial trial(double at, double root) const {
+    return {at, unit / root, root * root, at * (2 - at), root};
   }
-  static tsallis_trial trial(double at) { return trial(at, 1 - at); }
-  static tsallis_trial step(const tsallis_trial& now, double excess, double shape) {
+  tsallis_trial trial(double at) const { return trial(at, 1 - at); }
+  tsallis_trial step(const tsallis_trial& now, double excess, double shape) const {
     const double norm = std::sqrt(1 + excess);
     const double relative = shape * (excess / (norm * (1 + norm)));
     // The smaller of the two is exact, and the other one its complement.
@@ -170,9 +172,12 @@ struct tsallis_three_halves {
   }
   /// ∫_0^{1−p₁} t (1−t)^{α−2} dt
   static double lead(const tsallis_trial& t) { return t.at * t.at * (2 + t.root) * (2. / 3); }
+  /// 1 − p₁^{α−1}
+  static double short_of_one(const tsallis_trial& t) { return t.at; }
 };
 
 inline double scalar_exp(double x) { return first_lane(exp(pack<double>(x))); }
+inline double scalar_log(double x) { return first_lane(log(pack<double>(x))); }
 inline double scalar_expm1(double x) { return first_lane(expm1(pack<double>(x))); }
 inline double scalar_log1p(double x) { return first_lane(log1p(pack<double>(x))); }
 
@@ -181,12 +186,16 @@ inline double scalar_log1p(double x) { return first_lane(log1p(pack<double>(x)))
 class tsallis_power {
 public:
   /// No two α beyond 1e100 differ, and their products would be infinite.
-  explicit tsallis_power(double alpha) : order_(std::min(alpha - 1, 1e100)) {}
+  explicit tsallis_power(double alpha) : tsallis_power(alpha - 1, alpha - 1) {}
+  /// By α − 1, for scores that are to be multiplied by unit/(α − 1).
+  tsallis_power(double order, double unit)
+      : order_(std::min(order, 1e100)), unit_(std::min(unit, 1e100)) {}
   double alpha() const { return order_ + 1; }
+  double order() const { return order_; }
   double most(double n) const { return scalar_log1p(n - 1) * (1 + 0x1p-40); }
   tsallis_trial trial(double at) const {
     constexpr double most = 1e300; // times a difference of 0 is 0
-    return {at, std::min(most, order_ * scalar_exp(order_ * at)), scalar_exp(-at),
+    return {at, std::min(most, unit_ * scalar_exp(order_ * at)), scalar_exp(-at),
             -scalar_expm1(-at), scalar_exp(-order_ * at)};
   }
   tsallis_trial step(const tsallis_trial& now, double excess, double shape) const {
@@ -230,9 +239,10 @@ public:
     }
     return sum;
   }
+  double short_of_one(const tsallis_trial& t) const { return -scalar_expm1(-order_ * t.at); }
 
 private:
-  double order_; // α − 1
+  double order_, unit_; // α − 1, and c p₁^{α−1}
 };
 
 /// Sums over the rivals of the maximum at a trial: (1−r)_+^β, the same to β − 1 and to β + 1, and
@@ -280,6 +290,7 @@ struct tsallis_root {
   tsallis_trial at; ///< Σ p is 1 to rounding
   double low;       ///< a trial at which it is no less than 1
   double conjugate, size;
+  index rivals; ///< of z, those that are left
 };
 
 /// Newton's method from a trial with Σ p ≥ 1, and bisection where it leaves the bracket (it may for
@@ -303,7 +314,7 @@ tsallis_root find_root(const Power& power, tsallis_trial t, double* z, index cou
       next = power.trial(low + (high - low) / 2);
     if (settled || next.at == low || next.at == high) {
       const double conjugate = power.lead(t) + t.top * t.root * s.tails / power.alpha();
-      return {t, low, conjugate, 1 + s.size};
+      return {t, low, conjugate, 1 + s.size, count};
     }
     t = next;
   }
@@ -322,28 +333,67 @@ template <class T> index gather_rivals(const T* x, index n, T top, double rate, 
   return count - 1;
 }
 
-/// `room` is for n numbers and a pack. A long row begins with some of its largest scores alone:
-/// their Σ p is less, so that what is outside the support that it gives is outside for good.
+/// A row whose largest score is `top`, a number. `room` is for n numbers and a pack, and holds the
+/// rivals in the support in the end. A long row begins with some of its largest scores alone, the
+/// top_lanes<T> that top_score() found: their Σ p is less, so that what is outside the support that
+/// it gives is outside for good.
 template <class Power, class T>
-summary<tsallis_threshold, double> solve_tsallis(const Power& power, const T* x, index n,
-                                                 double* room) {
-  alignas(64) T most[top_lanes<T>];
-  const bool is_long = n >= 16 * top_lanes<T>;
-  const T top = top_score(x, n, is_long ? most : nullptr);
-  const auto maximum = static_cast<double>(top);
-  if (top != top)
-    return {maximum, {maximum, maximum, maximum, maximum, 0}};
-  if (top == -std::numeric_limits<T>::infinity())
-    return {0, {1, 0, 1, 0, 0}};
+tsallis_root find_threshold(const Power& power, const T* x, index n, T top, const T* most,
+                            double* room) {
   tsallis_trial start = power.trial(0);
-  if (is_long) {
+  if (most) {
     const index some = gather_rivals(most, top_lanes<T>, top, start.rate, room);
     // From a little short of there, for what rounding has done.
     start = power.trial(find_root(power, start, room, some).low * (1 - 0x1p-20));
   }
   const index count = gather_rivals(x, n, top, start.rate, room);
-  const tsallis_root root = find_root(power, start, room, count);
-  return {maximum, {root.at.rate, root.at.top, root.at.rest, root.conjugate, root.size}};
+  return find_root(power, start, room, count);
+}
+template <class T> bool is_long_row(index n) { return n >= 16 * top_lanes<T>; }
+
+/// A row by summarise(top, root), where it has a largest score that is a number.
+template <class Power, class T, class Summarise>
+summary<tsallis_threshold, double> solve_row(const Power& power, const T* x, index n, double* room,
+                                             Summarise summarise) {
+  alignas(64) T most[top_lanes<T>];
+  T* const some = is_long_row<T>(n) ? most : nullptr;
+  const T top = top_score(x, n, some);
+  const auto maximum = static_cast<double>(top);
+  if (top != top)
+    return {maximum, {maximum, maximum, maximum, maximum, 0}};
+  if (top == -std::numeric_limits<T>::infinity())
+    return {0, {1, 0, 1, 0, 0}};
+  return summarise(maximum, find_threshold(power, x, n, top, some, room));
+}
+
+template <class Power, class T>
+summary<tsallis_threshold, double> solve_tsallis(const Power& power, const T* x, index n,
+                                                 double* room) {
+  const auto summarise = [](double top, const tsallis_root& r) {
+    return summary<tsallis_threshold, double>{
+        top, {r.at.rate, r.at.top, r.at.rest, r.conjugate, r.size}};
+  };
+  return solve_row(power, x, n, room, summarise);
+}
+
+/// The argmax p of ⟨p, x⟩ − ‖p‖_α over the simplex. With h = 1 − 1/α and w = (p/‖p‖_α)^{α−1},
+///
+///   w_j = w₁ (1 − r_j)_+,   r_j = (max x − x_j)/w₁,   Σ w^{1/h} = 1,   p_j ∝ w_j^{1/(α−1)},
+///
+/// so that the w^{1/h} are what tsallis_threshold has for the order 1 + h and the scores x/h, and
+/// c = 1/w₁; Ω*(x) = max x − w₁. As c, p₁, 1 − p₁, Ω* + 1 less max x, and |S|.
+///
+/// `solver` is for the order 1 + h, `power` for the power 1/(α−1).
+template <class Solver, class Power, class T>
+summary<tsallis_threshold, double> solve_norm(const Solver& solver, const Power& power, const T* x,
+                                              index n, double* room) {
+  const auto summarise = [&](double top, const tsallis_root& r) {
+    const double others = sum_rivals(power, r.at, room, r.rivals).powers;
+    return summary<tsallis_threshold, double>{
+        top,
+        {r.at.rate, 1 / (1 + others), others / (1 + others), solver.short_of_one(r.at), r.size}};
+  };
+  return solve_row(solver, x, n, room, summarise);
 }
 
 } // namespace perdita::inline PERDITA_ABI::core

@@ -1,0 +1,310 @@
+// SPDX-License-Identifier: MIT
+
+// fenchel_young_loss, and the soft targets of sparsemax_loss, entmax15_loss, entmax_loss and
+// normmax_loss, which are the same: formula sheet 8.
+
+#include <perdita/cross_entropy.hpp>
+#include <perdita/fenchel_young.hpp>
+#include <perdita/normmax.hpp>
+
+#include <cmath>
+#include <limits>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "support/catch.hpp"
+#include "support/numbers.hpp"
+#include "support/row_battery.hpp"
+#include "support/simplex_reference.hpp"
+
+namespace perdita_tests {
+namespace {
+
+namespace prediction = perdita::prediction;
+
+struct young_setting {
+  const char* what;
+  map_kind kind;
+  double alpha;
+};
+constexpr young_setting young_settings[] = {
+    {"softmax", map_kind::softmax, 1},        {"sparsemax", map_kind::entmax, 2},
+    {"entmax 5/4", map_kind::entmax, 1.25},   {"entmax 3", map_kind::entmax, 3},
+    {"normmax 2", map_kind::normmax, 2},      {"normmax 3", map_kind::normmax, 3},
+    {"entmax15_loss", map_kind::entmax, 1.5}, {"sparsemax_loss", map_kind::entmax, 2},
+    {"entmax_loss 3", map_kind::entmax, 3},   {"normmax_loss 5/4", map_kind::normmax, 1.25},
+};
+
+/// f(loss) with the loss of a setting.
+template <class T, class F> auto with_loss(int s, perdita::reduction how, F f) {
+  const auto alpha = young_settings[s].alpha;
+  const auto of = [&]<class P>(const P& p) {
+    return f(perdita::fenchel_young_loss<T, P>({.prediction = p, .reduction = how}));
+  };
+  switch (s) {
+  case 0:
+    return of(prediction::softmax{});
+  case 1:
+    return of(prediction::sparsemax{});
+  case 2:
+  case 3:
+    return of(prediction::entmax{alpha});
+  case 4:
+  case 5:
+    return of(prediction::normmax{alpha});
+  case 6:
+    return f(perdita::entmax15_loss<T>({.reduction = how}));
+  case 7:
+    return f(perdita::sparsemax_loss<T>({.reduction = how}));
+  case 8:
+    return f(perdita::entmax_loss<T>({.alpha = alpha, .reduction = how}));
+  default:
+    return f(perdita::normmax_loss<T>({.alpha = alpha, .reduction = how}));
+  }
+}
+
+/// Of a loss, which some of the settings above are of.
+template <class T> class young_descriptor final : public row_descriptor<T> {
+public:
+  young_descriptor(std::string name, int first, int count)
+      : name_(std::move(name)), first_(first), count_(count) {}
+  std::string name() const override { return name_; }
+  int settings() const override { return count_; }
+  std::string describe(int s) const override { return young_settings[first_ + s].what; }
+  std::vector<int> few_settings() const override { return {0}; }
+  bool soft(int) const override { return true; }
+  bool twice_smooth() const override { return false; }
+  bool sparse() const override { return true; }
+  std::unique_ptr<row_subject<T>> make(int s, index, perdita::reduction how) const override {
+    return with_loss<T>(first_ + s, how,
+                        []<class L>(const L& loss) -> std::unique_ptr<row_subject<T>> {
+                          return std::make_unique<row_subject_of<L>>(loss);
+                        });
+  }
+  perdita::loss_traits traits(int) const override { return perdita::fenchel_young_loss<T>::traits; }
+
+  row_expectation expect(int s, const row_input& row) const override {
+    const auto [what, kind, alpha] = young_settings[first_ + s];
+    const exact_prediction e(kind, alpha, row.scores);
+    const wide epsilon = std::numeric_limits<T>::epsilon();
+    const wide fine = 8 * std::numeric_limits<double>::epsilon();
+    wide total = 0;
+    for (const wide& share : row.soft)
+      total += share;
+    std::vector<wide> q;
+    for (const wide& share : row.soft)
+      q.push_back(share / total);
+    row_expectation expected = nothing_reported();
+    const wide value = total * young_value(kind, alpha, e, row.scores, q);
+    wide errors = 0, all = 0;
+    for (std::size_t j = 0; j < q.size(); ++j) {
+      const wide gap = row.scores[j] == -infinity() ? wide(0) : wide(e.top - row.scores[j]);
+      errors += (e.p[j] + q[j]) * (1 + gap) * fine;
+      if (kind != map_kind::softmax && e.base[j] < 1)
+        all += e.spread(j, fine);
+    }
+    expected.value = {value, 2 * value + (errors + all) * total / epsilon};
+    for (std::size_t j = 0; j < q.size(); ++j) {
+      const wide slope = total * (e.p[j] - q[j]);
+      wide error = fine * (e.p[j] + q[j]);
+      if (row.scores[j] == -infinity())
+        error = fine * q[j];
+      else if (kind == map_kind::softmax)
+        error += fine * e.p[j] * (e.top - row.scores[j]);
+      else
+        error += e.spread(j, fine) + e.p[j] * all;
+      error += std::numeric_limits<T>::min();
+      expected.gradient.push_back({slope, size_of(slope) + total * error / epsilon});
+    }
+    return expected;
+  }
+
+private:
+  std::string name_;
+  int first_, count_;
+};
+constexpr int all_settings = static_cast<int>(std::size(young_settings));
+
+perdita::matrix_view<const double> row_view(const std::vector<double>& x) {
+  return {x.data(), 1, static_cast<index>(x.size())};
+}
+perdita::matrix_view<double> row_view(std::vector<double>& x) {
+  return {x.data(), 1, static_cast<index>(x.size())};
+}
+
+} // namespace
+
+TEMPLATE_TEST_CASE("Fenchel-Young losses: the row battery", "[fenchel_young]", float, double) {
+  check_row_loss(young_descriptor<TestType>("fenchel_young_loss", 0, 6));
+  check_row_loss(young_descriptor<TestType>("entmax15_loss", 6, 1));
+  check_row_loss(young_descriptor<TestType>("sparsemax_loss", 7, 1));
+  check_row_loss(young_descriptor<TestType>("entmax_loss", 8, 1));
+  check_row_loss(young_descriptor<TestType>("normmax_loss", 9, 1));
+}
+
+TEMPLATE_TEST_CASE("Fenchel-Young losses: special rows", "[fenchel_young]", float, double) {
+  constexpr double inf = std::numeric_limits<double>::infinity();
+  constexpr double n = std::numeric_limits<double>::quiet_NaN();
+  std::vector<special_row> rows{
+      {"two positives", 1, {1, 0, 0}, -1, {0, 0.5, 0.5}, 0.75, {1, -0.5, -0.5}},
+      {"their labels", 1, {1, 0, 0}, -1, {0, 1, 1}, 1.5, {2, -1, -1}},
+      {"met", 1, {0.25, 0, -5}, -1, {0.625, 0.375, 0}, 0, {0, 0, 0}},
+      {"uniform", 0, {3, 3}, -1, {0.5, 0.5}, 0, {0, 0}},
+      {"a label's", 4, {7, 7, 7, 7}, -1, {0, 0, 1, 0}, 0.5, {0.25, 0.25, -0.75, 0.25}},
+      {"far behind", 6, {0, 5}, -1, {1, 0}, 5, {-1, 1}},
+  };
+  for (int s = 0; s < all_settings; ++s)
+    for (const special_row& row : std::vector<special_row>{
+             {"nothing asked for", s, {1, 2, 3}, -1, {0, 0, 0}, 0, {0, 0, 0}},
+             {"one class", s, {3}, -1, {1}, 0, {0}},
+             {"target masked", s, {-inf, 200}, -1, {0.5, 0.5}, inf, {-0.5, 0.5}},
+             {"rivals masked", s, {-inf, 5, -inf}, -1, {0, 1, 0}, 0, {0, 0, 0}},
+             {"all masked", s, {-inf, -inf}, -1, {0.25, 0.75}, inf, {-0.25, -0.75}},
+             {"NaN", s, {0, 1, n}, -1, {1, 0, 0}, n, {n, n, n}},
+             {"NaN in the target", s, {0, 1, 2}, -1, {1, n, 0}, n, {n, n, n}},
+             {"+inf", s, {0, 1, inf}, -1, {1, 0, 0}, n, {n, n, n}}})
+      rows.push_back(row);
+  check_special(young_descriptor<TestType>("all of them", 0, all_settings), rows, 4);
+}
+
+// Labels, their targets e_y, and the losses' own ways with labels.
+TEST_CASE("Fenchel-Young losses: labels", "[fenchel_young]") {
+  random_numbers random(11);
+  for (int s = 0; s < all_settings; ++s)
+    for (const std::size_t cols : {1U, 2U, 7U, 130U, 2000U}) {
+      std::vector<double> x, q(cols), by_label(cols), by_target(cols);
+      for (std::size_t k = 0; k < cols; ++k)
+        x.push_back(random.normal());
+      const std::vector<index> label{static_cast<index>(random.below(cols))};
+      q[static_cast<std::size_t>(label[0])] = 1;
+      with_loss<double>(s, perdita::reduction::mean, [&](const auto& loss) {
+        const double a = loss(row_view(std::as_const(x)), label, row_view(by_label));
+        const double b =
+            loss(row_view(std::as_const(x)), row_view(std::as_const(q)), row_view(by_target));
+        INFO(young_settings[s].what << ", " << cols << " classes: " << a << " and " << b);
+        CHECK(std::abs(a - b) <= 4e-15 * (1 + a));
+        // Beside the threshold a probability of order 3 has half its digits.
+        for (std::size_t k = 0; k < cols; ++k)
+          CHECK(std::abs(by_label[k] - by_target[k]) <=
+                (young_settings[s].alpha == 3 ? 1e-8 : 4e-15));
+      });
+    }
+}
+
+TEST_CASE("Fenchel-Young losses: softmax is cross-entropy less the entropy", "[fenchel_young]") {
+  const std::vector<double> x{0.5, -1.2, 2, 0.1}, q{0.6, 0.1, 0.1, 0.2};
+  std::vector<double> g(4), h(4);
+  double entropy = 0;
+  for (const double share : q)
+    entropy -= share * std::log(share);
+  const double value = perdita::fenchel_young_loss<double>()(row_view(x), row_view(q), row_view(g));
+  CHECK(std::abs(value - (1.9460412949 - entropy)) < 1e-9); // appendix A
+  const double whole = perdita::cross_entropy<double>()(row_view(x), row_view(q), row_view(h));
+  CHECK(std::abs(value - (whole - entropy)) < 1e-15 * 8);
+  for (std::size_t k = 0; k < 4; ++k)
+    CHECK(std::abs(g[k] - h[k]) < 1e-15);
+}
+
+// All digits of the loss of a target near its prediction.
+TEST_CASE("Fenchel-Young losses: a target near the prediction", "[fenchel_young]") {
+  random_numbers random(12);
+  for (int s = 0; s < all_settings; ++s)
+    for (const double apart : {1e-2, 1e-5, 1e-7}) {
+      const auto [what, kind, alpha] = young_settings[s];
+      std::vector<double> x, q, g(6);
+      std::vector<wide> z, share;
+      for (int k = 0; k < 6; ++k)
+        x.push_back(random.uniform(0, 0.1));
+      for (const double score : x)
+        z.push_back(score);
+      const exact_prediction e(kind, alpha, z);
+      wide total = 0;
+      for (const wide& p : e.p) {
+        q.push_back(static_cast<double>(p) * (1 + apart * random.normal()));
+        total += q.back();
+      }
+      for (const double of : q)
+        share.push_back(of / total);
+      const wide expected = total * young_value(kind, alpha, e, z, share);
+      with_loss<double>(s, perdita::reduction::mean, [&](const auto& loss) {
+        const double value =
+            loss(row_view(std::as_const(x)), row_view(std::as_const(q)), row_view(g));
+        INFO(young_settings[s].what << ", " << apart << " apart: " << value << " for "
+                                    << text(expected));
+        CHECK(size_of(value - expected) <= wide(2e-14 / apart) * expected);
+      });
+    }
+}
+
+// Σ q = B; τ by bisection over all numbers.
+TEMPLATE_TEST_CASE("Fenchel-Young losses: budget", "[fenchel_young]", float, double) {
+  using T = TestType;
+  random_numbers random(13);
+  for (const double budget : {1., 2., 3.5})
+    for (const std::size_t cols : {4U, 9U, 300U})
+      for (const double spread : {0.2, 1., 20.}) {
+        std::vector<T> x(cols), q(cols), g(cols);
+        wide total = 0;
+        for (std::size_t k = 0; k < cols; ++k) {
+          x[k] = static_cast<T>(spread * random.normal());
+          q[k] = static_cast<T>(budget / static_cast<double>(cols) * random.uniform(0.9, 1));
+          total += q[k];
+        }
+        const wide scale = total / budget;
+        wide low = -1e4, high = 1e4;
+        const auto clipped = [](const wide& a) { return larger(0, smaller(1, a)); };
+        for (int i = 0; i < 140; ++i) {
+          const wide t = (low + high) / 2;
+          wide sum = 0;
+          for (const T z : x)
+            sum += clipped(z - t);
+          (sum >= budget ? low : high) = t;
+        }
+        wide value = 0;
+        std::vector<wide> slopes;
+        for (std::size_t k = 0; k < cols; ++k) {
+          const wide p = clipped(x[k] - low), of = q[k] / scale;
+          value += (of * of - p * p) / 2 - (of - p) * (x[k] - low);
+          slopes.push_back(scale * (p - of));
+        }
+        const auto n = static_cast<index>(cols);
+        const T got = perdita::fenchel_young_loss<T, prediction::budget>({.prediction = {budget}})(
+            perdita::matrix_view<const T>(x.data(), 1, n),
+            perdita::matrix_view<const T>(q.data(), 1, n), perdita::matrix_view<T>(g.data(), 1, n));
+        const wide epsilon = std::numeric_limits<T>::epsilon();
+        INFO("budget " << budget << ", " << cols << " classes, spread " << spread << ": " << got
+                       << " for " << text(wide(scale * value)));
+        CHECK(size_of(got - scale * value) <= epsilon * scale * value + wide(1e-13));
+        for (std::size_t k = 0; k < cols; ++k)
+          CHECK(size_of(g[k] - slopes[k]) <= epsilon * size_of(slopes[k]) + wide(1e-14));
+      }
+}
+
+TEST_CASE("Fenchel-Young losses: arguments are checked", "[fenchel_young]") {
+  using Catch::Matchers::ContainsSubstring;
+  constexpr double n = std::numeric_limits<double>::quiet_NaN();
+  using entmax = perdita::fenchel_young_loss<float, prediction::entmax>;
+  using normmax = perdita::fenchel_young_loss<float, prediction::normmax>;
+  using budget = perdita::fenchel_young_loss<double, prediction::budget>;
+  for (const double alpha : {1., -2., n}) {
+    CHECK_THROWS_WITH(entmax({.prediction = {alpha}}),
+                      ContainsSubstring("perdita::fenchel_young_loss: alpha is"));
+    CHECK_THROWS_AS(normmax({.prediction = {alpha}}), std::invalid_argument);
+  }
+  for (const double b : {0., -1., n})
+    CHECK_THROWS_WITH(budget({.prediction = {b}}), ContainsSubstring("budget is"));
+  const std::vector<double> x{1, 2, 3};
+  const std::vector<int> label{1};
+  std::vector<double> g(3, 7);
+  CHECK_THROWS_WITH(budget({.prediction = {2}})(row_view(x), label, row_view(g)),
+                    ContainsSubstring("budget is 2"));
+  CHECK_THROWS_AS(budget({.prediction = {4}})(row_view(x), row_view(x), row_view(g)),
+                  std::invalid_argument);
+  CHECK(g == std::vector<double>(3, 7));
+  CHECK_NOTHROW(budget()(row_view(x), label, row_view(g)));
+}
+
+} // namespace perdita_tests
