@@ -718,10 +718,10 @@ void linear_chain_crf<T>::write_chain(const core::chain_tables& tables, const do
                                       index count, const chain_scores<T>& d_chain) const {
   const index width = tables.width, part = core::chain_sums::size(width);
   const auto put = [&](T& to, index at) {
-    double sum = options_.accumulate_chain ? static_cast<double>(to) : 0;
+    double sum = 0;
     for (index p = 0; p < count; ++p)
       sum += parts[p * part + at];
-    to = static_cast<T>(sum);
+    to = static_cast<T>(options_.accumulate_chain ? static_cast<double>(to) + sum : sum);
   };
   for (index i = 0; i < tables.tags; ++i) {
     for (index j = 0; d_chain.transitions.data && j < tables.tags; ++j)

@@ -3,9 +3,11 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <iterator>
 #include <limits>
 #include <string>
 #include <type_traits>
+#include <utility>
 
 #include "core/sequences.hpp"
 
@@ -55,6 +57,9 @@ struct ctc_arrival {
   }
 };
 
+/// Below this, a value is computed from the probability of all that is not the target.
+inline constexpr double ctc_sure_value = 0x1p-4;
+
 /// One worker's passes over sequences. State 2 i + 1 is label i of the target, the even ones are
 /// blanks.
 template <class T> class ctc_pass {
@@ -83,6 +88,8 @@ public:
     if (counts) {
       set_target(b);
       value = forward(b, n);
+      if (value < ctc_sure_value && !job_.log_probabilities && n > 0)
+        value = sure_value(b, n);
     }
     const bool impossible = value == std::numeric_limits<double>::infinity();
     if (impossible && job_.zero_infinity)
@@ -186,6 +193,78 @@ private:
     return 0 - offset.value();
   }
 
+  /// The value where the target's probability is near 1: −log1p(−Q), Q being the probability of
+  /// anything else: of leaving the target's states at some step, or of ending before its end. All
+  /// terms are positive.
+  double sure_value(index b, index n) {
+    double *ways = stay_ + margin, *next = step_ + margin; // probabilities of the states
+    std::fill_n(stay_, width_ + margin, 0.0);
+    std::fill_n(step_, width_ + margin, 0.0);
+    double elsewhere = 0;
+    for (index t = 0; t < n; ++t) {
+      read_step(b, t);
+      find_largest();
+      const double part = 1 / (1 + rivals_);
+      double left = t == 0 ? outside(-1) : 0;
+      for (index s = 0; t > 0 && s < states_; ++s)
+        if (ways[s] > 0)
+          left = fma_of(ways[s], outside(s), left);
+      elsewhere = fma_of(left, part, elsewhere);
+      for (index s = 0; s < states_; ++s) {
+        const double from = t == 0          ? (s < 2 ? 1 : 0)
+                            : skip_[s] == 0 ? ways[s] + ways[s - 1] + ways[s - 2]
+                                            : ways[s] + ways[s - 1];
+        next[s] = from * (image_[class_of(s)] * part);
+      }
+      std::swap(ways, next);
+    }
+    for (index s = 0; s < states_ - 2; ++s)
+      elsewhere += ways[s];
+    return -log1p_of(-elsewhere);
+  }
+  /// The four largest images of the step, and the sum of the others.
+  void find_largest() {
+    std::fill_n(largest_, 4, index{-1});
+    for (index k = 0; k < job_.scores.cols; ++k) {
+      index at = k;
+      for (index& place : largest_)
+        if (place < 0 || (at >= 0 && image_[at] > image_[place]))
+          std::swap(at, place);
+    }
+    W sum(0);
+    double kept[4];
+    for (index i = 0; i < 4 && largest_[i] >= 0; ++i)
+      kept[i] = std::exchange(image_[largest_[i]], 0);
+    for (index k = 0; k < classes_; k += per_pack)
+      sum += W::load(image_ + k);
+    others_ = sum_lanes(sum);
+    for (index i = 0; i < 4 && largest_[i] >= 0; ++i)
+      image_[largest_[i]] = kept[i];
+  }
+  /// Σ image of the classes that lead from this state (-1: from the start) out of the target. The
+  /// up to three that do not are taken off, which does not cancel: for every one that is not among
+  /// the four largest, one more of these is out there.
+  double outside(index state) const {
+    const index next = state + (state % 2 ? 2 : 1); // the next label's state
+    index inside[3] = {static_cast<index>(job_.blank), -1, -1};
+    if (state % 2 == 1)
+      inside[1] = class_of(state);
+    if (next < states_ && class_of(next) != inside[1])
+      inside[2] = class_of(next);
+    const auto holds = [](const auto& set, index k) {
+      return std::find(std::begin(set), std::end(set), k) != std::end(set);
+    };
+    double sum = others_;
+    for (const index k : inside)
+      if (k >= 0 && !holds(largest_, k))
+        sum -= image_[k];
+    sum = std::max(sum, 0.0);
+    for (const index k : largest_)
+      if (k >= 0 && !holds(inside, k))
+        sum += image_[k];
+    return sum;
+  }
+
   /// share_: the probability of each state at the step, given the target; from the last step on.
   void backward(index b, index n) {
     if (n == 0)
@@ -255,6 +334,8 @@ private:
   T* buffer_;
   bool defined_ = true;
   double scale_ = 1, top_ = 0, rivals_ = 0, log_sum_ = 0;
+  index largest_[4] = {}; ///< classes, -1 for none
+  double others_ = 0;
 };
 
 } // namespace core
@@ -290,8 +371,10 @@ private:
 ///
 /// Accuracy: computed in double, in logarithms less the largest of each step; shares of states are
 /// carried from step to step as probabilities, so that the gradient of a sure sequence keeps its
-/// digits; the error of a value near 0 is some 1e-16. Same bits for any number of threads. Memory:
-/// steps × (2 labels + 1) doubles for each thread that works; without gradient, two rows of that.
+/// digits. So does its value: below 1/16 it is computed a second time, from the probability of
+/// everything else; not with log_probabilities, which need not add up to 1, where its error is
+/// absolute, some 1e-16 a step. Same bits for any number of threads. Memory: steps × (2 labels + 1)
+/// doubles for each thread that works; without gradient, two rows of that.
 ///
 /// Throws std::invalid_argument, also where a target holds the blank.
 /// Source: Graves et al., "Connectionist temporal classification", 2006; torch.nn.CTCLoss.
@@ -366,9 +449,9 @@ private:
     if (scores.rows > 0)
       core::require(options_.blank < scores.cols, name, "blank", options_.blank,
                     "a class that the scores have");
-    set_lengths("input_lengths", job.input_lengths, inputs, job.sequences, job.steps);
-    set_lengths("target_lengths", job.target_lengths, lengths, job.sequences,
-                std::numeric_limits<index>::max());
+    checks.lengths("input_lengths", job.input_lengths, inputs, job.sequences, job.steps);
+    checks.lengths("target_lengths", job.target_lengths, lengths, job.sequences,
+                   std::numeric_limits<index>::max());
     if constexpr (core::labels_like<Y>) {
       const auto all = core::as_vector(targets);
       job.concatenated = true;
@@ -383,18 +466,6 @@ private:
       job.targets = core::integer_rows(rows);
     }
     checks.call(call, job.sequences, false);
-  }
-  template <class I>
-  void set_lengths(const char* what, core::integer_rows& to, vector_view<I> lengths,
-                   index sequences, index most) const {
-    checks.size(what, lengths.size, sequences, "as many as there are sequences");
-    checks.memory(what, lengths.data, lengths.size);
-    to = core::integer_rows(lengths);
-    for (index b = 0; b < sequences; ++b)
-      if (const std::int64_t n = to.at(0, b); n < 0 || n > most)
-        core::fail_at(name, what, b, core::to_text(n),
-                      most == std::numeric_limits<index>::max() ? "0 or more"
-                                                                : "0 to " + core::to_text(most));
   }
   void check_targets(const core::ctc_job<T>& job) const {
     index start = 0;

@@ -4,10 +4,24 @@
 #include <algorithm>
 #include <cstdint>
 #include <limits>
+#include <type_traits>
 
 #include "core/sequences.hpp"
 
 namespace perdita::inline PERDITA_ABI {
+
+/// What smile compares a token with: the labels of its sequence, or all other classes and itself.
+enum class smile_set { own, others };
+
+/// The labels of a batch of sequences, and the classes that the tokens of each are compared with:
+/// sequences × any number.
+template <class Y, class S> struct with_subsets {
+  Y& labels;
+  S& subsets;
+  template <class A, class B> with_subsets(A&& y, B&& s) : labels(y), subsets(s) {}
+};
+template <class A, class B>
+with_subsets(A&&, B&&) -> with_subsets<std::remove_reference_t<A>, std::remove_reference_t<B>>;
 
 namespace core {
 
@@ -15,6 +29,8 @@ template <class T> struct smile_job {
   matrix_data<T> scores;
   matrix_data<T, true> gradient;
   integer_rows labels;
+  integer_rows subsets; ///< or no reader
+  smile_set among = smile_set::own;
   index sequences = 0, steps = 0;
   std::int64_t ignore_index = -100;
   bool whole_first = true, has_gradient = false;
@@ -23,47 +39,32 @@ template <class T> struct smile_job {
   double share = 1;
 };
 
-/// Cross-entropy of y among n scores, a whole number of packs that are overwritten; slope_j =
-/// p_j − [j is y], with the digits of 1 − p_y.
-inline double cross_entropy_among(double* scores, index n, index y, double* slope) {
-  using W = pack<double>;
-  lower_to_0(scores, n);
-  images_of(scores, n, slope);
-  const double own = slope[y], target = scores[y];
-  slope[y] = 0;
-  W rivals(0);
-  for (index j = 0; j < n; j += per_pack)
-    rivals += W::load(slope + j);
-  const double rest = sum_lanes(rivals), sum = rest + own, part = sum > 0 ? 1 / sum : 0;
-  for (index j = 0; j < n; j += per_pack)
-    (W::load(slope + j) * part).store(slope + j);
-  slope[y] = sum > 0 ? -(rest * part) : -1;
-  if (target == no_score)
-    return -no_score;
-  return target == 0 ? log1p_of(rest) : log_of(sum) - target;
-}
-
 /// One worker's sequences.
 template <class T> class smile_pass {
 public:
   smile_pass(carver& c, const smile_job<T>& job)
       : job_(job), classes_(whole_packs(job.scores.cols)) {
     const auto classes = static_cast<std::size_t>(classes_),
-               steps = static_cast<std::size_t>(whole_packs(job.steps));
+               most =
+                   static_cast<std::size_t>(whole_packs(std::max(job.steps, job.subsets.cols + 1)));
     for (double** row : {&score_, &slope_, &result_})
       *row = c.take<double>(classes);
     for (double** row : {&few_, &few_slope_})
-      *row = c.take<double>(steps);
+      *row = c.take<double>(most);
     for (std::int64_t** row : {&label_, &set_})
-      *row = c.take<std::int64_t>(steps);
+      *row = c.take<std::int64_t>(most);
     buffer_ = c.take<T>(classes);
   }
 
   /// Σ of the weighted values of the tokens of sequence b; their gradients.
   double run(index b) {
     job_.labels.read(b, 0, job_.steps, label_);
-    std::int64_t* const end = std::copy_if(label_, label_ + job_.steps, set_,
-                                           [&](std::int64_t y) { return y != job_.ignore_index; });
+    std::int64_t* end = set_ + job_.subsets.cols;
+    if (job_.subsets.reader)
+      job_.subsets.read(b, 0, job_.subsets.cols, set_);
+    else
+      end = std::copy_if(label_, label_ + job_.steps, set_,
+                         [&](std::int64_t y) { return y != job_.ignore_index; });
     std::sort(set_, end);
     size_ = std::unique(set_, end) - set_;
     exact_sum total;
@@ -86,8 +87,12 @@ private:
       job_.scores.read(row, 0, job_.scores.cols, buffer_);
       if (among_all > 0)
         value = among_all * add_all(static_cast<index>(label), among_all, factor);
-      if (among_few > 0)
-        value = fma_of(among_few, add_few(label, among_few, factor), value);
+      if (among_few > 0) {
+        const bool others = job_.among == smile_set::others && !job_.subsets.reader;
+        const double part =
+            others ? add_others(label, among_few, factor) : add_few(label, among_few, factor);
+        value = fma_of(among_few, part, value);
+      }
     }
     if (job_.call->values.data)
       job_.call->values[row] = static_cast<T>(value * weight);
@@ -96,21 +101,37 @@ private:
     return value * weight;
   }
   double add_all(index y, double share, double factor) {
+    read_all();
+    return add_row(y, share, factor);
+  }
+  double add_others(std::int64_t label, double share, double factor) {
+    read_all();
+    for (index i = 0; i < size_; ++i)
+      if (set_[i] != label)
+        score_[set_[i]] = no_score;
+    return add_row(static_cast<index>(label), share, factor);
+  }
+  void read_all() {
     for (index j = 0; j < job_.scores.cols; ++j)
       score_[j] = static_cast<double>(buffer_[j]);
     std::fill(score_ + job_.scores.cols, score_ + classes_, no_score);
+  }
+  double add_row(index y, double share, double factor) {
     const double value = compare(score_, classes_, y, factor * share, slope_);
     for (index j = 0; j < classes_; ++j)
       result_[j] += slope_[j];
     return value;
   }
   double add_few(std::int64_t label, double share, double factor) {
-    const index n = whole_packs(size_), y = std::lower_bound(set_, set_ + size_, label) - set_;
-    for (index i = 0; i < size_; ++i)
+    const auto found = std::lower_bound(set_, set_ + size_, label);
+    const index y = found < set_ + size_ && *found == label ? found - set_ : size_,
+                size = std::max(size_, y + 1), n = whole_packs(size);
+    set_[y] = label; // where it was, or after the others
+    for (index i = 0; i < size; ++i)
       few_[i] = static_cast<double>(buffer_[set_[i]]);
-    std::fill(few_ + size_, few_ + n, no_score);
+    std::fill(few_ + size, few_ + n, no_score);
     const double value = compare(few_, n, y, factor * share, few_slope_);
-    for (index i = 0; i < size_; ++i)
+    for (index i = 0; i < size; ++i)
       result_[set_[i]] += few_slope_[i];
     return value;
   }
@@ -141,6 +162,11 @@ private:
 ///   ∂ℓ_t/∂x_tv = P_A(v) − [v = y] in A, 0 elsewhere
 ///   with options::likelihood s:  s · cross-entropy + (1 − s) ℓ_t   (the paper trains with 0.01)
 ///
+/// Variants, for comparison: options::among = smile_set::others takes for A all classes that are
+/// not labels of the sequence, and y (the paper's reverse SMILE); with_subsets(labels, subsets)
+/// gives a row of classes for each sequence, of which, with y, A is made: random ones, say. Classes
+/// may come twice.
+///
 /// The first token of a sequence, which has no words before it, is compared with all classes where
 /// whole_first. Never more than cross-entropy; 0 where A has one label.
 ///
@@ -167,6 +193,7 @@ public:
   struct options {
     T likelihood = 0; ///< share of the plain cross-entropy, in [0, 1]
     bool whole_first = true;
+    smile_set among = smile_set::own;
     std::int64_t ignore_index = -100;
     perdita::reduction reduction = perdita::reduction::mean;
   };
@@ -177,24 +204,26 @@ public:
     core::require_reduction(name, o.reduction);
     core::require(o.likelihood >= 0 && o.likelihood <= 1, name, "likelihood", o.likelihood,
                   "a number in [0, 1]");
+    core::require(o.among == smile_set::own || o.among == smile_set::others, name, "among",
+                  static_cast<int>(o.among), "smile_set::own or smile_set::others");
   }
   const options& settings() const { return options_; }
 
-  /// The reduced value.
-  template <class X, core::label_rows Y>
+  /// The reduced value. `labels` is a matrix, or with_subsets(matrix, matrix).
+  template <class X, class Y>
   requires core::scores_like<X, T> T operator()(X&& scores, Y&& labels,
                                                 const call_options<T>& call = {}) const {
     core::smile_job<T> job;
-    set_inputs(job, core::as_matrix(scores), core::as_matrix(labels), call);
+    set_inputs(job, core::as_matrix(scores), labels, call);
     return run(job);
   }
 
   /// The reduced value, and its gradient, written or added to the last.
-  template <class X, core::label_rows Y, class G>
+  template <class X, class Y, class G>
   requires core::scores_like<X, T> && core::gradient_like<G, T>
       T operator()(X&& scores, Y&& labels, G&& gradient, const call_options<T>& call = {}) const {
     core::smile_job<T> job;
-    set_inputs(job, core::as_matrix(scores), core::as_matrix(labels), call);
+    set_inputs(job, core::as_matrix(scores), labels, call);
     job.gradient = core::matrix_data<T, true>(core::as_matrix(gradient));
     job.has_gradient = true;
     checks.gradient(job.scores, job.gradient, call.accumulate);
@@ -204,8 +233,35 @@ public:
 private:
   static constexpr core::sequence_checks<T> checks{name};
 
+  template <class Y> struct is_with_subsets : std::false_type {};
+  template <class Y, class S> struct is_with_subsets<with_subsets<Y, S>> : std::true_type {};
+
+  template <class S, class Y>
+  void set_inputs(core::smile_job<T>& job, matrix_view<S> scores, Y& given,
+                  const call_options<T>& call) const {
+    if constexpr (is_with_subsets<std::remove_const_t<Y>>::value) {
+      set_inputs(job, scores, given.labels, call);
+      set_subsets(job, core::as_matrix(given.subsets));
+    } else {
+      static_assert(core::label_rows<Y>, "perdita::smile: labels are a matrix of integers, or "
+                                         "with_subsets of one and another");
+      set_labels(job, scores, core::as_matrix(given), call);
+    }
+  }
+  template <class I> void set_subsets(core::smile_job<T>& job, matrix_view<I> subsets) const {
+    job.subsets = core::integer_rows(subsets);
+    checks.size("subset rows", subsets.rows, job.sequences, "as many as there are sequences");
+    checks.memory("subsets", subsets.data, subsets.rows * subsets.cols);
+    core::require(subsets.plane_rows == subsets.rows, name, "plane_rows of the subsets",
+                  subsets.plane_rows, "all rows in one plane");
+    for (index b = 0; b < subsets.rows; ++b)
+      for (index i = 0; i < subsets.cols; ++i)
+        if (const std::int64_t k = job.subsets.at(b, i); k < 0 || k >= job.scores.cols)
+          core::fail_at(name, "subsets", b * subsets.cols + i, core::to_text(k),
+                        "0 to " + core::to_text(job.scores.cols - 1));
+  }
   template <class S, class I>
-  void set_inputs(core::smile_job<T>& job, matrix_view<S> scores, matrix_view<I> labels,
+  void set_labels(core::smile_job<T>& job, matrix_view<S> scores, matrix_view<I> labels,
                   const call_options<T>& call) const {
     job.scores = core::matrix_data<T>(scores);
     job.labels = core::integer_rows(labels);
@@ -213,6 +269,7 @@ private:
     job.steps = labels.cols;
     job.ignore_index = options_.ignore_index;
     job.whole_first = options_.whole_first;
+    job.among = options_.among;
     job.likelihood = static_cast<double>(options_.likelihood);
     job.call = &call;
     checks.size("score rows", scores.rows, labels.rows * labels.cols, "sequences × steps");
@@ -242,29 +299,10 @@ private:
   }
 
   T run(core::smile_job<T>& job) const {
-    const call_options<T>& call = *job.call;
-    const index n = job.sequences;
     job.share = token_share(job);
-    const auto workers = std::min(static_cast<std::size_t>(n), call.run_on.concurrency());
-    core::carver count;
-    count.template take<double>(static_cast<std::size_t>(n));
-    const std::size_t shared = count.used();
-    core::smile_pass<T>(count, job);
-    const std::size_t scratch = count.used() - shared;
-
-    workspace own;
-    std::byte* const bytes = (call.memory ? *call.memory : own).request(shared + workers * scratch);
-    core::carver carve(bytes);
-    double* const values = carve.template take<double>(static_cast<std::size_t>(n));
-    core::share_out(n, workers, call.run_on, [&](std::size_t worker) {
-      core::carver mine(bytes + shared + worker * scratch);
-      return
-          [&, pass = core::smile_pass<T>(mine, job)](index b) mutable { values[b] = pass.run(b); };
-    });
-    core::exact_sum total;
-    for (index b = 0; b < n; ++b)
-      total.add(values[b]);
-    return static_cast<T>(job.share == 0 ? 0 : total.value() * job.share);
+    const double total = core::sum_of_sequences<T>(
+        job.sequences, *job.call, [&](core::carver& c) { return core::smile_pass<T>(c, job); });
+    return static_cast<T>(job.share == 0 ? 0 : total * job.share);
   }
 
   options options_;

@@ -20,6 +20,7 @@
 #include "support/catch.hpp"
 #include "support/executors.hpp"
 #include "support/numbers.hpp"
+#include "support/running_error.hpp"
 #include "support/wide.hpp"
 
 namespace perdita_tests {
@@ -59,14 +60,15 @@ template <class T> struct problem {
 
 template <class T> problem<T> make(index b, index s, index k, double spread, std::uint64_t seed) {
   problem<T> p(b, s, k);
-  sequence_numbers random(seed);
+  random_numbers random(seed);
   for (auto* v : {&p.emissions, &p.transitions, &p.start, &p.end})
     for (T& x : *v)
       x = static_cast<T>(random.uniform(-spread, spread));
   for (int& y : p.labels)
-    y = static_cast<int>(random.below(k));
+    y = static_cast<int>(random.below(static_cast<std::uint64_t>(k)));
   for (index i = 0; i < b; ++i) // all lengths from the whole down to 0 and up again
-    p.lengths[static_cast<std::size_t>(i)] = static_cast<int>(i % 7 == 0 ? s : random.below(s + 1));
+    p.lengths[static_cast<std::size_t>(i)] = static_cast<int>(
+        i % 7 == 0 ? s : static_cast<index>(random.below(static_cast<std::uint64_t>(s + 1))));
   return p;
 }
 
@@ -124,7 +126,11 @@ template <class T> expected by_paths(const problem<T>& p, index b) {
   for (index c = 0; c < count; ++c)
     scores.push_back(path_score(p, b, path_of(c)));
   e.log_sum_exp = log_sum_exp(scores, [](std::size_t) { return true; });
-  e.value = e.log_sum_exp - path_score(p, b, own);
+  wide others = 0;
+  for (index c = 0; c < count; ++c)
+    if (path_of(c) != own)
+      others += exp(wide(scores[size(c)] - path_score(p, b, own)));
+  e.value = log1p(others);
   const auto count_path = [&](const std::vector<index>& path, wide moved::*part,
                               const wide& share) {
     for (index t = 0; t < n; ++t) {
@@ -171,10 +177,14 @@ template <class T> expected by_recursion(const problem<T>& p, index b) {
   for (index j = 0; j < k; ++j)
     z[size(j)] = alpha[size(n - 1)][size(j)] + wide(p.end[size(j)]);
   const wide lse = e.log_sum_exp = log_sum_exp(z, all);
-  std::vector<index> own;
-  for (index t = 0; t < n; ++t)
-    own.push_back(p.y(b, t));
-  e.value = lse - path_score(p, b, own);
+  for (index t = 0; t < n; ++t) { // Σ −log P(y_t | y_{t−1}), which does not cancel
+    for (index j = 0; j < k; ++j)
+      z[size(j)] = wide(p.e(b, t, j)) + beta[size(t)][size(j)] +
+                   wide(t > 0 ? p.a(p.y(b, t - 1), j) : p.start[size(j)]);
+    const std::size_t own = size(p.y(b, t));
+    const wide odds = exp(wide(log_sum_exp(z, [&](std::size_t j) { return j != own; }) - z[own]));
+    e.value += is_finite(odds) ? log1p(odds) : wide(log_sum_exp(z, all) - z[own]);
+  }
   for (index t = 0; t < n; ++t) {
     wide pair_miss = 0;
     const index y = p.y(b, t), before = t > 0 ? p.y(b, t - 1) : 0;
@@ -240,6 +250,191 @@ results<T> evaluate(const problem<T>& p, perdita::call_options<T> call = {},
   return r;
 }
 
+// --- What rounding may do ------------------------------------------------------------------------
+
+using row = std::vector<double>;
+/// Scores and the errors of them.
+struct inexact_row {
+  row x, error;
+  explicit inexact_row(std::size_t n) : x(n), error(n) {}
+  void set(std::size_t i, const inexact& to) { x[i] = to.value, error[i] = to.error; }
+  /// Adds what a lowered row has, then takes the largest off again.
+  void shift_by(const row& y) {
+    for (std::size_t i = 0; i < x.size(); ++i) {
+      x[i] += y[i];
+      if (x[i] > -inf)
+        error[i] += std::abs(y[i]) / 2 + std::abs(x[i]) / 2; // lowering y, and the sum
+    }
+    x = lowered(x);
+    for (std::size_t i = 0; i < x.size(); ++i)
+      if (x[i] > -inf)
+        error[i] += std::abs(x[i]) / 2;
+  }
+};
+/// log Σ e^(x_i + s_i). A term: the error of x_i, the lowering of s_i and two kernels for the
+/// product of images; or, in logarithms, the sum and what its largest is taken off by. Then the
+/// sum, the logarithm and what is added to that.
+inexact merge(const inexact_row& from, const row& s) {
+  row z(s);
+  double top = -inf, sum = 0, error = 0;
+  for (std::size_t i = 0; i < z.size(); ++i)
+    top = std::max(top, z[i] += from.x[i]);
+  if (top == -inf)
+    return {-inf, 0};
+  for (const double v : z)
+    sum += std::exp(v - top);
+  for (std::size_t i = 0; i < z.size(); ++i)
+    if (z[i] > -inf)
+      error += std::exp(z[i] - top) / sum *
+               (from.error[i] + std::abs(s[i]) / 2 + std::abs(z[i]) + 2 * kernel_error);
+  const double result = top + std::log(sum);
+  return {result, error + summed(z.size()) + (kernel_error + 0.5) * std::abs(result) +
+                      kernel_error * std::log(sum)};
+}
+/// −log of y's share in Σ e^(x_i + s_i): of a rival's share, the errors of both scores count (their
+/// own, lowering, sum, difference) and, twice because they may be y's instead, a kernel and the
+/// sum; then two operations on the result.
+inexact surprise(const inexact_row& from, const row& s, std::size_t y) {
+  row z(s);
+  for (std::size_t i = 0; i < z.size(); ++i)
+    z[i] += from.x[i];
+  const double top = *std::max_element(z.begin(), z.end());
+  if (z[y] == -inf)
+    return {inf, 0};
+  double sum = 0, rivals = 0, error = 0;
+  const auto of_score = [&](std::size_t i) {
+    return from.error[i] + std::abs(s[i]) / 2 + std::abs(z[i]);
+  };
+  for (std::size_t i = 0; i < z.size(); ++i)
+    sum += std::exp(z[i] - top);
+  for (std::size_t i = 0; i < z.size(); ++i)
+    if (i != y && z[i] > -inf) {
+      rivals += std::exp(z[i] - z[y]);
+      error += std::exp(z[i] - top) / sum *
+               (of_score(i) + of_score(y) + 2 * (kernel_error + summed(z.size())));
+    }
+  const double value = std::isfinite(rivals) ? std::log1p(rivals) : top - z[y] + std::log(sum);
+  return {value, error + 2 * kernel_error * value};
+}
+
+/// The errors of one sequence's results.
+struct errors {
+  double value = 0, log_sum_exp = 0;
+  row emissions, transitions, start, end;
+};
+template <class T> errors rounding(const problem<T>& p, index b) {
+  const index n = p.length(b);
+  const std::size_t k = problem<T>::size(p.tags), steps = problem<T>::size(n);
+  errors r;
+  r.emissions.resize(problem<T>::size(p.steps) * k);
+  r.transitions.resize(k * k);
+  r.start.resize(k);
+  r.end.resize(k);
+  if (n == 0)
+    return r;
+  const auto tag = [&](std::size_t t) { return problem<T>::size(p.y(b, static_cast<index>(t))); };
+  const row a = lowered(row(p.transitions.begin(), p.transitions.end())),
+            start = lowered(row(p.start.begin(), p.start.end())),
+            end = lowered(row(p.end.begin(), p.end.end()));
+  const auto emission = [&](std::size_t t) {
+    const auto first = p.emissions.begin() + (b * p.steps + static_cast<index>(t)) * p.tags;
+    return lowered(row(first, first + p.tags));
+  };
+  const auto column = [&](std::size_t j) {
+    row result(k);
+    for (std::size_t i = 0; i < k; ++i)
+      result[i] = a[i * k + j];
+    return result;
+  };
+  const auto as_given = [&](inexact_row& to, const row& x) {
+    for (std::size_t j = 0; j < k; ++j)
+      to.set(j, {x[j], x[j] > -inf ? std::abs(x[j]) / 2 : 0});
+  };
+  // Forward: the scores of paths to each tag. The value is Σ of the surprises, added exactly.
+  std::vector<inexact_row> forward(steps, inexact_row(k));
+  std::vector<inexact> surprises(steps);
+  for (std::size_t t = 0; t < steps; ++t) {
+    if (t == 0)
+      as_given(forward[0], start);
+    for (std::size_t j = 0; t > 0 && j < k; ++j)
+      forward[t].set(j, merge(forward[t - 1], column(j)));
+    forward[t].shift_by(emission(t));
+    if (t > 0) {
+      surprises[t] = surprise(forward[t - 1], column(tag(t)), tag(t - 1));
+      r.value += surprises[t].error;
+    }
+  }
+  r.value += surprise(forward.back(), end, tag(steps - 1)).error;
+  r.log_sum_exp = merge(forward.back(), end).error;
+  // Backward: `back` is the score of what follows each tag.
+  inexact_row back(k);
+  as_given(back, end);
+  for (std::size_t t = steps; t-- > 0;) {
+    // Probabilities of tags: the scores' errors, their sum, its lowering, a kernel; then those of
+    // the whole, summing it, and three operations (1 / Σ, times that, times the scale).
+    inexact_row z = forward[t];
+    for (std::size_t j = 0; j < k; ++j) {
+      z.x[j] += back.x[j];
+      z.error[j] += back.error[j] + std::abs(z.x[j]) + kernel_error;
+    }
+    z.x = lowered(z.x);
+    double sum = 0, whole = summed(k) + 1.5, miss = 0, miss_error = 0;
+    for (std::size_t j = 0; j < k; ++j)
+      sum += z.x[j] = std::exp(z.x[j]);
+    for (std::size_t j = 0; j < k; ++j)
+      whole += (z.x[j] /= sum) > 0 ? z.x[j] * z.error[j] : 0;
+    for (std::size_t j = 0; j < k; ++j)
+      if (j != tag(t)) {
+        r.emissions[t * k + j] = grown(z.x[j], z.error[j] + whole);
+        miss += z.x[j];
+        miss_error += r.emissions[t * k + j];
+      }
+    miss_error += summed(k) * miss; // 1 − p is the sum of the others
+    r.emissions[t * k + tag(t)] = miss_error;
+    if (t == 0)
+      break;
+    // Pairs: three images, of which each has a kernel and a product, and the lowering of the
+    // transition; in logarithms, some sums of up to all three scores instead.
+    const inexact_row& before = forward[t - 1];
+    back.shift_by(emission(t));
+    row q(k * k), q_error(k * k);
+    double top = -inf, total = 0, all = summed(k) + 1.5;
+    for (std::size_t i = 0; i < k * k; ++i)
+      top = std::max(top, q[i] = before.x[i / k] + a[i] + back.x[i % k]);
+    for (std::size_t i = 0; i < k * k; ++i)
+      if (q[i] > -inf) {
+        q_error[i] = before.error[i / k] + back.error[i % k] + 2.5 * std::abs(q[i]) +
+                     3 * (kernel_error + 0.5);
+        total += std::exp(q[i] - top);
+      }
+    for (std::size_t i = 0; i < k * k; ++i) {
+      q[i] = q[i] > -inf ? std::exp(q[i] - top) / total : 0;
+      all += q[i] * q_error[i];
+    }
+    const std::size_t own = tag(t - 1) * k + tag(t);
+    for (std::size_t i = 0; i < k * k; ++i)
+      if (i != own)
+        r.transitions[i] += grown(q[i], q_error[i] + all);
+    // 1 − p(pair) = 1 − p(tag) + p(tag) (1 − p(the one before | tag)), of which the latter is
+    // −expm1 of the surprise.
+    const inexact& s = surprises[t];
+    const double hit = z.x[tag(t)], left = -std::expm1(-s.value);
+    r.transitions[own] += miss_error;
+    if (s.value > 0 && std::isfinite(s.value))
+      r.transitions[own] +=
+          grown(hit * left, z.error[tag(t)] + whole + s.error / s.value + expm1_error + 1);
+    inexact_row next(k);
+    for (std::size_t i = 0; i < k; ++i)
+      next.set(i, merge(back, row(a.begin() + static_cast<index>(i * k),
+                                  a.begin() + static_cast<index>((i + 1) * k))));
+    back = next;
+    back.shift_by(row(k, 0.0));
+  }
+  std::copy_n(r.emissions.begin(), k, r.start.begin());
+  std::copy_n(r.emissions.begin() + static_cast<index>((steps - 1) * k), k, r.end.begin());
+  return r;
+}
+
 /// The largest error over what is allowed.
 struct judge {
   wide worst = 0;
@@ -252,60 +447,72 @@ struct judge {
   }
 };
 
-/// What is smaller than this may be 0.
-template <class T> wide least_of() { return sizeof(T) == 4 ? wide(1e-37) : wide(1e-290); }
-/// How much more the errors of a probability weigh that is far below the others.
-wide behind(const moved& m) {
-  const wide size = m.size();
-  return size > 0 && size < 1 ? wide(1 - log(size) / 4) : wide(1);
+/// What may be 0: of float, what is below the smallest numbers. Of double, what the images below
+/// e^-690 leave, which are 0: as many as there are tags; of pairs, that over the smallest sum of
+/// products that is used, 2^-500, at each step.
+template <class T> wide least_of(index tags) {
+  return sizeof(T) == 4 ? wide(1e-37) : wide(static_cast<double>(tags) * 2.3e-300);
+}
+template <class T> wide least_of_pairs(index tags, index steps) {
+  return least_of<T>(tags) + wide(static_cast<double>(steps) * 2.3e-300 * 0x1p500);
 }
 
-/// Errors in epsilons of T once, plus `condition` epsilons of double, of what each number is the
-/// sum of; below `least` nothing counts.
+/// Errors against those of rounding() and, in float, one more for the result.
 template <class T, class Reference>
-void check(const problem<T>& p, const char* what, double condition, Reference reference) {
+void check(const problem<T>& p, const char* what, Reference reference) {
   const results<T> r = evaluate(p);
   const auto size = [](index m) { return static_cast<std::size_t>(m); };
-  const wide own = sizeof(T) == 4 ? wide(std::numeric_limits<T>::epsilon()) : wide(0),
-             computed = condition * wide(std::numeric_limits<double>::epsilon());
-  const wide unit = own + computed;
-  const auto allowed = [&](const moved& m) {
-    return wide((own + computed * behind(m)) * m.size() + least_of<T>());
+  const wide epsilon = std::numeric_limits<double>::epsilon(),
+             own = sizeof(T) == 4 ? wide(std::numeric_limits<T>::epsilon()) : wide(0);
+  const auto allowed = [&](const wide& want, double error) {
+    return wide(own * size_of(want) + error * epsilon + least_of<T>(p.tags));
   };
   judge value, gradient, chain;
-  std::vector<moved> transitions(size(p.tags * p.tags)), start(size(p.tags)), end(size(p.tags));
   wide total = 0;
-  const auto add = [](std::vector<moved>& to, const std::vector<moved>& from) {
-    for (std::size_t i = 0; i < to.size(); ++i) {
-      to[i].up += from[i].up;
-      to[i].down += from[i].down;
+  double total_error = 0;
+  struct table {
+    std::vector<moved> sum;
+    row error;
+    explicit table(std::size_t n) : sum(n), error(n) {}
+    void add(const std::vector<moved>& x, const row& more) {
+      for (std::size_t i = 0; i < sum.size(); ++i) {
+        sum[i].up += x[i].up;
+        sum[i].down += x[i].down;
+        error[i] += more[i];
+      }
     }
   };
+  table transitions(size(p.tags * p.tags)), start(size(p.tags)), end(size(p.tags));
   for (index b = 0; b < p.sequences; ++b) {
     const expected e = reference(p, b);
-    value(r.values[size(b)], e.value, unit * e.value + least_of<T>());
-    value(r.log_sum_exp[size(b)], e.log_sum_exp, unit * (1 + size_of(e.log_sum_exp)));
+    const errors off = rounding(p, b);
+    value(r.values[size(b)], e.value, allowed(e.value, off.value));
+    value(r.log_sum_exp[size(b)], e.log_sum_exp,
+          allowed(e.log_sum_exp, off.log_sum_exp + static_cast<double>(size_of(e.log_sum_exp))));
     total += e.value;
+    total_error += off.value + static_cast<double>(e.value);
     for (index i = 0; i < p.steps * p.tags; ++i)
       gradient(r.emissions[size(b * p.steps * p.tags + i)], e.emissions[size(i)].value(),
-               allowed(e.emissions[size(i)]));
-    add(transitions, e.transitions);
-    add(start, e.start);
-    add(end, e.end);
+               allowed(e.emissions[size(i)].value(), off.emissions[size(i)]));
+    transitions.add(e.transitions, off.transitions);
+    start.add(e.start, off.start);
+    end.add(e.end, off.end);
   }
-  value(r.value, total, unit * total + least_of<T>());
-  const auto compare = [&](const std::vector<T>& got, const std::vector<moved>& want) {
+  value(r.value, total, allowed(total, total_error));
+  // Sums over steps and sequences round at each of them, relative to all that is added.
+  const auto compare = [&](const std::vector<T>& got, const table& want, index terms) {
     for (std::size_t i = 0; i < got.size(); ++i)
-      chain(got[i], want[i].value(), allowed(want[i]));
+      chain(got[i], want.sum[i].value(),
+            allowed(want.sum[i].value(),
+                    want.error[i] + summed(size(terms)) * static_cast<double>(want.sum[i].size())) +
+                least_of_pairs<T>(p.tags, terms));
   };
-  compare(r.transitions, transitions);
-  compare(r.start, start);
-  compare(r.end, end);
+  compare(r.transitions, transitions, p.sequences * p.steps);
+  compare(r.start, start, p.sequences);
+  compare(r.end, end, p.sequences);
   const wide slopes = larger(gradient.worst, chain.worst);
-  const wide epsilons = unit / std::numeric_limits<T>::epsilon();
-  report_accuracy<T>("linear_chain_crf", what, in_epsilons_of_terms,
-                     {static_cast<double>(value.worst * epsilons),
-                      static_cast<double>(slopes * epsilons),
+  report_accuracy<T>("linear_chain_crf", what, in_allowances,
+                     {static_cast<double>(value.worst), static_cast<double>(slopes),
                       static_cast<double>(larger(value.worst, slopes))});
   INFO(what << ", " << p.tags << " tags, " << p.steps << " steps");
   CHECK(value.worst <= 1);
@@ -321,8 +528,7 @@ TEMPLATE_TEST_CASE("linear_chain_crf: all paths, one by one", "[crf]", float, do
   using T = TestType;
   for (const index tags : {1, 2, 3, 4})
     for (const double spread : {0.5, 3.0})
-      check(make<T>(12, 5, tags, spread, static_cast<std::uint64_t>(tags)), "paths", 8 + 4 * spread,
-            paths);
+      check(make<T>(12, 5, tags, spread, static_cast<std::uint64_t>(tags)), "paths", paths);
 }
 
 TEST_CASE("linear_chain_crf: the formula sheet's numbers", "[crf]") {
@@ -382,15 +588,15 @@ TEMPLATE_TEST_CASE("linear_chain_crf: every kind of score", "[crf]", float, doub
   for (const index tags : {1, 2, 5, 8, 9, 33, 40}) {
     const auto seed = static_cast<std::uint64_t>(tags);
     const index steps = tags > 20 ? 6 : 25;
-    check(make<T>(4, steps, tags, 3, seed), "ordinary", 64, recursion);
-    check(make<T>(4, steps, tags, 250, seed), "spread 250", 200, recursion);
+    check(make<T>(4, steps, tags, 3, seed), "ordinary", recursion);
+    check(make<T>(4, steps, tags, 250, seed), "spread 250", recursion);
     auto sure = make<T>(4, steps, tags, 1, seed);
     auto ties = make<T>(4, steps, tags, 0, seed);
     auto barred = make<T>(4, steps, tags, 3, seed), masked = barred;
     for (index b = 0; b < sure.sequences; ++b)
       for (index t = 0; t < steps; ++t)
         sure.e(b, t, sure.y(b, t)) += T(24);
-    sequence_numbers random(seed);
+    random_numbers random(seed);
     for (index i = 0; i < tags; ++i)
       for (index j = 0; j < tags; ++j)
         if (i != j && random.below(3) == 0) {
@@ -401,33 +607,33 @@ TEMPLATE_TEST_CASE("linear_chain_crf: every kind of score", "[crf]", float, doub
       for (index t = 1; t < steps; ++t)
         if (masked.a(masked.y(b, t - 1), masked.y(b, t)) == T(-inf))
           masked.y(b, t) = masked.y(b, t - 1);
-    check(sure, "sure", 256, recursion);
-    check(ties, "ties", 32, recursion);
-    check(barred, "barred", 4000, recursion);
-    check(masked, "masked", 64, recursion);
+    check(sure, "sure", recursion);
+    check(ties, "ties", recursion);
+    check(barred, "barred", recursion);
+    check(masked, "masked", recursion);
   }
 }
 
 TEMPLATE_TEST_CASE("linear_chain_crf: long sequences", "[crf]", float, double) {
   using T = TestType;
-  check(make<T>(1, 10000, 3, 2, 1), "long", 64, recursion);
+  check(make<T>(1, 10000, 3, 2, 1), "long", recursion);
   auto large = make<T>(1, 10000, 3, 2, 2);
   for (T& x : large.emissions)
     x += T(1000);
-  check(large, "at 1000", 64, recursion);
+  check(large, "at 1000", recursion);
   auto sticky = make<T>(1, 10000, 3, 0.05, 3); // forgets little: errors add up
   for (index i = 0; i < 3; ++i)
     sticky.a(i, i) = T(8);
   for (int& y : sticky.labels)
     y = 1;
-  check(sticky, "sticky", 1000, recursion);
+  check(sticky, "sticky", recursion);
 }
 
 TEMPLATE_TEST_CASE("linear_chain_crf: huge scores", "[crf]", float, double) {
   using T = TestType;
   for (const double scale : {1e4, 1e30}) {
     auto p = make<T>(5, 12, 4, scale, 9);
-    check(p, "huge", 64 * scale, recursion);
+    check(p, "huge", recursion);
     const auto r = evaluate(p);
     for (const T g : r.emissions) // one path takes all
       if (scale == 1e30)
@@ -465,13 +671,13 @@ TEMPLATE_TEST_CASE("linear_chain_crf: lengths given, and lengths by ignore_index
                    double) {
   using T = TestType;
   auto p = make<T>(9, 7, 4, 2, 8);
+  p.lengths[2] = 3;
   for (index b = 0; b < p.sequences; ++b)
     for (index t = p.length(b); t < p.steps; ++t) {
       p.y(b, t) = -100;
       for (index j = 0; j < p.tags; ++j)
         p.e(b, t, j) = std::numeric_limits<T>::quiet_NaN(); // not read
     }
-  CHECK(p.length(2) != p.steps);
   const auto one = evaluate(p);
   results<T> two(p);
   two.value = perdita::linear_chain_crf<T>({.reduction = perdita::reduction::sum})(
@@ -631,11 +837,15 @@ TEMPLATE_TEST_CASE("linear_chain_crf: masked paths", "[crf]", float, double) {
     fewer.start[static_cast<std::size_t>(i)] = q.start[static_cast<std::size_t>(i)];
     fewer.end[static_cast<std::size_t>(i)] = q.end[static_cast<std::size_t>(i)];
   }
-  const auto big = evaluate(q), small = evaluate(fewer);
-  near(big.value, static_cast<double>(small.value));
-  for (std::size_t i = 0; i < big.emissions.size(); ++i)
-    near(big.emissions[i],
-         i % 3 == 2 ? 0 : static_cast<double>(small.emissions[i / 3 * 2 + i % 3]));
+  check(q, "masked tag", recursion);
+  for (index b = 0; b < 4; ++b) {
+    const expected big = by_recursion(q, b), small = by_recursion(fewer, b);
+    CHECK(size_of(wide(big.value - small.value)) <= 1e-30);
+    for (std::size_t i = 0; i < big.emissions.size(); ++i)
+      CHECK(size_of(wide(big.emissions[i].value() -
+                         (i % 3 == 2 ? wide(0) : small.emissions[i / 3 * 2 + i % 3].value()))) <=
+            1e-30);
+  }
 }
 
 TEMPLATE_TEST_CASE("linear_chain_crf: best paths", "[crf]", float, double) {

@@ -18,6 +18,7 @@
 #include "support/catch.hpp"
 #include "support/executors.hpp"
 #include "support/numbers.hpp"
+#include "support/running_error.hpp"
 #include "support/wide.hpp"
 
 namespace perdita_tests {
@@ -41,7 +42,7 @@ template <class T> struct problem {
   T& x(index b, index t, index k) { return scores[at((b * steps + t) * classes + k)]; }
   T x(index b, index t, index k) const { return scores[at((b * steps + t) * classes + k)]; }
   /// A sequence more.
-  void add(std::vector<int> target, index length, double spread, sequence_numbers& random) {
+  void add(std::vector<int> target, index length, double spread, random_numbers& random) {
     targets.push_back(std::move(target));
     inputs.push_back(static_cast<int>(length));
     for (index i = 0; i < steps * classes; ++i)
@@ -64,8 +65,7 @@ template <class T> struct problem {
 
 struct expected {
   wide value = 0;
-  std::vector<wide> gradient, sizes; ///< of the raw scores, and what errors are relative to
-  std::vector<wide> occupancy;
+  std::vector<wide> gradient, occupancy;
 };
 template <class T> std::vector<wide> log_softmax(const problem<T>& p, index b, index t) {
   std::vector<wide> z;
@@ -76,7 +76,7 @@ template <class T> std::vector<wide> log_softmax(const problem<T>& p, index b, i
     x = x - lse;
   return z;
 }
-/// From the shares P(a_t = k | target): the gradient, and its parts' sizes.
+/// From the shares P(a_t = k | target): the gradient.
 template <class T> void finish(const problem<T>& p, index b, expected& e) {
   for (index t = 0; t < p.inputs[at(b)]; ++t) {
     const auto z = log_softmax(p, b, t);
@@ -91,7 +91,6 @@ template <class T> void finish(const problem<T>& p, index b, expected& e) {
         }
       const bool leads = k == leader;
       e.gradient[at(t * p.classes + k)] = leads ? wide(others - rivals) : wide(q - share);
-      e.sizes[at(t * p.classes + k)] = leads ? wide(others + rivals) : wide(q + share);
     }
   }
 }
@@ -101,12 +100,12 @@ template <class T> expected by_alignments(const problem<T>& p, index b) {
   const index n = p.inputs[at(b)];
   expected e;
   e.gradient.resize(at(p.steps * p.classes));
-  e.sizes = e.occupancy = e.gradient;
+  e.occupancy = e.gradient;
   std::vector<std::vector<wide>> z;
   index count = 1;
   for (index t = 0; t < n; ++t, count *= p.classes)
     z.push_back(log_softmax(p, b, t));
-  wide sum = 0;
+  wide sum = 0, others = 0;
   for (index c = 0; c < count; ++c) {
     std::vector<int> said, path;
     wide score = 0;
@@ -117,13 +116,15 @@ template <class T> expected by_alignments(const problem<T>& p, index b) {
       path.push_back(k);
       score += z[at(t)][at(k)];
     }
-    if (said != p.targets[at(b)])
+    if (said != p.targets[at(b)]) {
+      others += exp(score);
       continue;
+    }
     sum += exp(score);
     for (index t = 0; t < n; ++t)
       e.occupancy[at(t * p.classes + path[at(t)])] += exp(score);
   }
-  e.value = sum > 0 ? wide(-log(sum)) : infinity();
+  e.value = sum > 0 ? wide(sum > others ? -log1p(wide(-others)) : -log(sum)) : infinity();
   if (sum == 0)
     return e;
   for (wide& x : e.occupancy)
@@ -137,7 +138,7 @@ template <class T> expected by_recursion(const problem<T>& p, index b) {
   const index n = p.inputs[at(b)], states = 2 * static_cast<index>(p.targets[at(b)].size()) + 1;
   expected e;
   e.gradient.resize(at(p.steps * p.classes));
-  e.sizes = e.occupancy = e.gradient;
+  e.occupancy = e.gradient;
   const auto k = [&](index s) {
     return s % 2 ? static_cast<index>(p.targets[at(b)][at(s / 2)]) : p.blank;
   };
@@ -207,32 +208,290 @@ results<T> evaluate(const problem<T>& p, typename perdita::ctc_loss<T>::options 
 constexpr auto sum = perdita::reduction::sum;
 constexpr auto mean = perdita::reduction::mean;
 
-/// Errors in epsilons of T once, plus `condition` epsilons of double; a value's are at least
-/// absolute, because its alignments part and meet.
+// --- What rounding may do ------------------------------------------------------------------------
+
+using row = std::vector<double>;
+
+/// The errors of one sequence's results.
+struct errors {
+  double value = 0;
+  row gradient;
+};
+template <class T> class error_analysis {
+public:
+  error_analysis(const problem<T>& p, index b)
+      : p_(p), b_(b), n_(at(p.inputs[at(b)])), classes_(at(p.classes)),
+        states_(2 * p.targets[at(b)].size() + 1) {}
+
+  errors run() {
+    errors r;
+    r.gradient.resize(at(p_.steps) * classes_);
+    if (n_ == 0)
+      return r;
+    for (std::size_t t = 0; t < n_; ++t)
+      read_step(t);
+    const double direct = forward(), sure = 0x1p-4; // the value below which it is computed anew
+    const double margin = (1 + direct_error_) * std::numeric_limits<double>::epsilon();
+    if (direct > sure - margin)
+      r.value = direct_error_;
+    if (direct < sure + margin)
+      r.value = std::max(r.value, sure_error());
+    backward(r.gradient);
+    return r;
+  }
+
+private:
+  std::size_t class_of(std::size_t s) const {
+    return at(s % 2 ? static_cast<index>(p_.targets[at(b_)][s / 2]) : p_.blank);
+  }
+  bool jumps(std::size_t s) const { return s > 1 && s % 2 == 1 && class_of(s) != class_of(s - 2); }
+
+  /// Softmax. A score is lowered (half of it), its image has a kernel; Σ of the rivals' images has
+  /// theirs and the sum's, relative to the whole. log p: what log1p and its argument have, and the
+  /// difference. p: what both images have, 1 / Σ, and the product.
+  void read_step(std::size_t t) {
+    row z(classes_), p(classes_), log_error(classes_), error(classes_);
+    for (std::size_t k = 0; k < classes_; ++k)
+      z[k] = p_.x(b_, static_cast<index>(t), static_cast<index>(k));
+    z = lowered(z);
+    double rivals = -1, of_rivals = 0;
+    for (const double x : z)
+      rivals += std::exp(x);
+    const double log_sum = std::log1p(rivals);
+    for (std::size_t k = 0; k < classes_; ++k)
+      if (z[k] > -inf) {
+        p[k] = std::exp(z[k]) / (1 + rivals);
+        if (z[k] < 0)
+          of_rivals += p[k] * (-z[k] / 2 + kernel_error + summed(classes_));
+      }
+    for (std::size_t k = 0; k < classes_; ++k)
+      if (z[k] > -inf) {
+        log_error[k] = -z[k] / 2 + of_rivals + kernel_error * log_sum + (log_sum - z[k]) / 2;
+        error[k] = -z[k] / 2 + kernel_error + of_rivals + 1.5;
+        z[k] -= log_sum;
+      }
+    score_.push_back(z);
+    score_error_.push_back(log_error);
+    p_k_.push_back(p);
+    p_error_.push_back(error);
+  }
+  /// The up to three ways into a state: their scores, and the shares that they have.
+  struct arrival {
+    std::size_t from[3];
+    double z[3], share[3], top = -inf, log_sum = -inf;
+    std::size_t count = 0;
+  };
+  arrival arrive(const row& before, std::size_t s) const {
+    arrival a;
+    for (std::size_t d = 0; d <= 2; ++d)
+      if (s >= d && (d < 2 || jumps(s)) && before[s - d] > -inf) {
+        a.from[a.count] = s - d;
+        a.z[a.count++] = before[s - d];
+      }
+    for (std::size_t i = 0; i < a.count; ++i)
+      a.top = std::max(a.top, a.z[i]);
+    double total = 0;
+    for (std::size_t i = 0; i < a.count; ++i)
+      total += a.share[i] = std::exp(a.z[i] - a.top);
+    for (std::size_t i = 0; i < a.count; ++i)
+      a.share[i] /= total;
+    if (a.count > 0)
+      a.log_sum = a.top + std::log(total);
+    return a;
+  }
+  /// Of log Σ: by its shares, the errors of the scores, of their differences, a kernel and the sum;
+  /// then log1p and what it is added to.
+  static double error_of(const arrival& a, const row& errors) {
+    double error = 0;
+    for (std::size_t i = 0; i < a.count; ++i)
+      error += a.share[i] * (errors[a.from[i]] + (a.top - a.z[i]) / 2 + kernel_error + 0.5);
+    return a.count == 0 ? 0 : error + kernel_error * (a.log_sum - a.top) + std::abs(a.log_sum) / 2;
+  }
+  /// −log of the probability, and its error: what was taken off the rows is added exactly.
+  double forward() {
+    double offset = 0;
+    for (std::size_t t = 0; t < n_; ++t) {
+      row alpha(states_, -inf), error(states_);
+      for (std::size_t s = 0; s < states_; ++s) {
+        const std::size_t k = class_of(s);
+        const arrival a = t > 0 ? arrive(alpha_.back(), s) : arrival{};
+        alpha[s] = (t > 0 ? a.log_sum : s < 2 ? 0 : -inf) + score_[t][k];
+        if (alpha[s] > -inf)
+          error[s] = score_error_[t][k] +
+                     (t > 0 ? error_of(a, alpha_error_.back()) + std::abs(alpha[s]) / 2 : 0);
+      }
+      const double top = *std::max_element(alpha.begin(), alpha.end());
+      if (top == -inf)
+        return inf;
+      offset += top;
+      alpha = lowered(alpha);
+      for (std::size_t s = 0; s < states_; ++s)
+        error[s] += alpha[s] > -inf ? std::abs(alpha[s]) / 2 : 0;
+      alpha_.push_back(alpha);
+      alpha_error_.push_back(error);
+    }
+    // The end: the last two states, as if both led to one.
+    row last = alpha_.back();
+    std::fill(last.begin(), last.end() - std::min<index>(2, static_cast<index>(states_)), -inf);
+    const double high = *std::max_element(last.begin(), last.end());
+    if (high == -inf)
+      return inf;
+    double total = 0, error = 0;
+    for (const double x : last)
+      total += std::exp(x - high);
+    for (std::size_t s = 0; s < states_; ++s)
+      if (last[s] > -inf)
+        error += std::exp(last[s] - high) / total *
+                 (alpha_error_.back()[s] + (high - last[s]) / 2 + kernel_error);
+    const double value = -(offset + high + std::log(total));
+    direct_error_ = error + kernel_error * std::log(total) + std::abs(value);
+    return value;
+  }
+  /// Of −log1p(−Q), Q = Σ of what leads elsewhere: every way there has the errors of its steps'
+  /// probabilities, a product and up to two sums in each; the last, whose class is among what the
+  /// wanted ones are taken off from, three times what images have, and the sums over classes and
+  /// states. At the end, 1 / (1 − Q) of all that, log1p and the result.
+  double sure_error() const {
+    row ways(states_), error(states_);
+    double q = 0, q_error = 0;
+    for (std::size_t t = 0; t < n_; ++t) {
+      double worst = 0;
+      for (std::size_t k = 0; k < classes_; ++k)
+        worst = std::max(worst, p_k_[t][k] > 0 ? p_error_[t][k] : 0);
+      const auto leave = [&](double way, double way_error, const std::vector<std::size_t>& inside) {
+        for (std::size_t k = 0; k < classes_; ++k)
+          if (std::find(inside.begin(), inside.end(), k) == inside.end()) {
+            q += way * p_k_[t][k];
+            q_error += way * p_k_[t][k] *
+                       (way_error + 3 * (worst + summed(classes_)) + summed(states_ + n_ + 4));
+          }
+      };
+      row next(states_), next_error(states_);
+      for (std::size_t s = 0; s < states_; ++s) {
+        double from = t == 0 && s < 2 ? 1 : 0, carried = 0;
+        for (std::size_t d = 0; t > 0 && d <= 2; ++d)
+          if (s >= d && (d < 2 || jumps(s))) {
+            from += ways[s - d];
+            carried += ways[s - d] * error[s - d];
+          }
+        next[s] = from * p_k_[t][class_of(s)];
+        next_error[s] = (from > 0 ? carried / from : 0) + p_error_[t][class_of(s)] + 1.5;
+      }
+      if (t == 0) {
+        std::vector<std::size_t> inside{class_of(0)};
+        if (states_ > 1)
+          inside.push_back(class_of(1));
+        leave(1, 0, inside);
+      }
+      for (std::size_t s = 0; t > 0 && s < states_; ++s) {
+        std::vector<std::size_t> inside{class_of(0), class_of(s)};
+        if (const std::size_t label = s + (s % 2 ? 2 : 1); label < states_)
+          inside.push_back(class_of(label));
+        leave(ways[s], error[s], inside);
+      }
+      ways = next;
+      error = next_error;
+    }
+    for (std::size_t s = 0; s + 2 < states_; ++s) {
+      q += ways[s];
+      q_error += ways[s] * (error[s] + summed(states_));
+    }
+    return q_error / (1 - q) + 2 * kernel_error * -std::log1p(-q);
+  }
+  /// Shares of states from the last step on. At the end a sigmoid of two scores; at each step what
+  /// a way's share among up to three has: its own score and, by their shares, all (each a
+  /// difference and a kernel), their sum, two products, and up to two sums.
+  void backward(row& gradient) const {
+    if (alpha_.size() < n_ || direct_error_ == 0)
+      return;
+    row share(states_), error(states_);
+    const row &last = alpha_.back(), &last_error = alpha_error_.back();
+    share[states_ - 1] = 1;
+    if (states_ > 1) {
+      const double ahead = last[states_ - 1] - last[states_ - 2];
+      share[states_ - 1] = 1 / (1 + std::exp(-ahead));
+      share[states_ - 2] = 1 / (1 + std::exp(ahead));
+      const double off = std::isfinite(ahead) ? last_error[states_ - 1] + last_error[states_ - 2] +
+                                                    std::abs(ahead) / 2
+                                              : 0;
+      error[states_ - 1] = share[states_ - 2] * off + sigmoid_error;
+      error[states_ - 2] = share[states_ - 1] * off + sigmoid_error;
+    }
+    for (std::size_t t = n_; t-- > 0;) {
+      slope(t, share, error, gradient);
+      if (t == 0)
+        return;
+      row before(states_), carried(states_);
+      for (std::size_t s = 0; s < states_; ++s) {
+        const arrival a = arrive(alpha_[t - 1], s);
+        const auto own = [&](std::size_t i) {
+          return alpha_error_[t - 1][a.from[i]] + (a.top - a.z[i]) / 2 + kernel_error;
+        };
+        double all = error[s] + 3.5;
+        for (std::size_t i = 0; i < a.count; ++i)
+          all += a.share[i] * own(i);
+        for (std::size_t i = 0; i < a.count; ++i) {
+          before[a.from[i]] += share[s] * a.share[i];
+          carried[a.from[i]] += grown(share[s] * a.share[i], all + own(i));
+        }
+      }
+      for (std::size_t s = 0; s < states_; ++s)
+        error[s] = before[s] > 0 ? carried[s] / before[s] : 0;
+      share = before;
+    }
+  }
+  /// p_k − (the shares of the states of class k), times the scale: of both the errors, the sum over
+  /// states, and the difference; of the leader, the others' of either.
+  void slope(std::size_t t, const row& share, const row& error, row& gradient) const {
+    row states_error(classes_), image_error(classes_);
+    const auto z = score_[t];
+    const auto leader = at(std::max_element(z.begin(), z.end()) - z.begin());
+    for (std::size_t s = 0; s < states_; ++s)
+      states_error[class_of(s)] += grown(share[s], error[s] + summed(states_) + 1);
+    for (std::size_t k = 0; k < classes_; ++k)
+      image_error[k] = grown(p_k_[t][k], p_error_[t][k] + summed(classes_) + 1);
+    row out(classes_);
+    for (std::size_t k = 0; k < classes_; ++k)
+      if (k != leader) {
+        out[k] = states_error[k] + image_error[k];
+        out[leader] += out[k];
+      }
+    std::copy(out.begin(), out.end(), gradient.begin() + static_cast<index>(t * classes_));
+  }
+
+  const problem<T>& p_;
+  index b_;
+  std::size_t n_, classes_, states_;
+  std::vector<row> score_, score_error_, p_k_, p_error_, alpha_, alpha_error_;
+  double direct_error_ = 0;
+};
+
+/// Errors against those of error_analysis and, in float, one more for the result; what is below
+/// `least` may be 0, as images below e^-690 are.
 template <class T, class Reference>
-void check(const problem<T>& p, const char* what, double condition, Reference reference) {
+void check(const problem<T>& p, const char* what, Reference reference) {
   const results<T> r = evaluate(p, {.reduction = sum});
-  const wide unit = (sizeof(T) == 4 ? wide(std::numeric_limits<T>::epsilon()) : wide(0)) +
-                    condition * wide(std::numeric_limits<double>::epsilon());
-  const wide least = sizeof(T) == 4 ? wide(1e-37) : wide(1e-290);
+  const wide own = sizeof(T) == 4 ? wide(std::numeric_limits<T>::epsilon()) : wide(0),
+             least = sizeof(T) == 4 ? wide(1e-37) : wide(1e-298);
   wide worst_value = 0, worst_gradient = 0;
-  const auto judge = [&](wide& worst, const wide& got, const wide& want, const wide& size) {
+  const auto judge = [&](wide& worst, const wide& got, const wide& want, double error) {
     if (got == want)
       return;
-    const wide ratio = size_of(wide(got - want)) / (unit * size + least);
+    const wide allowed =
+        own * size_of(want) + error * wide(std::numeric_limits<double>::epsilon()) + least;
+    const wide ratio = size_of(wide(got - want)) / allowed;
     worst = ratio <= worst ? worst : ratio;
   };
   for (index b = 0; b < p.sequences(); ++b) {
     const expected e = reference(p, b);
-    judge(worst_value, r.values[at(b)], e.value, sizeof(T) == 8 ? wide(e.value + 1) : e.value);
+    const errors off = error_analysis<T>(p, b).run();
+    judge(worst_value, r.values[at(b)], e.value, off.value);
     for (index i = 0; i < p.steps * p.classes; ++i)
       judge(worst_gradient, r.gradient[at(b * p.steps * p.classes + i)], e.gradient[at(i)],
-            e.sizes[at(i)]);
+            off.gradient[at(i)]);
   }
-  const wide epsilons = unit / std::numeric_limits<T>::epsilon();
-  report_accuracy<T>("ctc_loss", what, in_epsilons_of_terms,
-                     {static_cast<double>(worst_value * epsilons),
-                      static_cast<double>(worst_gradient * epsilons),
+  report_accuracy<T>("ctc_loss", what, in_allowances,
+                     {static_cast<double>(worst_value), static_cast<double>(worst_gradient),
                       static_cast<double>(larger(worst_value, worst_gradient))});
   INFO(what);
   CHECK(worst_value <= 1);
@@ -243,7 +502,7 @@ constexpr auto recursion = [](const auto& p, index b) { return by_recursion(p, b
 
 template <class T> problem<T> small(index blank, double spread) {
   problem<T> p(5, 3, blank);
-  sequence_numbers random(static_cast<std::uint64_t>(blank) + 7);
+  random_numbers random(static_cast<std::uint64_t>(blank) + 7);
   const int a = blank == 0 ? 1 : 0, c = blank == 2 ? 1 : 2;
   const std::vector<std::vector<int>> targets{
       {}, {a}, {a, c}, {a, a}, {c, a, c}, {a, a, c}, {c, c, c}, {a, c, a, c}, {a, c, a, c, a}};
@@ -257,10 +516,10 @@ template <class T>
 problem<T> make(index steps, index classes, index labels, double spread, double lead,
                 std::uint64_t seed) {
   problem<T> p(steps, classes, classes - 1);
-  sequence_numbers random(seed);
+  random_numbers random(seed);
   std::vector<int> target;
   for (index i = 0; i < labels; ++i)
-    target.push_back(static_cast<int>(random.below(classes - 1)));
+    target.push_back(static_cast<int>(random.below(static_cast<std::uint64_t>(classes - 1))));
   p.add(target, steps, spread, random);
   for (index t = 0; t < steps; ++t) {
     const index i = t * labels / steps;
@@ -276,7 +535,7 @@ TEMPLATE_TEST_CASE("ctc_loss: all alignments, one by one", "[ctc]", float, doubl
   using T = TestType;
   for (const index blank : {0, 1, 2})
     for (const double spread : {0.0, 1.0, 5.0, 40.0})
-      check(small<T>(blank, spread), "alignments", 16 + 4 * spread, alignments);
+      check(small<T>(blank, spread), "alignments", alignments);
 }
 
 TEST_CASE("ctc_loss: the references agree, and are each other's derivatives", "[ctc]") {
@@ -304,24 +563,24 @@ TEST_CASE("ctc_loss: the references agree, and are each other's derivatives", "[
 TEMPLATE_TEST_CASE("ctc_loss: every kind of score", "[ctc]", float, double) {
   using T = TestType;
   for (const std::uint64_t seed : {1U, 2U, 3U}) {
-    check(make<T>(40, 7, 12, 3, 0, seed), "ordinary", 64, recursion);
-    check(make<T>(60, 40, 25, 3, 4, seed), "led", 64, recursion);
-    check(make<T>(40, 7, 12, 1, 25, seed), "sure", 128, recursion);
-    check(make<T>(40, 7, 3, 150, 0, seed), "spread 150", 3000, recursion);
-    check(make<T>(30, 2, 8, 3, 0, seed), "two classes", 64, recursion);
-    check(make<T>(33, 5, 0, 3, 0, seed), "empty", 64, recursion);
+    check(make<T>(40, 7, 12, 3, 0, seed), "ordinary", recursion);
+    check(make<T>(60, 40, 25, 3, 4, seed), "led", recursion);
+    check(make<T>(40, 7, 12, 1, 25, seed), "sure", recursion);
+    check(make<T>(40, 7, 3, 150, 0, seed), "spread 150", recursion);
+    check(make<T>(30, 2, 8, 3, 0, seed), "two classes", recursion);
+    check(make<T>(33, 5, 0, 3, 0, seed), "empty", recursion);
     auto far = make<T>(40, 7, 12, 3, 0, seed);
     for (T& x : far.scores)
       x += T(3000);
-    check(far, "at 3000", 64, recursion);
-    check(make<T>(20, 7, 6, 1e30, 0, seed), "huge", 64e30, recursion);
+    check(far, "at 3000", recursion);
+    check(make<T>(20, 7, 6, 1e30, 0, seed), "huge", recursion);
   }
 }
 
 TEMPLATE_TEST_CASE("ctc_loss: long sequences", "[ctc]", float, double) {
   using T = TestType;
-  check(make<T>(10000, 4, 5, 2, 0, 1), "long", 2000, recursion);
-  check(make<T>(10000, 4, 5, 1, 20, 1), "long and sure", 100, recursion);
+  check(make<T>(10000, 4, 5, 2, 0, 1), "long", recursion);
+  check(make<T>(10000, 4, 5, 1, 20, 1), "long and sure", recursion);
   // Half a million states: finite, and the shares of a step add up to 1.
   const auto p = make<T>(2000, 9, 900, 2, 1, 5);
   const auto r = evaluate(p, {.reduction = sum});
@@ -370,7 +629,7 @@ TEMPLATE_TEST_CASE("ctc_loss: log-probabilities", "[ctc]", float, double) {
 TEMPLATE_TEST_CASE("ctc_loss: impossible sequences", "[ctc]", float, double) {
   using T = TestType;
   problem<T> p(4, 3, 0);
-  sequence_numbers random(3);
+  random_numbers random(3);
   p.add({1, 2}, 4, 1, random);
   p.add({1, 1, 2}, 3, 1, random); // needs a blank: 4
   p.add({1, 1, 2}, 4, 1, random);
@@ -405,7 +664,7 @@ TEMPLATE_TEST_CASE("ctc_loss: masked classes", "[ctc]", float, double) {
   using T = TestType;
   auto p = make<T>(12, 5, 4, 2, 0, 3);
   auto fewer = problem<T>(12, 4, 3);
-  sequence_numbers random(1);
+  random_numbers random(1);
   for (int& y : p.targets[0])
     y = y % 3;
   fewer.add(p.targets[0], 12, 1, random);
@@ -457,7 +716,7 @@ TEMPLATE_TEST_CASE("ctc_loss: reductions, weights, upstream, scale, accumulation
                    double) {
   using T = TestType;
   problem<T> p(6, 4, 0);
-  sequence_numbers random(9);
+  random_numbers random(9);
   p.add({1, 2, 3}, 6, 2, random);
   p.add({}, 6, 2, random);
   p.add({3, 3}, 5, 2, random);
@@ -550,7 +809,7 @@ TEMPLATE_TEST_CASE("ctc_loss: nothing to do", "[ctc]", float, double) {
   const problem<T> none(4, 3, 0);
   CHECK(evaluate(none).value == 0);
   problem<T> p(0, 3, 0);
-  sequence_numbers random(1);
+  random_numbers random(1);
   p.add({}, 0, 1, random);
   CHECK(evaluate(p).value == 0);
   auto q = small<T>(0, 2);

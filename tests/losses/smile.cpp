@@ -17,6 +17,7 @@
 #include "support/accuracy.hpp"
 #include "support/catch.hpp"
 #include "support/executors.hpp"
+#include "support/numbers.hpp"
 #include "support/wide.hpp"
 
 namespace perdita_tests {
@@ -42,17 +43,12 @@ template <class T> struct problem {
 template <class T>
 problem<T> make(index b, index s, index c, double spread, double lead, std::uint64_t seed) {
   problem<T> p{b, s, c, std::vector<T>(at(b * s * c)), std::vector<int>(at(b * s))};
-  std::uint64_t state = seed * 0x9e3779b97f4a7c15U + 1;
-  const auto next = [&] {
-    state ^= state << 13;
-    state ^= state >> 7;
-    return state ^= state << 17;
-  };
+  random_numbers random(seed);
   for (T& x : p.scores)
-    x = static_cast<T>(spread * (static_cast<double>(next() >> 11) * 0x1p-52 - 1));
+    x = static_cast<T>(random.uniform(-spread, spread));
   for (index r = 0; r < b * s; ++r) {
-    p.labels[at(r)] = static_cast<int>(next() % static_cast<std::uint64_t>(c));
-    if (next() % 5 == 0)
+    p.labels[at(r)] = static_cast<int>(random.below(static_cast<std::uint64_t>(c)));
+    if (random.below(5) == 0)
       p.labels[at(r)] = -100;
     else
       p.x(r, p.labels[at(r)]) += static_cast<T>(lead);
@@ -83,8 +79,19 @@ void add(const problem<T>& p, index r, index y, const wide& share, In in, expect
   e.sizes[at(y)] += share * miss;
   e.value += share * (miss < 0.5 ? wide(-log1p(wide(-miss))) : wide(lse - target));
 }
+/// What tokens are compared with, besides their labels.
+enum class among { own, others, given };
+constexpr index subset_size = 7;
+/// Classes for each sequence, some of them twice.
+template <class T> std::vector<int> subsets(const problem<T>& p) {
+  random_numbers random(static_cast<std::uint64_t>(p.classes));
+  std::vector<int> all(at(p.sequences * subset_size));
+  for (int& k : all)
+    k = static_cast<int>(random.below(static_cast<std::uint64_t>(p.classes)));
+  return all;
+}
 template <class T>
-expected define(const problem<T>& p, index r, double likelihood, bool whole_first) {
+expected define(const problem<T>& p, index r, double likelihood, bool whole_first, among kind) {
   expected e;
   e.gradient.resize(at(p.classes));
   e.sizes = e.gradient;
@@ -92,7 +99,12 @@ expected define(const problem<T>& p, index r, double likelihood, bool whole_firs
   if (y == -100)
     return e;
   const index first = r / p.steps * p.steps;
-  const std::set<int> own(p.labels.begin() + first, p.labels.begin() + first + p.steps);
+  std::set<int> own(p.labels.begin() + first, p.labels.begin() + first + p.steps);
+  if (kind == among::given) {
+    const auto all = subsets(p);
+    const auto from = all.begin() + r / p.steps * subset_size;
+    own = {from, from + subset_size};
+  }
   const bool whole = whole_first && r == first;
   const wide all = whole ? wide(1) : wide(likelihood);
   if (all > 0)
@@ -100,7 +112,10 @@ expected define(const problem<T>& p, index r, double likelihood, bool whole_firs
         p, r, y, all, [](std::size_t) { return true; }, e);
   if (all < 1)
     add(
-        p, r, y, wide(1 - all), [&](std::size_t k) { return own.count(static_cast<int>(k)) > 0; },
+        p, r, y, wide(1 - all),
+        [&](std::size_t k) {
+          return (own.count(static_cast<int>(k)) > 0) != (kind == among::others) || k == at(y);
+        },
         e);
   return e;
 }
@@ -118,12 +133,20 @@ template <class T> struct results {
 };
 template <class T>
 results<T> evaluate(const problem<T>& p, const typename perdita::smile<T>::options& options,
-                    perdita::call_options<T> call = {}) {
+                    perdita::call_options<T> call = {}, among kind = among::own) {
   results<T> r(p);
   call.values = r.values;
-  r.value = perdita::smile<T>(options)(
-      p.view(), p.label_view(), matrix_view<T>(r.gradient.data(), p.sequences * p.steps, p.classes),
-      call);
+  const perdita::smile<T> smile(options);
+  const matrix_view<T> gradient(r.gradient.data(), p.sequences * p.steps, p.classes);
+  const auto given = subsets(p);
+  if (kind == among::given)
+    r.value =
+        smile(p.view(),
+              perdita::with_subsets(p.label_view(),
+                                    matrix_view<const int>(given.data(), p.sequences, subset_size)),
+              gradient, call);
+  else
+    r.value = smile(p.view(), p.label_view(), gradient, call);
   return r;
 }
 
@@ -133,10 +156,16 @@ template <class T> void check(const problem<T>& p, const char* what, double budg
              least = sizeof(T) == 4 ? wide(1e-37) : wide(1e-290);
   wide worst_value = 0, worst_gradient = 0;
   for (const double likelihood : {0.0, 0.0078125, 1.0})
-    for (const bool whole_first : {false, true}) {
+    for (const int choice : {0, 1, 2, 3, 4, 5}) {
+      const bool whole_first = choice % 2 == 1;
+      const auto kind = static_cast<among>(choice / 2);
       const auto r = evaluate(
           p,
-          {.likelihood = static_cast<T>(likelihood), .whole_first = whole_first, .reduction = sum});
+          {.likelihood = static_cast<T>(likelihood),
+           .whole_first = whole_first,
+           .among = kind == among::others ? perdita::smile_set::others : perdita::smile_set::own,
+           .reduction = sum},
+          {}, kind);
       const auto judge = [&](wide& worst, const wide& got, const wide& want, const wide& size) {
         const wide error = size_of(wide(got - want));
         if (!(error == 0)) // NaN stays
@@ -146,7 +175,7 @@ template <class T> void check(const problem<T>& p, const char* what, double budg
       };
       wide total = 0;
       for (index row = 0; row < p.sequences * p.steps; ++row) {
-        const expected e = define(p, row, likelihood, whole_first);
+        const expected e = define(p, row, likelihood, whole_first, kind);
         total += e.value;
         judge(worst_value, r.values[at(row)], e.value, e.value);
         for (index k = 0; k < p.classes; ++k)
@@ -301,6 +330,17 @@ TEST_CASE("smile: bad input is refused, and nothing written", "[smile]") {
                     ContainsSubstring("score rows is 6, expected 5"));
   CHECK_THROWS_WITH(smile(p.view(), p.label_view(), matrix_view(g.data(), 6, 3)),
                     ContainsSubstring("gradient columns is 3"));
+  const auto among = [&](std::vector<int> classes, index rows) {
+    smile(p.view(),
+          perdita::with_subsets(
+              p.label_view(),
+              matrix_view(classes.data(), rows, static_cast<index>(classes.size()) / rows)),
+          matrix_view(g.data(), 6, 4));
+  };
+  CHECK_THROWS_WITH(among({0, 1, 2, 4}, 2), ContainsSubstring("subsets[3] is 4, expected 0 to 3"));
+  CHECK_THROWS_WITH(among({0, 1, 2, -1}, 2), ContainsSubstring("subsets[3] is -1"));
+  CHECK_THROWS_WITH(among({0, 1, 2}, 1), ContainsSubstring("subset rows is 1"));
+  CHECK_THROWS_AS(perdita::smile<float>({.among = perdita::smile_set(2)}), std::invalid_argument);
   CHECK_THROWS_AS(perdita::smile<float>({.likelihood = 1.5F}), std::invalid_argument);
   CHECK_THROWS_AS(perdita::smile<float>({.likelihood = -0.5F}), std::invalid_argument);
   CHECK(g == untouched);

@@ -151,22 +151,4 @@ inline std::vector<double> make_distribution(row_kind kind, index cols, index la
   return q;
 }
 
-/// Marsaglia's xorshift (2003): what the bounds of the sequence losses were found with.
-class sequence_numbers {
-public:
-  explicit sequence_numbers(std::uint64_t seed) : state_(seed * 0x9e3779b97f4a7c15U + 1) {}
-  std::uint64_t next() {
-    state_ ^= state_ << 13;
-    state_ ^= state_ >> 7;
-    return state_ ^= state_ << 17;
-  }
-  double uniform(double low, double high) {
-    return low + (high - low) * static_cast<double>(next() >> 11) * 0x1p-53;
-  }
-  index below(index n) { return static_cast<index>(next() % static_cast<std::uint64_t>(n)); }
-
-private:
-  std::uint64_t state_;
-};
-
 } // namespace perdita_tests

@@ -95,6 +95,26 @@ inline double surprise_of(const double* a, const double* b, index n, index y) {
   return (top - target) + log_of(images_of_sum(a, b, top, n, -1));
 }
 
+/// Cross-entropy of y among n scores, a whole number of packs that are overwritten; slope_j =
+/// p_j − [j is y], with the digits of 1 − p_y.
+inline double cross_entropy_among(double* scores, index n, index y, double* slope) {
+  using W = pack<double>;
+  lower_to_0(scores, n);
+  images_of(scores, n, slope);
+  const double own = slope[y], target = scores[y];
+  slope[y] = 0;
+  W rivals(0);
+  for (index j = 0; j < n; j += per_pack)
+    rivals += W::load(slope + j);
+  const double rest = sum_lanes(rivals), sum = rest + own, part = sum > 0 ? 1 / sum : 0;
+  for (index j = 0; j < n; j += per_pack)
+    (W::load(slope + j) * part).store(slope + j);
+  slope[y] = sum > 0 ? -(rest * part) : -1;
+  if (target == no_score)
+    return -no_score;
+  return target == 0 ? log1p_of(rest) : log_of(sum) - target;
+}
+
 template <index Packs>
 void multiply_columns(const double* x, const double* matrix, index rows, index width, double* y) {
   using W = pack<double>;
@@ -230,6 +250,18 @@ template <class T> struct sequence_checks {
     if (!data && elements > 0) [[unlikely]]
       fail(name, what, "null", "a pointer to memory");
   }
+  /// Sets lengths, one for each sequence, of 0 to `most`.
+  template <class I>
+  void lengths(const char* what, integer_rows& to, vector_view<I> from, index sequences,
+               index most) const {
+    size(what, from.size, sequences, "as many as there are sequences");
+    memory(what, from.data, from.size);
+    to = integer_rows(from);
+    for (index b = 0; b < sequences; ++b)
+      if (const std::int64_t n = to.at(0, b); n < 0 || n > most)
+        fail_at(name, what, b, to_text(n),
+                most == std::numeric_limits<index>::max() ? "0 or more" : "0 to " + to_text(most));
+  }
   /// Gradient against scores: the same elements, or memory apart.
   void gradient(const matrix_data<T>& scores, const matrix_data<T, true>& g,
                 bool accumulate) const {
@@ -294,6 +326,30 @@ void share_out(index n, std::size_t workers, const executor& run_on, Make make) 
       work(i);
   };
   run_on(workers, run);
+}
+
+/// Σ of the values of n sequences, added in their order: pass.run(b) of each, where make(carver)
+/// gives every worker a pass with its own scratch memory.
+template <class T, class Make>
+double sum_of_sequences(index n, const call_options<T>& call, Make make) {
+  const auto workers = std::min(static_cast<std::size_t>(n), call.run_on.concurrency());
+  carver count;
+  count.template take<double>(static_cast<std::size_t>(n));
+  const std::size_t shared = count.used();
+  make(count);
+  const std::size_t scratch = count.used() - shared;
+  workspace own;
+  std::byte* const bytes = (call.memory ? *call.memory : own).request(shared + workers * scratch);
+  carver carve(bytes);
+  double* const values = carve.template take<double>(static_cast<std::size_t>(n));
+  share_out(n, workers, call.run_on, [&](std::size_t worker) {
+    carver mine(bytes + shared + worker * scratch);
+    return [&, pass = make(mine)](index b) mutable { values[b] = pass.run(b); };
+  });
+  exact_sum total;
+  for (index b = 0; b < n; ++b)
+    total.add(values[b]);
+  return total.value();
 }
 
 } // namespace perdita::inline PERDITA_ABI::core
