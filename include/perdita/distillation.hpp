@@ -10,6 +10,7 @@
 #include "core/row_loss.hpp"
 #include "core/solved_row.hpp"
 #include "core/traits.hpp"
+#include "element.hpp"
 
 namespace perdita::inline PERDITA_ABI {
 
@@ -19,6 +20,14 @@ enum class divergence {
   reverse_kl,     ///< KL(p ‖ q)
   jensen_shannon, ///< β KL(q ‖ m) + (1 − β) KL(p ‖ m),  m = β q + (1 − β) p
   total_variation ///< ½ Σ |p − q|
+};
+
+/// How far a student's score x is from the teacher's t at temperature T, class by class.
+enum class logit_distance {
+  log_cosh,              ///< T² log cosh((x − t)/(2T)) = T² KL(½ ‖ σ((x − t)/T)): DHKD
+  binary_kl,             ///< T² KL(σ(t/T) ‖ σ(x/T)), of two outcomes: one against the rest
+  squared_error,         ///< ½ (x − t)²
+  centred_squared_error, ///< ½ (x − t − mean of x − t)²
 };
 
 namespace core {
@@ -42,9 +51,83 @@ inline pack<double> divergence_term(const pack<double>& a, const pack<double>& b
   return select(abs(ratio) <= W(0.5), a * exp_beyond_linear(ratio), far);
 }
 
-struct distillation_formula {
+/// What the formulas of two rows of scores have in common.
+struct paired_scores {
   static constexpr bool paired = true;
   using W = pack<double>;
+  static constexpr auto width = static_cast<index>(lanes<double>);
+
+  static W first(const double* p, index n) {
+    return n >= width ? W::load(p) : load_first(p, n, W(0));
+  }
+  static void put(const W& a, double* p, index n) {
+    if (n >= width)
+      a.store(p);
+    else
+      store_first(a, p, n);
+  }
+
+  /// p = softmax(z/T). The top is infinite or NaN where there is none.
+  struct softmax {
+    double top = -std::numeric_limits<double>::infinity();
+    double log_sum = 0; // log Σ e^{(z − top)/T}
+
+    softmax(const double* z, index n, double temperature, double* p) {
+      for (index i = 0; i < n; ++i)
+        top = z[i] > top || z[i] != z[i] ? z[i] : top;
+      if (!std::isfinite(top))
+        return;
+      W sum(0);
+      for_packs(z, n, -std::numeric_limits<double>::infinity(), [&](const W& at, index i) {
+        const W image = exp((at - W(top)) / W(temperature));
+        sum += image;
+        put(image, p + i, n - i);
+      });
+      const double total = sum_lanes(sum);
+      log_sum = std::log(total);
+      for (index i = 0; i < n; i += width)
+        put(first(p + i, n - i) / W(total), p + i, n - i);
+    }
+  };
+
+  /// r = log(p/q); 0 where both are masked. Where p and q are near each other it is
+  /// d − log E_q e^d, d = (x − t)/T, whose logarithm is μ + log1p(E_q φ(d − μ)), μ the mean of d:
+  /// no digit is lost.
+  static void log_ratios(const double* x, const double* t, index n, double temperature,
+                         const double* q, const softmax& of_x, const softmax& of_t, double* r) {
+    constexpr double inf = std::numeric_limits<double>::infinity();
+    const auto gone = [&](index i) { return x[i] == -inf && t[i] == -inf; };
+    const double apart = of_x.top - of_t.top;
+    for (index i = 0; i < n; ++i)
+      r[i] = (gone(i) ? apart : x[i] - t[i]) / temperature;
+    W total(0);
+    for (index i = 0; i < n; i += width)
+      total += first(q + i, n - i) * first(r + i, n - i);
+    const double mean = sum_lanes(total);
+    double reach = mean == mean ? 0 : inf;
+    for (index i = 0; i < n; ++i)
+      reach = gone(i) ? reach : std::fmax(reach, std::fabs(r[i] - mean));
+    if (reach <= 0.5) {
+      W beyond(0);
+      for (index i = 0; i < n; i += width) {
+        const W d = first(r + i, n - i) - W(mean), share = first(q + i, n - i);
+        beyond += select(share == W(0), W(0), share * exp_beyond_linear(d));
+      }
+      const double more = std::log1p(sum_lanes(beyond));
+      for (index i = 0; i < n; ++i)
+        r[i] = gone(i) ? 0 : (r[i] - mean) - more;
+      return;
+    }
+    for (index i = 0; i < n; ++i)
+      r[i] = gone(i) ? 0
+                     : ((x[i] - of_x.top) - (t[i] - of_t.top)) / temperature -
+                           (of_x.log_sum - of_t.log_sum);
+  }
+};
+
+struct distillation_formula : paired_scores {
+  distillation_formula(divergence of, double at, double weight, double factor)
+      : kind(of), temperature(at), beta(weight), scale(factor) {}
 
   divergence kind;
   double temperature, beta;
@@ -58,7 +141,7 @@ struct distillation_formula {
       std::fill_n(slopes, n, nan);
       return nan;
     }
-    log_ratios(x, t, n, q, of_x, of_t, r);
+    log_ratios(x, t, n, temperature, q, of_x, of_t, r);
     double value = 0, mean = 0; // of what p is multiplied by
     const auto at = [&](index i, auto f) {
       return f(first(p + i, n - i), first(q + i, n - i), first(r + i, n - i));
@@ -130,75 +213,129 @@ struct distillation_formula {
     }
     return scale * value;
   }
+};
+
+struct logit_matching_formula : paired_scores {
+  logit_matching_formula(logit_distance of, double at, double factor, bool mean)
+      : kind(of), temperature(at), scale(factor), per_class(mean) {}
+
+  logit_distance kind;
+  double temperature;
+  double scale; // of the value
+  bool per_class;
+
+  double operator()(const double* x, const double* t, index n, index, double* slopes) const {
+    const bool centred = kind == logit_distance::centred_squared_error;
+    const index classes = centred || per_class ? count(x, t, n) : 1;
+    const double factor = per_class ? scale / static_cast<double>(classes) : scale;
+    const W mean(centred ? sum_of_differences(x, t, n) / static_cast<double>(classes) : 0);
+    W total(0);
+    for (index i = 0; i < n; i += width) {
+      const W a = first(x + i, n - i), b = first(t + i, n - i), d = difference(a, b);
+      element_outcome<W> term;
+      if (kind == logit_distance::log_cosh) {
+        term = log_cosh_formula<double>()(d / W(2 * temperature), W(0));
+        term.slope = term.slope * W(0.5);
+      } else if (kind == logit_distance::binary_kl) {
+        term = binary_kl(a / W(temperature), b / W(temperature), d / W(temperature));
+      } else {
+        const W gone(no_score), off = (d - mean) / W(temperature);
+        term.slope = select((a == gone) & (b == gone), W(0), off);
+        term.value = W(0.5) * term.slope * term.slope;
+      }
+      total += n - i >= width ? term.value : without_rest(term.value, n - i);
+      put(term.slope * W(factor / temperature), slopes + i, n - i);
+    }
+    const double value = factor * sum_lanes(total);
+    if (value != value)
+      std::fill_n(slopes, n, value);
+    return value;
+  }
 
 private:
-  static constexpr auto width = static_cast<index>(lanes<double>);
+  static constexpr double no_score = -std::numeric_limits<double>::infinity();
 
-  static W first(const double* p, index n) {
-    return n >= width ? W::load(p) : load_first(p, n, W(0));
+  /// Equal scores do not differ, if infinite.
+  static W difference(const W& a, const W& b) { return select(a == b, W(0), a - b); }
+  static W without_rest(const W& a, index n) {
+    return select(iota<double>() < W(static_cast<double>(n)), a, W(0));
   }
-  static void put(const W& a, double* p, index n) {
-    if (n >= width)
-      a.store(p);
-    else
-      store_first(a, p, n);
+  /// Classes that are not masked for both; 1 where there are none.
+  static index count(const double* x, const double* t, index n) {
+    index classes = 0;
+    for (index i = 0; i < n; ++i)
+      classes += !(x[i] == no_score && t[i] == no_score);
+    return std::max<index>(classes, 1);
+  }
+  static double sum_of_differences(const double* x, const double* t, index n) {
+    exact_sum sum;
+    for (index i = 0; i < n; ++i)
+      sum.add(x[i] == t[i] ? 0 : x[i] - t[i]);
+    return sum.value();
   }
 
-  /// p = softmax(z/T). The top is infinite or NaN where there is none.
-  struct softmax {
-    double top = -std::numeric_limits<double>::infinity();
-    double log_sum = 0; // log Σ e^{(z − top)/T}
+  /// log(σ(a)/σ(b)) for scores that are not near each other, d = a − b.
+  static W far_log_ratio(const W& a, const W& b, const W& d) {
+    const W zero(0), kink = select((a <= zero) & (b <= zero), d, min(a, zero) - min(b, zero));
+    return kink - (log1p(exp(-abs(a))) - log1p(exp(-abs(b))));
+  }
+  /// KL(σ(b) ‖ σ(a)) and σ(a) − σ(b). With p = σ(a), q = σ(b),
+  /// log(p/q) = −log1p((1 − q)(e^−d − 1)) and log((1 − p)/(1 − q)) = −log1p(q (e^d − 1)),
+  /// neither of which cancels where a is near b.
+  static element_outcome<W> binary_kl(const W& a, const W& b, const W& d) {
+    const W p = sigmoid(a), not_p = sigmoid(-a), q = sigmoid(b), not_q = sigmoid(-b);
+    const auto near = abs(d) <= W(0.5);
+    const W yes = select(near, -log1p(not_q * expm1(-d)), far_log_ratio(a, b, d));
+    const W no = select(near, -log1p(q * expm1(d)), far_log_ratio(-a, -b, -d));
+    element_outcome<W> out;
+    out.value = divergence_term(q, p, yes) + divergence_term(not_q, not_p, no);
+    out.slope = select(near, q * not_p * expm1(d), select(b > W(0), not_q - not_p, p - q));
+    return out;
+  }
+};
 
-    softmax(const double* z, index n, double temperature, double* p) {
-      for (index i = 0; i < n; ++i)
-        top = z[i] > top || z[i] != z[i] ? z[i] : top;
-      if (!std::isfinite(top))
-        return;
-      W sum(0);
-      for_packs(z, n, -std::numeric_limits<double>::infinity(), [&](const W& at, index i) {
-        const W image = exp((at - W(top)) / W(temperature));
-        sum += image;
-        put(image, p + i, n - i);
-      });
-      const double total = sum_lanes(sum);
-      log_sum = std::log(total);
-      for (index i = 0; i < n; i += width)
-        put(first(p + i, n - i) / W(total), p + i, n - i);
-    }
-  };
-
-  /// r = log(p/q); 0 where both are masked. Where p and q are near each other it is
-  /// d − log E_q e^d, d = (x − t)/T, whose logarithm is μ + log1p(E_q φ(d − μ)), μ the mean of d:
-  /// no digit is lost.
-  void log_ratios(const double* x, const double* t, index n, const double* q, const softmax& of_x,
-                  const softmax& of_t, double* r) const {
+/// ½ (log p_y − t_y)² of the label y, t_y being the logarithm of the teacher's probability.
+struct sampled_log_ratio_formula : paired_scores {
+  double operator()(const double* x, const double* t, index n, index label, double* slopes) const {
     constexpr double inf = std::numeric_limits<double>::infinity();
-    const auto gone = [&](index i) { return x[i] == -inf && t[i] == -inf; };
-    const double apart = of_x.top - of_t.top;
+    const softmax of_x(x, n, 1, slopes);
+    const double target = t[label];
+    if (!std::isfinite(of_x.top) || target != target) {
+      std::fill_n(slopes, n, std::numeric_limits<double>::quiet_NaN());
+      return slopes[0];
+    }
+    double rivals = 0;
     for (index i = 0; i < n; ++i)
-      r[i] = ((gone(i) ? apart : x[i] - t[i])) / temperature;
-    W total(0);
-    for (index i = 0; i < n; i += width)
-      total += first(q + i, n - i) * first(r + i, n - i);
-    const double mean = sum_lanes(total);
-    double reach = mean == mean ? 0 : inf;
+      rivals += i == label ? 0 : slopes[i];
+    const double log_p = x[label] == of_x.top ? -std::log1p(rivals / slopes[label])
+                                              : (x[label] - of_x.top) - of_x.log_sum;
+    const double r = log_p == -inf && target == -inf ? 0 : log_p - target;
     for (index i = 0; i < n; ++i)
-      reach = gone(i) ? reach : std::fmax(reach, std::fabs(r[i] - mean));
-    if (reach <= 0.5) {
-      W beyond(0);
-      for (index i = 0; i < n; i += width) {
-        const W d = first(r + i, n - i) - W(mean), share = first(q + i, n - i);
-        beyond += select(share == W(0), W(0), share * exp_beyond_linear(d));
-      }
-      const double more = std::log1p(sum_lanes(beyond));
-      for (index i = 0; i < n; ++i)
-        r[i] = gone(i) ? 0 : (r[i] - mean) - more;
-      return;
+      slopes[i] = slopes[i] == 0 || r == 0 ? 0 : -r * slopes[i];
+    slopes[label] = rivals == 0 || r == 0 ? 0 : r * rivals;
+    return 0.5 * r * r;
+  }
+};
+
+/// Σ ½ (log p − log q)² over all classes.
+struct log_ratio_formula : paired_scores {
+  double operator()(const double* x, const double* t, index n, index, double* slopes) const {
+    constexpr double nan = std::numeric_limits<double>::quiet_NaN();
+    double *p = slopes + n, *q = p + n, *r = q + n;
+    const softmax of_x(x, n, 1, p), of_t(t, n, 1, q);
+    if (!(std::isfinite(of_x.top) && std::isfinite(of_t.top))) {
+      std::fill_n(slopes, n, nan);
+      return nan;
+    }
+    log_ratios(x, t, n, 1, q, of_x, of_t, r);
+    double squares = 0, sum = 0;
+    for (index i = 0; i < n; ++i) {
+      squares += r[i] * r[i];
+      sum += r[i];
     }
     for (index i = 0; i < n; ++i)
-      r[i] = gone(i) ? 0
-                     : ((x[i] - of_x.top) - (t[i] - of_t.top)) / temperature -
-                           (of_x.log_sum - of_t.log_sum);
+      slopes[i] = std::isfinite(squares) ? r[i] - p[i] * sum : nan;
+    return 0.5 * squares;
   }
 };
 
@@ -263,8 +400,168 @@ private:
   }
   template <class F> void visit(const core::row_job<T>&, F f) const {
     const auto t = static_cast<double>(options_.temperature);
-    f(core::distillation_formula{options_.divergence, t, static_cast<double>(options_.beta),
-                                 options_.keep_size ? t * t : 1});
+    f(core::distillation_formula(options_.divergence, t, static_cast<double>(options_.beta),
+                                 options_.keep_size ? t * t : 1));
+  }
+  options options_;
+};
+
+/// Distillation of scores, not of distributions: every class by itself, with no softmax.
+///
+///   ℓ = Σ_k T² D(x_k, t_k)    x of the student, t of the teacher
+///   log_cosh:              D = log cosh((x − t)/(2T)),       ∂ℓ/∂x = ½ T tanh((x − t)/(2T))
+///   binary_kl:             D = KL(σ(t/T) ‖ σ(x/T)),          ∂ℓ/∂x = T (σ(x/T) − σ(t/T))
+///   squared_error:         D = (x − t)²/(2T²),               ∂ℓ/∂x = x − t
+///   centred_squared_error: D = (x − t − mean(x − t))²/(2T²), ∂ℓ/∂x = x − t − mean(x − t)
+///
+/// T² keeps the gradient's size when T changes; without keep_size it is left out. per_class divides
+/// by the number of classes: centred_squared_error is then what `distillation` by forward KL tends
+/// to for T → ∞. log_cosh is the loss of a student's second head in dual-head distillation (the
+/// first has cross_entropy), with T = 2 and weight 1 or 0.1.
+/// The target is the teacher's scores, rows × classes. Nothing cancels where the student is near
+/// its teacher, and no probability is clamped. Classes with equal scores, if infinite, do not
+/// differ; those masked (-inf) for both do not count in a mean either. What only one of them masks
+/// costs what the formula says (a centred row with one is NaN). NaN makes its row NaN.
+/// Shapes, reductions, errors: as cross_entropy with soft targets. No by-products but `values`.
+/// Source: Yang, Zhou, Gong, Zhang, "Dual-head knowledge distillation", 2024 (log_cosh, binary_kl);
+/// Ba, Caruana, "Do deep nets really need to be deep?", NeurIPS 2014 (squared_error); Hinton,
+/// Vinyals, Dean 2015 (centred).
+template <class T = float> class logit_matching : public row_loss<logit_matching<T>, T> {
+public:
+  struct options {
+    logit_distance distance = logit_distance::log_cosh;
+    T temperature = 2;      ///< T > 0, of both; of no effect on squared errors that keep their size
+    bool keep_size = true;  ///< the factor T²
+    bool per_class = false; ///< the mean over the classes, not the sum
+    perdita::reduction reduction = perdita::reduction::mean;
+    std::int64_t ignore_index = -100; ///< without effect: there are no labels
+  };
+  static constexpr const char* name = "logit_matching";
+  static constexpr bool takes_soft_targets = true;
+  static constexpr bool has_softmax = false;
+
+  logit_matching() : logit_matching(options{}) {}
+  explicit(false) logit_matching(const options& o) : options_(o) {
+    const auto kind = static_cast<int>(o.distance);
+    core::require(kind >= 0 && kind <= static_cast<int>(logit_distance::centred_squared_error),
+                  name, "distance", kind, "one of those that are named");
+    core::require(o.temperature > 0 && std::isfinite(o.temperature), name, "temperature",
+                  o.temperature, "a finite number above 0");
+    core::require_reduction(name, o.reduction);
+  }
+  const options& settings() const { return options_; }
+  constexpr loss_traits traits() const {
+    return {.convex = true,
+            .smooth = true,
+            .exact_gradient = true,
+            .nonnegative = true,
+            .shift_invariant = options_.distance == logit_distance::centred_squared_error};
+  }
+
+private:
+  friend row_loss<logit_matching<T>, T>;
+  void check(const core::row_job<T>& job) const {
+    if (job.labels && job.scores.rows > 0)
+      core::fail(name, "target", "labels", "the scores of a teacher, rows × classes");
+  }
+  template <class F> void visit(const core::row_job<T>&, F f) const {
+    const auto t = static_cast<double>(options_.temperature);
+    f(core::logit_matching_formula(options_.distance, t, options_.keep_size ? t * t : 1,
+                                   options_.per_class));
+  }
+  options options_;
+};
+
+/// Squared difference of log-probabilities (SEL), of the student's softmax p and a teacher: of the
+/// label y alone, whose log-probability the teacher gives, or of all classes.
+///
+///   ℓ = ½ r_y²,    r_y = log p_y − log q_y,   ∂ℓ/∂x_j = r_y (δ_jy − p_j)
+///   ℓ = ½ Σ r_k²,  r_k = log p_k − log q_k,   ∂ℓ/∂x_j = r_j − p_j Σ r_k,  q = softmax(t)
+///
+/// The first learns q from labels that are drawn from it; cross-entropy weighted by q_y would not,
+/// but the normalised q². Not convex.
+/// scores: rows × classes; labels as for cross_entropy, ignore_index too; log_probabilities: log
+/// q_y of T, one per row, of which only the label's is asked for; teacher: scores (or
+/// log-probabilities), rows × classes. A class that both mask (-inf) has r = 0. Where one of them
+/// does the value is +inf: the gradient is then infinite in the label's form, as the formula says,
+/// and NaN in that of all classes. A row that is all masked, or has NaN or +inf, is NaN.
+/// Reductions, call options, errors: as cross_entropy. No by-products but `values`.
+/// Source: Zhao, Zhu, "Towards the fundamental limits of knowledge transfer over finite domains",
+/// ICLR 2024.
+template <class T = float> class squared_log_ratio : public row_loss<squared_log_ratio<T>, T> {
+public:
+  struct options {
+    perdita::reduction reduction = perdita::reduction::mean;
+    std::int64_t ignore_index = -100;
+  };
+  static constexpr const char* name = "squared_log_ratio";
+  static constexpr bool takes_soft_targets = true;
+  static constexpr bool has_softmax = false;
+
+  squared_log_ratio() : squared_log_ratio(options{}) {}
+  explicit(false) squared_log_ratio(const options& o) : options_(o) {
+    core::require_reduction(name, o.reduction);
+  }
+  const options& settings() const { return options_; }
+  constexpr loss_traits traits() const {
+    return {.convex = false,
+            .smooth = true,
+            .exact_gradient = true,
+            .nonnegative = true,
+            .shift_invariant = true};
+  }
+
+  /// Of the labels: the reduced value.
+  template <class X, core::labels_like Y, core::vector_like Q>
+  requires core::scores_like<X, T> T operator()(X&& scores, Y&& labels, Q&& log_probabilities,
+                                                const call_options<T>& call = {}) const {
+    return of_labels<false>(core::as_matrix(scores), core::as_vector(labels),
+                            core::as_vector(log_probabilities), matrix_view<T>(), call);
+  }
+  /// The reduced value, and its gradient.
+  template <class X, core::labels_like Y, core::vector_like Q, class G>
+  requires core::scores_like<X, T> && core::gradient_like<G, T>
+      T operator()(X&& scores, Y&& labels, Q&& log_probabilities, G&& gradient,
+                   const call_options<T>& call = {}) const {
+    return of_labels<true>(core::as_matrix(scores), core::as_vector(labels),
+                           core::as_vector(log_probabilities), core::as_matrix(gradient), call);
+  }
+  /// Of all classes: the reduced value.
+  template <class X, class Y>
+  requires core::scores_like<X, T> && core::scores_like<Y, T>
+      T operator()(X&& scores, Y&& teacher, const call_options<T>& call = {}) const {
+    return of_classes<false>(core::as_matrix(scores), core::as_matrix(teacher), matrix_view<T>(),
+                             call);
+  }
+  /// The reduced value, and its gradient.
+  template <class X, class Y, class G>
+  requires core::scores_like<X, T> && core::scores_like<Y, T> && core::gradient_like<G, T>
+      T operator()(X&& scores, Y&& teacher, G&& gradient, const call_options<T>& call = {}) const {
+    return of_classes<true>(core::as_matrix(scores), core::as_matrix(teacher),
+                            core::as_matrix(gradient), call);
+  }
+
+private:
+  friend row_loss<squared_log_ratio<T>, T>;
+
+  template <bool Gradient, class X, class L, class G>
+  T of_labels(const matrix_view<X>& scores, const vector_view<L>& labels,
+              const vector_view<const T>& log_q, const matrix_view<G>& gradient,
+              const call_options<T>& call) const {
+    this->check_size("log_probabilities", log_q.size, scores.rows);
+    // A row of the teacher's is one number, as often as there are classes.
+    const matrix_view<const T> teacher(log_q.data, scores.rows, scores.cols, log_q.stride, 0);
+    auto job = this->paired_job(scores, teacher, gradient, "log_probabilities");
+    this->set_labels(job, labels);
+    return this->template evaluate<Gradient>(
+        job, call, [](const auto&, auto f) { f(core::sampled_log_ratio_formula()); });
+  }
+  template <bool Gradient, class X, class Y, class G>
+  T of_classes(const matrix_view<X>& scores, const matrix_view<Y>& teacher,
+               const matrix_view<G>& gradient, const call_options<T>& call) const {
+    auto job = this->paired_job(scores, teacher, gradient, "teacher");
+    return this->template evaluate<Gradient>(
+        job, call, [](const auto&, auto f) { f(core::log_ratio_formula()); });
   }
   options options_;
 };

@@ -11,7 +11,9 @@
 
 #include "core/paired_kernel.hpp"
 #include "core/row_loss.hpp"
+#include "core/sequences.hpp"
 #include "core/traits.hpp"
+#include "cross_entropy.hpp"
 
 namespace perdita::inline PERDITA_ABI {
 
@@ -438,6 +440,302 @@ private:
                                (memory ? *memory : own).request(sizes.scratch_bytes()));
     head.read(x, p, a);
     f(head);
+  }
+  options options_;
+};
+
+/// Features into the Poincaré ball of curvature −c: clipped to a length, then through the
+/// exponential map at the origin, and no nearer to the border than a margin,
+///
+///   x = ρ(‖v‖) v/‖v‖,   ρ(s) = tanh(√c min(s, R))/√c,   R = min(clip, artanh(1 − margin)/√c)
+///   Jᵀg = (ρ/s) g + (ρ′ − ρ/s)(⟨g, v⟩/s²) v,   s = ‖v‖, ρ′ = 1/cosh²(√c s) up to s = R, then 0
+///
+/// so that d(0, x) = 2 min(‖v‖, R). v = 0 becomes 0, with the Jacobian 1. NaN or an infinity makes
+/// its row NaN. features and points (and the gradients): rows × dimensions of T (or 16-bit storage
+/// where T is float). Outputs may be the features or d_points themselves, or lie apart.
+/// Throws std::invalid_argument.
+/// Source: Ganea, Bécigneul, Hofmann, NeurIPS 2018; clipping: Guo, Wang, Chen, Yu, "Clipped
+/// hyperbolic classifiers are super-hyperbolic classifiers", CVPR 2022.
+template <class T = float> class exponential_map {
+public:
+  using value_type = T;
+  struct options {
+    T curvature = 1;    ///< c > 0
+    T clip = 2;         ///< longest feature; infinite: as it is
+    T margin = T(1e-3); ///< in (0, 1): relative distance from the border
+  };
+  static constexpr const char* name = "exponential_map";
+
+  exponential_map() : exponential_map(options{}) {}
+  explicit(false) exponential_map(const options& o) : options_(o) {
+    core::require(o.curvature > 0 && std::isfinite(o.curvature), name, "curvature", o.curvature,
+                  "a finite number above 0");
+    core::require(o.clip > 0, name, "clip", o.clip, "a number above 0");
+    core::require(o.margin > 0 && o.margin < 1, name, "margin", o.margin, "a number in (0, 1)");
+  }
+  const options& settings() const { return options_; }
+
+  template <class V, class X>
+  requires core::scores_like<V, T> && core::gradient_like<X, T>
+  void operator()(V&& features, X&& points) const {
+    const core::matrix_data<T> v(core::as_matrix(features));
+    const core::matrix_data<T, true> x(core::as_matrix(points));
+    check("points", v, x);
+    for_rows(v, v, x, [&](const double* at, const double*, index n, double* out) {
+      const radius of(*this, at, n);
+      for (index j = 0; j < n; ++j)
+        out[j] = of.ratio * at[j];
+    });
+  }
+  /// The Jacobian's product with d_points.
+  template <class V, class X, class D>
+  requires core::scores_like<V, T> && core::scores_like<X, T> && core::gradient_like<D, T>
+  void backward(V&& features, X&& d_points, D&& d_features) const {
+    const core::matrix_data<T> v(core::as_matrix(features)), g(core::as_matrix(d_points));
+    const core::matrix_data<T, true> d(core::as_matrix(d_features));
+    check("d_points", v, g);
+    check("d_features", v, d);
+    check("d_features", g, d);
+    for_rows(v, g, d, [&](const double* at, const double* slope, index n, double* out) {
+      const radius of(*this, at, n);
+      double along = 0;
+      for (index j = 0; j < n; ++j)
+        along += of.length == 0 ? 0 : slope[j] * (at[j] / of.length);
+      for (index j = 0; j < n; ++j)
+        out[j] = of.ratio * slope[j] +
+                 (of.length == 0 ? 0 : (of.slope - of.ratio) * along * (at[j] / of.length));
+    });
+  }
+
+private:
+  /// ‖v‖, ρ/‖v‖ and ρ′.
+  struct radius {
+    double length = 0, ratio = 1, slope = 1;
+    radius(const exponential_map& map, const double* v, index n) {
+      double largest = 0, squares = 0;
+      bool finite = true;
+      for (index j = 0; j < n; ++j) {
+        largest = std::fmax(largest, std::fabs(v[j]));
+        finite = finite && std::isfinite(v[j]);
+      }
+      if (!finite) {
+        length = ratio = slope = std::numeric_limits<double>::quiet_NaN();
+        return;
+      }
+      if (largest == 0)
+        return;
+      for (index j = 0; j < n; ++j)
+        squares += v[j] / largest * (v[j] / largest);
+      length = largest * std::sqrt(squares);
+      const double root = std::sqrt(static_cast<double>(map.options_.curvature));
+      const double reach =
+          std::min(static_cast<double>(map.options_.clip),
+                   std::atanh(1 - static_cast<double>(map.options_.margin)) / root);
+      const double cosh = std::cosh(root * std::min(length, reach));
+      ratio = std::tanh(root * std::min(length, reach)) / root / length;
+      slope = length > reach ? 0 : 1 / cosh / cosh;
+    }
+  };
+
+  template <bool M>
+  static void check(const char* what, const core::matrix_data<T>& v,
+                    const core::matrix_data<T, M>& m) {
+    constexpr core::sequence_checks<T> checks{name};
+    checks.memory("features", v.data, v.rows * v.cols);
+    checks.size((std::string("rows of ") + what).c_str(), m.rows, v.rows, "as many as of features");
+    checks.size((std::string("columns of ") + what).c_str(), m.cols, v.cols,
+                "as many as of features");
+    checks.memory(what, m.data, m.rows * m.cols);
+    if constexpr (M) {
+      core::row_job<T> job;
+      job.scores = v;
+      job.gradient = m;
+      core::check_overlap(name, job);
+    }
+  }
+  /// f(row of a, row of b, columns, row of what is written)
+  template <class F>
+  static void for_rows(const core::matrix_data<T>& a, const core::matrix_data<T>& b,
+                       const core::matrix_data<T, true>& to, F f) {
+    const auto width = static_cast<std::size_t>(core::whole_packs(a.cols));
+    std::vector<double> first(width), second(width), out(width);
+    std::vector<T> stage(width);
+    for (index r = 0; r < a.rows; ++r) {
+      core::read_row(a, r, stage.data(), first.data());
+      core::read_row(b, r, stage.data(), second.data());
+      f(first.data(), second.data(), a.cols, out.data());
+      core::write_row(to, r, out.data(), false, stage.data());
+    }
+  }
+  options options_;
+};
+
+/// The gradients that hyp_oc writes; of the shapes of what they belong to.
+template <class T> struct hyp_oc_gradients { matrix_view<T> features, offsets, normals; };
+
+/// Hyp-OC, for one class against all that is not in it: cross-entropy of hyperbolic logistic
+/// regression, and pairwise confusion between the halves of the batch,
+///
+///   ℓ = mean_i −log softmax(z_i)_{y_i} + γ mean_i d(x_i, x_{n+i}),   x_i = exponential_map(v_i)
+///
+/// z the hyperbolic_logits of x, d the poincare_distance. The first n of 2 n rows are a batch of
+/// the one class, the others the pseudo-negatives made of it, say. With γ = 0 the number of rows
+/// need not be even. features: 2 n × dimensions; labels: one of any integral type per row, of which
+/// those equal to ignore_index have no cross-entropy; offsets, normals: classes × dimensions; all
+/// of T, which the gradients are too. They lie apart from each other and from the inputs. All is
+/// computed in double. Special values as in the parts: NaN or an infinity in a feature makes the
+/// value NaN, the gradients of its row and its partner's, and those of offsets and normals. Call
+/// options: scale (of the gradients), accumulate and run_on; all others belong to losses of rows
+/// and are refused. Threads do not matter. Throws std::invalid_argument. Source: Narayan, Patel,
+/// "Hyp-OC: hyperbolic one-class classification for face anti-spoofing", 2024. Their code has atan
+/// for artanh in d, divides its sum by 2 n, and adds constants to denominators; this is the
+/// formula.
+template <class T = float> class hyp_oc {
+  static_assert(std::is_same_v<T, float> || std::is_same_v<T, double>);
+
+public:
+  using value_type = T;
+  struct options {
+    T curvature = T(0.1); ///< c > 0
+    T clip = 2;           ///< longest feature
+    T margin = T(1e-3);   ///< in (0, 1): relative distance of points from the border
+    T confusion = 1;      ///< γ ≥ 0
+    std::int64_t ignore_index = -100;
+  };
+  static constexpr const char* name = "hyp_oc";
+
+  hyp_oc() : hyp_oc(options{}) {}
+  explicit(false) hyp_oc(const options& o) : options_(o) {
+    core::require(o.curvature > 0 && std::isfinite(o.curvature), name, "curvature", o.curvature,
+                  "a finite number above 0");
+    core::require(o.clip > 0, name, "clip", o.clip, "a number above 0");
+    core::require(o.margin > 0 && o.margin < 1, name, "margin", o.margin, "a number in (0, 1)");
+    core::require(o.confusion >= 0 && std::isfinite(o.confusion), name, "confusion", o.confusion,
+                  "a finite number of at least 0");
+  }
+  const options& settings() const { return options_; }
+
+  template <core::labels_like Y>
+  T operator()(matrix_view<const T> features, Y&& labels, matrix_view<const T> offsets,
+               matrix_view<const T> normals, const call_options<T>& call = {}) const {
+    return run(features, core::integer_rows(core::as_vector(labels)), offsets, normals, nullptr,
+               call);
+  }
+  template <core::labels_like Y>
+  T operator()(matrix_view<const T> features, Y&& labels, matrix_view<const T> offsets,
+               matrix_view<const T> normals, const hyp_oc_gradients<T>& gradients,
+               const call_options<T>& call = {}) const {
+    return run(features, core::integer_rows(core::as_vector(labels)), offsets, normals, &gradients,
+               call);
+  }
+
+private:
+  static constexpr core::sequence_checks<T> checks{name};
+  using wide_matrix = matrix_view<double>;
+
+  void check(const matrix_view<const T>& v, const core::integer_rows& labels,
+             const matrix_view<const T>& p, const matrix_view<const T>& a,
+             const hyp_oc_gradients<T>* g, const call_options<T>& call) const {
+    checks.memory("features", v.data, v.rows * v.cols);
+    if (options_.confusion != 0)
+      core::require(v.rows % 2 == 0, name, "rows", v.rows, "an even number");
+    same_shape("offsets", p, p.rows, v.cols);
+    same_shape("normals", a, p.rows, v.cols);
+    checks.size("labels", labels.cols, v.rows, "as many as there are rows");
+    checks.memory("labels", labels.data, v.rows);
+    checks.call(call, v.rows, false, "as many as there are rows");
+    if (call.row_weights.data || call.upstream.data || call.values.data || call.normaliser != 0)
+      core::fail(std::string("perdita::") + name +
+                 ": row_weights, upstream, values or normaliser is given, expected none");
+    if (v.rows > 0)
+      core::require(p.rows > 0, name, "rows of offsets", p.rows, "at least 1 class");
+    for (index r = 0; r < v.rows; ++r) {
+      const std::int64_t y = labels.at(0, r);
+      if (y != options_.ignore_index && (y < 0 || y >= p.rows))
+        core::fail_at(name, "labels", r, core::to_text(y),
+                      "0 to " + core::to_text(p.rows - 1) + ", or ignore_index " +
+                          core::to_text(options_.ignore_index));
+    }
+    if (!g)
+      return;
+    same_shape("gradient of features", g->features, v.rows, v.cols);
+    same_shape("gradient of offsets", g->offsets, p.rows, v.cols);
+    same_shape("gradient of normals", g->normals, p.rows, v.cols);
+    const auto bytes = [](const auto& m) { return core::bytes_of(core::matrix_data<T>(m)); };
+    const core::extent memories[] = {bytes(g->features), bytes(g->offsets), bytes(g->normals),
+                                     bytes(v),           bytes(p),          bytes(a)};
+    core::require_apart(name, memories, 3);
+  }
+  template <class S>
+  static void same_shape(const char* what, const matrix_view<S>& m, index rows, index cols) {
+    checks.size((std::string("rows of ") + what).c_str(), m.rows, rows, "as the inputs have");
+    checks.size((std::string("columns of ") + what).c_str(), m.cols, cols, "as the inputs have");
+    checks.memory(what, m.data, rows * cols);
+  }
+
+  static std::vector<double> copy(const matrix_view<const T>& m) {
+    std::vector<double> to;
+    for (index r = 0; r < m.rows; ++r)
+      for (index c = 0; c < m.cols; ++c)
+        to.push_back(static_cast<double>(m(r, c)));
+    return to;
+  }
+  static void write(const matrix_view<T>& to, const std::vector<double>& from,
+                    const call_options<T>& call) {
+    for (index r = 0; r < to.rows; ++r)
+      for (index c = 0; c < to.cols; ++c) {
+        const double slope =
+            static_cast<double>(call.scale) * from[static_cast<std::size_t>(r * to.cols + c)];
+        to(r, c) = static_cast<T>(call.accumulate ? static_cast<double>(to(r, c)) + slope : slope);
+      }
+  }
+
+  T run(const matrix_view<const T>& features, const core::integer_rows& label_list,
+        const matrix_view<const T>& offsets, const matrix_view<const T>& normals,
+        const hyp_oc_gradients<T>* g, const call_options<T>& call) const {
+    check(features, label_list, offsets, normals, g, call);
+    const index rows = features.rows, dims = features.cols, classes = offsets.rows;
+    const auto c = static_cast<double>(options_.curvature);
+    std::vector<double> v = copy(features), p = copy(offsets), a = copy(normals), x(v.size());
+    std::vector<double> z(static_cast<std::size_t>(rows * classes)), dx(v.size()), dp(p.size()),
+        da(a.size()), apart(options_.confusion != 0 ? v.size() : 0);
+    std::vector<std::int64_t> labels(static_cast<std::size_t>(rows));
+    for (index r = 0; r < rows; ++r)
+      labels[static_cast<std::size_t>(r)] = label_list.at(0, r);
+    const auto wide = [](std::vector<double>& m, index n, index cols) {
+      return wide_matrix(m.data(), n, cols);
+    };
+    const wide_matrix points = wide(x, rows, dims), from = wide(v, rows, dims),
+                      centres = wide(p, classes, dims), planes = wide(a, classes, dims),
+                      scores = wide(z, rows, classes), slopes = wide(dx, rows, dims);
+    const exponential_map<double> map({.curvature = c,
+                                       .clip = static_cast<double>(options_.clip),
+                                       .margin = static_cast<double>(options_.margin)});
+    const hyperbolic_logits<double> logits({.curvature = c});
+    const pairwise_confusion<double> confusion({.curvature = c});
+    const cross_entropy<double> entropy({.ignore_index = options_.ignore_index});
+    call_options<double> inner;
+    inner.run_on = call.run_on;
+
+    map(from, points);
+    logits(points, centres, planes, scores, call.run_on);
+    double value = g ? entropy(scores, labels, scores, inner) : entropy(scores, labels, inner);
+    if (g)
+      logits.backward(points, centres, planes, scores, slopes, wide(dp, classes, dims),
+                      wide(da, classes, dims), call.run_on);
+    if (const auto weight = static_cast<double>(options_.confusion); weight != 0) {
+      value += weight *
+               (g ? confusion(points, wide(apart, rows, dims), inner) : confusion(points, inner));
+      for (std::size_t i = 0; g && i < dx.size(); ++i)
+        dx[i] += weight * apart[i];
+    }
+    if (g) {
+      map.backward(from, slopes, slopes);
+      write(g->features, dx, call);
+      write(g->offsets, dp, call);
+      write(g->normals, da, call);
+    }
+    return static_cast<T>(value);
   }
   options options_;
 };

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: MIT
 
-// The descriptor of distillation: formula sheet 13. The battery's soft targets are the teacher's
-// scores; what makes students that are near their teachers comes after it.
+// The descriptors of distillation and logit_matching, and squared_log_ratio: formula sheet 13. The
+// battery's soft targets are the teacher's scores; what makes students that are near their teachers
+// comes after it.
 
 #include <perdita/distillation.hpp>
 
@@ -11,7 +12,10 @@
 #include <string>
 #include <vector>
 
+#include <perdita/testing/gradient_check.hpp>
+
 #include "support/catch.hpp"
+#include "support/executors.hpp"
 #include "support/numbers.hpp"
 #include "support/row_battery.hpp"
 #include "support/softmax_reference.hpp"
@@ -128,6 +132,107 @@ public:
   }
 };
 
+using perdita::logit_distance;
+constexpr logit_distance distances[] = {logit_distance::log_cosh, logit_distance::binary_kl,
+                                        logit_distance::squared_error,
+                                        logit_distance::centred_squared_error};
+constexpr const char* distance_names[] = {"log cosh", "binary KL", "squared error",
+                                          "centred squared error"};
+
+template <class T> class matching_descriptor final : public row_descriptor<T> {
+public:
+  std::string name() const override { return "logit_matching"; }
+  int settings() const override { return 8; }
+  static logit_distance kind(int setting) { return distances[setting % 4]; }
+  static bool second(int setting) { return setting >= 4; }
+  static double temperature(int setting) { return second(setting) ? 0.25 : 2; }
+  std::string describe(int setting) const override {
+    return std::string(distance_names[setting % 4]) + (second(setting) ? ", per class" : "");
+  }
+  std::vector<int> few_settings() const override { return {0, 5, 3}; }
+  bool soft(int) const override { return true; }
+  static perdita::logit_matching<T> loss(int setting, perdita::reduction reduction) {
+    return {{.distance = kind(setting),
+             .temperature = static_cast<T>(temperature(setting)),
+             .keep_size = !second(setting),
+             .per_class = second(setting),
+             .reduction = reduction}};
+  }
+  std::unique_ptr<row_subject<T>> make(int setting, index,
+                                       perdita::reduction reduction) const override {
+    return std::make_unique<row_subject_of<perdita::logit_matching<T>>>(loss(setting, reduction));
+  }
+  perdita::loss_traits traits(int setting) const override {
+    return loss(setting, perdita::reduction::sum).traits();
+  }
+  bool sparse() const override { return true; } // probabilities that underflow
+  bool legal(int setting, row_kind kind, index) const override {
+    return kind != row_kind::huge || setting % 4 < 2; // squares overflow in float
+  }
+
+  row_expectation expect(int setting, const row_input& row) const override {
+    const wide t = temperature(setting), factor = second(setting) ? wide(1) : wide(t * t);
+    row_expectation e = nothing_reported();
+    const wide inf = infinity();
+    std::vector<wide> d, errors; // of what the formula is given: of centring, and of a quotient
+    std::vector<bool> gone;
+    wide sum = 0, reach = 0, counted = 0;
+    for (std::size_t k = 0; k < row.scores.size(); ++k) {
+      const wide x = row.scores[k], y = row.soft[k];
+      gone.push_back(x == -inf && y == -inf);
+      d.push_back(x == y ? wide(0) : wide(x - y));
+      sum += d[k];
+      reach = larger(reach, size_of(d[k]));
+      counted += gone[k] ? 0 : 1;
+    }
+    const wide classes = !second(setting) ? wide(1) : larger(counted, wide(1));
+    const bool is_double = sizeof(T) == 8;
+    for (std::size_t k = 0; k < d.size(); ++k) {
+      const wide a = row.scores[k] / t, b = row.soft[k] / t;
+      wide term = 0, slope = 0, error = 8, offset = 0;
+      switch (kind(setting)) {
+      case logit_distance::log_cosh: {
+        const wide u = size_of(wide(d[k] / (2 * t)));
+        const wide f = expm1(wide(-u)) * expm1(wide(-u)) / (2 * exp(wide(-u)));
+        term = u > 1 ? wide(u + log1p(wide(exp(wide(-2 * u)))) - log(wide(2))) : log1p(f);
+        slope = (d[k] < 0 ? -1 : 1) * (u > 50 ? wide(1) : tanh(u)) / 2;
+        break;
+      }
+      case logit_distance::binary_kl: {
+        const wide p = logistic(a), q = logistic(b), not_q = logistic(wide(-b)), u = d[k] / t;
+        const wide yes = softplus(wide(-a)) - softplus(wide(-b)), no = softplus(a) - softplus(b);
+        const bool near = size_of(u) < wide(1e-12);
+        term = near ? wide(q * not_q * u * u / 2 * (1 + (not_q - q) * u / 3))
+                    : wide(weighted(q, yes) + weighted(not_q, no));
+        slope = size_of(u) < 1 ? wide(q * logistic(wide(-a)) * expm1(u))
+                : b > 0        ? wide(not_q - logistic(wide(-a)))
+                               : wide(p - q);
+        if (is_double && d[k] != 0 && is_finite(d[k]))
+          error += size_of(a) + size_of(b);
+        break;
+      }
+      default: {
+        const bool centred = kind(setting) == logit_distance::centred_squared_error;
+        const wide off = gone[k] ? wide(0) : wide(d[k] - (centred ? wide(sum / counted) : wide(0)));
+        term = off * off / (2 * t * t);
+        slope = off / t;
+        if (centred && is_double)
+          offset = 8 * reach / t;
+      }
+      }
+      e.value.value += factor / classes * term;
+      e.value.slack +=
+          factor / classes * (error * term + offset * (size_of(slope) + offset * 1e-16));
+      const wide g = factor / (t * classes) * slope;
+      e.gradient.push_back({g, error * size_of(g) + factor / (t * classes) * offset});
+    }
+    if (is_nan(e.value.value))
+      for (auto& g : e.gradient)
+        g.value = not_a_number();
+    return e;
+  }
+};
+
 } // namespace
 
 TEMPLATE_TEST_CASE("distillation: the row battery", "[distillation]", float, double) {
@@ -223,6 +328,247 @@ TEST_CASE("distillation: what is refused", "[distillation]") {
   const std::vector<int> label{0};
   CHECK_THROWS_WITH(loss()(perdita::matrix_view<const float>(x.data(), 1, 2), label),
                     ContainsSubstring("target is labels"));
+}
+
+TEMPLATE_TEST_CASE("logit_matching: the row battery", "[distillation]", float, double) {
+  check_row_loss(matching_descriptor<TestType>());
+}
+
+TEMPLATE_TEST_CASE("logit_matching: special rows", "[distillation]", float, double) {
+  constexpr double inf = std::numeric_limits<double>::infinity();
+  constexpr double n = std::numeric_limits<double>::quiet_NaN();
+  const double log2 = std::log(2.0);
+  const std::vector<special_row> rows{
+      {"the same", 0, {3, inf, -inf}, -1, {3, inf, -inf}, 0, {0, 0, 0}},
+      {"the same", 1, {3, inf, -inf}, -1, {3, inf, -inf}, 0, {0, 0, 0}},
+      {"masked for the student", 0, {0, -inf}, -1, {0, 5}, inf, {0, -1}},
+      {"masked for the teacher", 0, {0, 5}, -1, {0, -inf}, inf, {0, 1}},
+      {"masked for the student", 1, {-inf}, -1, {0}, inf, {-1}},
+      {"masked for the teacher", 1, {0}, -1, {-inf}, 4 * log2, {1}},
+      {"sure teacher", 1, {0}, -1, {inf}, 4 * log2, {-1}},
+      {"squares", 2, {1, -2}, -1, {0, 2}, 8.5, {1, -4}},
+      {"masked", 2, {1, -inf}, -1, {0, 2}, inf, {1, -inf}},
+      {"centred", 3, {1, -inf, 3}, -1, {0, -inf, 4}, 1, {1, 0, -1}},
+      {"centred, per class", 7, {1, -inf, 3}, -1, {0, -inf, 4}, 8, {8, 0, -8}},
+      {"all masked for both", 7, {-inf, -inf}, -1, {-inf, -inf}, 0, {0, 0}},
+      {"centred, masked", 3, {1, -inf}, -1, {0, 2}, n, {n, n}},
+      {"NaN of the teacher", 0, {0, 1}, -1, {0, n}, n, {n, n}},
+  };
+  check_special(matching_descriptor<TestType>(), rows, 8);
+}
+
+TEST_CASE("logit_matching: golden values, and a limit of distillation", "[distillation]") {
+  using Catch::Matchers::WithinAbs;
+  const std::vector<double> x{.5, -1.2, 2, .1}, t{1, .3, -.7, .2};
+  std::vector<double> g(4), h(4);
+  const perdita::matrix_view<const double> student(x.data(), 1, 4), teacher(t.data(), 1, 4);
+  const perdita::matrix_view<double> to(g.data(), 1, 4), other(h.data(), 1, 4);
+  const auto golden = [&](double value, double expected, const std::vector<double>& slopes) {
+    CHECK_THAT(value, WithinAbs(expected, 1e-10));
+    for (std::size_t k = 0; k < 4; ++k)
+      CHECK_THAT(g[k], WithinAbs(slopes[k], 1e-9));
+  };
+  using loss = perdita::logit_matching<double>;
+  golden(loss()(student, teacher, to), 1.15675969252,
+         {-0.124353002, -0.358357398, 0.588259256, -0.024994793});
+  golden(loss({.distance = logit_distance::binary_kl})(student, teacher, to), 1.19682306462,
+         {-0.120565661, -0.366172303, 0.635352315, -0.024963582});
+  const double limit = loss({.distance = logit_distance::centred_squared_error, .per_class = true})(
+      student, teacher, to);
+  const double warm = perdita::distillation<double>({.temperature = 1e6})(student, teacher, other);
+  CHECK_THAT(warm, WithinAbs(limit, 1e-5));
+  for (std::size_t k = 0; k < 4; ++k)
+    CHECK_THAT(h[k], WithinAbs(g[k], 1e-5));
+}
+
+TEST_CASE("logit_matching: what is refused", "[distillation]") {
+  using Catch::Matchers::ContainsSubstring;
+  using loss = perdita::logit_matching<float>;
+  CHECK_THROWS_WITH(loss({.temperature = -1}), ContainsSubstring("temperature is -1"));
+  CHECK_THROWS_WITH(loss({.distance = static_cast<logit_distance>(4)}),
+                    ContainsSubstring("distance is 4"));
+  const std::vector<float> x{0, 1};
+  const std::vector<int> label{0};
+  CHECK_THROWS_WITH(loss()(perdita::matrix_view<const float>(x.data(), 1, 2), label),
+                    ContainsSubstring("target is labels"));
+}
+
+TEMPLATE_TEST_CASE("squared_log_ratio: value and gradient", "[distillation]", float, double) {
+  using T = TestType;
+  random_numbers random(11);
+  const wide epsilon = std::numeric_limits<T>::epsilon();
+  wide value_error = 0, slope_error = 0;
+  for (const std::size_t cols : {2U, 8U, 37U})
+    for (const double width : {0.01, 2.0, 40.0}) {
+      constexpr std::size_t rows = 5;
+      std::vector<T> x, t, log_q, g(rows * cols, 7), h(g), values(rows), all(rows);
+      std::vector<int> labels;
+      for (std::size_t i = 0; i < rows * cols; ++i) {
+        t.push_back(static_cast<T>(2 * random.normal()));
+        x.push_back(static_cast<T>(static_cast<double>(t[i]) + width * random.normal()));
+      }
+      for (std::size_t r = 0; r < rows; ++r) {
+        labels.push_back(static_cast<int>(r == 3 ? 0 : random.below(cols)));
+        log_q.push_back(static_cast<T>(-random.uniform(0, 5)));
+      }
+      const auto n = static_cast<index>(cols);
+      const perdita::matrix_view<const T> scores(x.data(), rows, n), teacher(t.data(), rows, n);
+      const perdita::squared_log_ratio<T> loss({.reduction = perdita::reduction::none});
+      perdita::call_options<T> call, full;
+      call.values = values;
+      full.values = all;
+      const T sampled =
+          loss(scores, labels, log_q, perdita::matrix_view<T>(g.data(), rows, n), call);
+      CHECK(loss(scores, labels, log_q) == sampled);
+      loss(scores, teacher, perdita::matrix_view<T>(h.data(), rows, n), full);
+      const auto check = [](wide& worst, const wide& got, const wide& expected, const wide& size) {
+        worst =
+            larger(worst, size_of(wide(got - expected)) / (size + std::numeric_limits<T>::min()));
+      };
+      for (std::size_t r = 0; r < rows; ++r) {
+        const softmax_row p({x.begin() + index(r) * n, x.begin() + index(r + 1) * n});
+        const softmax_row q({t.begin() + index(r) * n, t.begin() + index(r + 1) * n});
+        const auto y = static_cast<std::size_t>(labels[r]);
+        const wide ratio = -p.surprise(y) - log_q[r];
+        const wide unsure = p.surprise(y) + size_of(wide(log_q[r]));
+        check(value_error, values[r], wide(ratio * ratio / 2),
+              epsilon * (ratio * ratio + unsure * size_of(ratio)));
+        wide squares = 0, sum = 0, sizes = 0;
+        for (std::size_t k = 0; k < cols; ++k) {
+          const wide l = q.surprise(k) - p.surprise(k);
+          squares += l * l / 2;
+          sum += l;
+          sizes += size_of(l) + p.surprise(k) * wide(1e-3);
+        }
+        check(value_error, all[r], squares, epsilon * (squares + sizes * sizes / n));
+        for (std::size_t k = 0; k < cols; ++k) {
+          const std::size_t at = r * cols + k;
+          const wide share = k == y ? p.miss(k) : wide(-p.p(k));
+          check(slope_error, g[at], wide(ratio * share),
+                epsilon * size_of(share) * (unsure + size_of(ratio)) * (2 + width));
+          check(slope_error, h[at], wide(q.surprise(k) - p.surprise(k) - p.p(k) * sum),
+                epsilon * (sizes + size_of(p.z[k])));
+        }
+      }
+    }
+  INFO(text(value_error) << " and " << text(slope_error));
+  CHECK(value_error < 8);
+  CHECK(slope_error < 8);
+}
+
+TEST_CASE("squared_log_ratio: golden value, derivatives, a student near its teacher",
+          "[distillation]") {
+  using Catch::Matchers::WithinAbs;
+  std::vector<double> x{.5, -1.2, 2, .1}, t{1, .3, -.7, .2}, g(4);
+  const std::vector<double> log_q{-1};
+  const std::vector<int> label{0};
+  const perdita::matrix_view<const double> scores(x.data(), 1, 4), teacher(t.data(), 1, 4);
+  const perdita::matrix_view<double> to(g.data(), 1, 4);
+  const perdita::squared_log_ratio<double> loss;
+  CHECK_THAT(loss(scores, label, log_q, to), WithinAbs(0.357892936342, 1e-11));
+  const std::vector<double> slopes{-0.712484492, 0.0243986274, 0.598560063, 0.0895258021};
+  for (std::size_t k = 0; k < 4; ++k)
+    CHECK_THAT(g[k], WithinAbs(slopes[k], 1e-9));
+  const auto sampled =
+      perdita::testing::check_gradient([&] { return loss(scores, label, log_q); }, x, g);
+  CHECK(sampled.ok);
+  loss(scores, teacher, to);
+  const auto full = perdita::testing::check_gradient([&] { return loss(scores, teacher); }, x, g);
+  CHECK(full.ok);
+  // Quotients of 1 + 1e-9: the squares keep their digits.
+  for (std::size_t k = 0; k < 4; ++k)
+    x[k] = t[k] + (k == 1 ? 0x1p-30 : 0);
+  const double p = std::exp(.3) / (std::exp(1.0) + std::exp(.3) + std::exp(-.7) + std::exp(.2));
+  const double expected = 0x1p-61 * ((1 - p) * (1 - p) + 3 * p * p);
+  CHECK_THAT(loss(scores, teacher) / expected, WithinAbs(1, 1e-8));
+}
+
+// Labels drawn from q: the expected gradient is 0 at p = q for squared_log_ratio, and at p ~ q² for
+// cross-entropy weighted by q_y.
+TEST_CASE("squared_log_ratio: what it converges to", "[distillation]") {
+  const std::vector<double> q{.5, .3, .15, .05};
+  const auto expected_gradient = [&](const std::vector<double>& p, bool weighted_entropy) {
+    std::vector<double> x, sum(4), g(4);
+    for (const double share : p)
+      x.push_back(std::log(share));
+    for (std::size_t y = 0; y < 4; ++y) {
+      const std::vector<int> label{static_cast<int>(y)};
+      const std::vector<double> log_q{std::log(q[y])};
+      perdita::squared_log_ratio<double>()(perdita::matrix_view<const double>(x.data(), 1, 4),
+                                           label, log_q,
+                                           perdita::matrix_view<double>(g.data(), 1, 4));
+      for (std::size_t k = 0; k < 4; ++k)
+        sum[k] += q[y] * (weighted_entropy ? q[y] * (p[k] - (k == y ? 1 : 0)) : g[k]);
+    }
+    double size = 0;
+    for (const double s : sum)
+      size += std::abs(s);
+    return size;
+  };
+  std::vector<double> squared;
+  for (const double share : q)
+    squared.push_back(share * share / (.25 + .09 + .0225 + .0025));
+  CHECK(expected_gradient(q, false) < 1e-14);
+  CHECK(expected_gradient(squared, false) > 0.1);
+  CHECK(expected_gradient(squared, true) < 1e-14);
+  CHECK(expected_gradient(q, true) > 0.1);
+}
+
+TEST_CASE("squared_log_ratio: special rows, threads, and what is refused", "[distillation]") {
+  using Catch::Matchers::ContainsSubstring;
+  constexpr double inf = std::numeric_limits<double>::infinity();
+  constexpr double n = std::numeric_limits<double>::quiet_NaN();
+  const auto run = [](std::vector<double> x, int y, double log_q, std::vector<double>& g) {
+    g.assign(x.size(), 7);
+    const std::vector<int> labels{y};
+    const std::vector<double> given{log_q};
+    const auto cols = static_cast<index>(x.size());
+    return perdita::squared_log_ratio<double>()(
+        perdita::matrix_view<const double>(x.data(), 1, cols), labels, given,
+        perdita::matrix_view<double>(g.data(), 1, cols));
+  };
+  std::vector<double> g;
+  CHECK((run({4}, 0, 0, g) == 0 && g[0] == 0));
+  CHECK((run({4, -inf}, 1, -inf, g) == 0 && g == std::vector<double>{0, 0}));
+  CHECK((run({4, -inf}, 1, -2, g) == inf && g == std::vector<double>{inf, -inf}));
+  CHECK((run({0, 0}, 1, -inf, g) == inf && g == std::vector<double>{-inf, inf}));
+  CHECK((run({900, 0}, 0, -1, g) == 0.5 && g == std::vector<double>{0, 0}));
+  CHECK((run({0, 900}, 0, -1, g) == 0.5 * 899 * 899 && g == std::vector<double>{-899, 899}));
+  CHECK(run({0, 0}, -100, n, g) == 0);
+  CHECK(g == std::vector<double>{0, 0});
+  for (const double bad : {inf, n}) {
+    CHECK(std::isnan(run({0, bad}, 0, -1, g)));
+    CHECK((std::isnan(g[0]) && std::isnan(g[1])));
+  }
+  CHECK(std::isnan(run({0, 1}, 0, n, g)));
+  CHECK(std::isnan(run({-inf, -inf}, 0, -1, g)));
+
+  using loss = perdita::squared_log_ratio<float>;
+  random_numbers random(12);
+  std::vector<float> x(3000), log_q(300), first(3000), second(3000);
+  std::vector<std::int64_t> labels(300);
+  for (float& score : x)
+    score = static_cast<float>(random.normal());
+  for (std::size_t r = 0; r < 300; ++r)
+    labels[r] = static_cast<std::int64_t>(r % 10), log_q[r] = -static_cast<float>(r) / 100;
+  perdita::call_options<float> call;
+  call.run_on = perdita::serial;
+  const perdita::matrix_view<const float> scores(x.data(), 300, 10);
+  const float value =
+      loss()(scores, labels, log_q, perdita::matrix_view<float>(first.data(), 300, 10), call);
+  const threads_executor threads(3, task_order::shuffled);
+  call.run_on = threads;
+  CHECK(loss()(scores, labels, log_q, perdita::matrix_view<float>(second.data(), 300, 10), call) ==
+        value);
+  CHECK(first == second);
+
+  const std::vector<float> short_one(299);
+  CHECK_THROWS_WITH(loss()(scores, labels, short_one),
+                    ContainsSubstring("log_probabilities is 299"));
+  CHECK_THROWS_WITH(loss()(scores, perdita::matrix_view<const float>(x.data(), 300, 9)),
+                    ContainsSubstring("columns of teacher is 9"));
+  labels[7] = 10;
+  CHECK_THROWS_WITH(loss()(scores, labels, log_q), ContainsSubstring("labels[7] is 10"));
 }
 
 } // namespace perdita_tests

@@ -427,4 +427,213 @@ TEST_CASE("hyperbolic_logits: threads, layouts, and what is refused", "[hyperbol
   CHECK((dx == ex && dv == ev && da == ea));
 }
 
+namespace {
+
+/// x = exponential_map(v), as it is printed.
+std::vector<wide> expect_point(const std::vector<wide>& v, const wide& c, const wide& reach) {
+  wide squares = 0;
+  for (const wide& s : v)
+    squares += s * s;
+  const wide length = sqrt(squares), root = sqrt(c);
+  std::vector<wide> x;
+  for (const wide& s : v)
+    x.push_back(length == 0 ? wide(0)
+                            : wide(tanh(wide(root * smaller(length, reach))) / root * s / length));
+  return x;
+}
+
+/// One feature's share of the cross-entropy.
+wide expect_surprise(const std::vector<wide>& x, const planes<double>& in, index y, const wide& c) {
+  std::vector<wide> z;
+  for (index k = 0; k < in.classes; ++k)
+    z.push_back(expect_logit(x, in.row(in.v, k), in.row(in.a, k), c));
+  return log_sum_exp(z, [](std::size_t) { return true; }) - z[static_cast<std::size_t>(y)];
+}
+
+} // namespace
+
+TEMPLATE_TEST_CASE("exponential_map: points and Jacobian products", "[hyperbolic]", float, double) {
+  using T = TestType;
+  random_numbers random(41);
+  const wide epsilon = std::numeric_limits<T>::epsilon();
+  wide point_error = 0, slope_error = 0;
+  for (const T c : {T(0.1), T(1), T(4)})
+    for (const T clip : {T(2), std::numeric_limits<T>::infinity()})
+      for (const double length : {0.0, 1e-3, 1.0, 30.0}) {
+        const index dims = 9;
+        std::vector<T> v, g, x(9), d(9);
+        for (index j = 0; j < dims; ++j) {
+          v.push_back(static_cast<T>(length / 3 * random.normal()));
+          g.push_back(static_cast<T>(random.normal()));
+        }
+        const perdita::exponential_map<T> map({.curvature = c, .clip = clip, .margin = T(0.125)});
+        const matrix_view<const T> at(v.data(), 1, dims), slopes(g.data(), 1, dims);
+        map(at, matrix_view<T>(x.data(), 1, dims));
+        map.backward(at, slopes, matrix_view<T>(d.data(), 1, dims));
+        // artanh(7/8) = ½ log 15
+        const wide reach = smaller(wide(clip), wide(log(wide(15)) / 2 / sqrt(wide(c))));
+        const std::vector<wide> start(v.begin(), v.end());
+        const auto expected = expect_point(start, c, reach);
+        wide along = 0, size = 0;
+        for (std::size_t j = 0; j < 9; ++j) {
+          point_error = larger(point_error, size_of(wide(x[j] - expected[j])) /
+                                                (epsilon * size_of(expected[j]) + wide(1e-300)));
+          const wide step = ldexp(wide(1), -40);
+          auto moved = start;
+          const auto total = [&](int n) {
+            moved[j] = start[j] + n * step;
+            const auto p = expect_point(moved, c, reach);
+            wide sum = 0;
+            for (std::size_t k = 0; k < 9; ++k)
+              sum += p[k] * g[k];
+            return sum;
+          };
+          along = (8 * (total(1) - total(-1)) - (total(2) - total(-2))) / (12 * step);
+          size = larger(size, size_of(along));
+          slope_error = larger(slope_error, size_of(wide(d[j] - along)) /
+                                                (epsilon * larger(size_of(along), wide(size / 4))));
+        }
+      }
+  INFO(text(point_error) << " and " << text(slope_error));
+  CHECK(point_error < 8);
+  CHECK(slope_error < 16);
+}
+
+TEST_CASE("exponential_map: distances, specials, and what is refused", "[hyperbolic]") {
+  using Catch::Matchers::ContainsSubstring;
+  using Catch::Matchers::WithinAbs;
+  std::vector<double> v{.3, -.4}, x{7, 7}, du, dv, d{7, 7};
+  const matrix_view<double> at(v.data(), 1, 2), to(x.data(), 1, 2), slopes(d.data(), 1, 2);
+  const perdita::exponential_map<double> map({.curvature = .1});
+  map(at, to);
+  CHECK_THAT(run({0, 0}, x, .1, du, dv), WithinAbs(2 * .5, 1e-14));
+  v = {30, 40};
+  map(at, to);
+  CHECK_THAT(run({0, 0}, x, .1, du, dv), WithinAbs(2 * 2, 1e-14));
+  v = {3e200, -4e200}; // the squares overflow
+  map(at, to);
+  CHECK_THAT(run({0, 0}, x, .1, du, dv), WithinAbs(2 * 2, 1e-14));
+  v = {0, 0};
+  map(at, at);
+  CHECK(v == std::vector<double>{0, 0});
+  map.backward(at, to, slopes);
+  CHECK(d == x);
+  for (const double bad : {inf, -inf, nan}) {
+    v = {bad, 0};
+    map(at, to);
+    CHECK((std::isnan(x[0]) && std::isnan(x[1])));
+    x = {1, 1};
+    map.backward(at, to, slopes);
+    CHECK((std::isnan(d[0]) && std::isnan(d[1])));
+  }
+  using exponential = perdita::exponential_map<double>;
+  CHECK_THROWS_WITH(exponential({.curvature = 0}), ContainsSubstring("curvature is 0"));
+  CHECK_THROWS_WITH(exponential({.clip = 0}), ContainsSubstring("clip is 0"));
+  CHECK_THROWS_WITH(exponential({.margin = 1}), ContainsSubstring("margin is 1"));
+  CHECK_THROWS_WITH(map(at, matrix_view<double>(x.data(), 2, 1)),
+                    ContainsSubstring("rows of points is 2"));
+  CHECK_THROWS_WITH(map.backward(at, to, matrix_view<double>(x.data(), 1, 2, 2, 0)),
+                    ContainsSubstring("overlaps"));
+  CHECK_THROWS_WITH(map(at, matrix_view<double>(v.data() + 1, 1, 1)),
+                    ContainsSubstring("columns of points is 1"));
+}
+
+TEST_CASE("hyp_oc: the formula, and its derivative", "[hyperbolic]") {
+  random_numbers random(42);
+  planes<double> in(1, random);
+  in.rows = 6;
+  in.x.resize(36);
+  for (double& s : in.x)
+    s = random.normal(); // about half of the features are clipped
+  const std::vector<int> labels{0, 1, -100, 4, 2, 1};
+  const perdita::hyp_oc<double> loss({.confusion = 0.75});
+  std::vector<double> dx(36, 7), dv(30, 7), da(30, 7);
+  const perdita::hyp_oc_gradients<double> to{matrix_view<double>(dx.data(), 6, 6),
+                                             matrix_view<double>(dv.data(), 5, 6),
+                                             matrix_view<double>(da.data(), 5, 6)};
+  const auto value = [&] { return loss(in.view(in.x), labels, in.view(in.v), in.view(in.a)); };
+  CHECK(loss(in.view(in.x), labels, in.view(in.v), in.view(in.a), to) == value());
+  const wide c = 0.1;
+  wide entropy = 0, apart = 0;
+  std::vector<std::vector<wide>> x;
+  for (index r = 0; r < 6; ++r) {
+    x.push_back(expect_point(in.row(in.x, r), c, 2));
+    if (labels[std::size_t(r)] >= 0)
+      entropy += expect_surprise(x.back(), in, labels[std::size_t(r)], c) / 5;
+  }
+  for (std::size_t r = 0; r < 3; ++r)
+    apart += expectation(x[r], x[r + 3], c).value / 3;
+  CHECK(size_of(wide(value() - (entropy + wide(0.75) * apart))) < 1e-14);
+  for (auto* which : {&in.x, &in.v, &in.a}) {
+    const auto& slopes = which == &in.x ? dx : which == &in.v ? dv : da;
+    const auto report = perdita::testing::check_gradient(value, *which, slopes, {.step = 0.02});
+    INFO(report.message());
+    CHECK(report.ok);
+    CHECK(report.unresolved == 0);
+  }
+  // Without confusion it is cross-entropy of any number of rows.
+  const perdita::hyp_oc<double> alone({.confusion = 0});
+  CHECK(std::abs(alone(in.view(in.x), labels, in.view(in.v), in.view(in.a)) -
+                 static_cast<double>(entropy)) < 1e-14);
+}
+
+TEST_CASE("hyp_oc: float, calls, threads, and what is refused", "[hyperbolic]") {
+  using Catch::Matchers::ContainsSubstring;
+  random_numbers random(43);
+  planes<float> in(1, random);
+  in.rows = 400;
+  in.x.resize(2400);
+  for (float& s : in.x)
+    s = static_cast<float>(random.normal());
+  std::vector<int> labels(400);
+  for (std::size_t r = 0; r < 400; ++r)
+    labels[r] = static_cast<int>(r % 5);
+  std::vector<float> g(2460), h(2460, 1);
+  const auto gradients = [](std::vector<float>& m) {
+    return perdita::hyp_oc_gradients<float>{matrix_view<float>(m.data(), 400, 6),
+                                            matrix_view<float>(m.data() + 2400, 5, 6),
+                                            matrix_view<float>(m.data() + 2430, 5, 6)};
+  };
+  const perdita::hyp_oc<float> loss;
+  perdita::call_options<float> call;
+  call.run_on = perdita::serial;
+  const auto x = in.view(in.x), v = in.view(in.v), a = in.view(in.a);
+  const float value = loss(x, labels, v, a, gradients(g), call);
+  const threads_executor threads(3, task_order::shuffled);
+  call.run_on = threads;
+  call.scale = 2;
+  call.accumulate = true;
+  CHECK(loss(x, labels, v, a, gradients(h), call) == value);
+  for (std::size_t i = 0; i < 2460; ++i)
+    CHECK(std::abs(h[i] - (1 + 2 * g[i])) < 1e-6F);
+  // All of float's digits
+  const std::vector<double> wx(in.x.begin(), in.x.end()), wv(in.v.begin(), in.v.end()),
+      wa(in.a.begin(), in.a.end());
+  const double same = perdita::hyp_oc<double>({.curvature = static_cast<double>(0.1F)})(
+      matrix_view<const double>(wx.data(), 400, 6), labels,
+      matrix_view<const double>(wv.data(), 5, 6), matrix_view<const double>(wa.data(), 5, 6));
+  CHECK(value == static_cast<float>(same));
+
+  std::vector<float> before = h;
+  CHECK_THROWS_WITH(perdita::hyp_oc<float>({.confusion = -1}),
+                    ContainsSubstring("confusion is -1"));
+  CHECK_THROWS_WITH(loss(matrix_view<const float>(in.x.data(), 399, 6),
+                         perdita::vector_view<const int>(labels.data(), 399), v, a),
+                    ContainsSubstring("rows is 399"));
+  CHECK_THROWS_WITH(loss(x, labels, v, x), ContainsSubstring("rows of normals is 400"));
+  auto some = gradients(h);
+  some.offsets = some.normals;
+  CHECK_THROWS_WITH(loss(x, labels, v, a, some), ContainsSubstring("overlaps"));
+  some.offsets.cols = 5;
+  CHECK_THROWS_WITH(loss(x, labels, v, a, some),
+                    ContainsSubstring("columns of gradient of offsets"));
+  labels[3] = 5;
+  CHECK_THROWS_WITH(loss(x, labels, v, a, gradients(h)), ContainsSubstring("labels[3] is 5"));
+  labels[3] = 0;
+  const std::vector<float> ones(400, 1);
+  call.upstream = ones;
+  CHECK_THROWS_WITH(loss(x, labels, v, a, gradients(h), call), ContainsSubstring("upstream"));
+  CHECK(h == before);
+}
+
 } // namespace perdita_tests
