@@ -43,6 +43,7 @@
 #include "robust_log_loss.hpp"
 #include "scoring.hpp"
 #include "set_order.hpp"
+#include "similarity.hpp"
 #include "smile.hpp"
 #include "smooth_adversarial.hpp"
 #include "softmax.hpp"

@@ -10,6 +10,7 @@
 
 #include <perdita/cross_entropy.hpp>
 #include <perdita/linear.hpp>
+#include <perdita/similarity.hpp>
 #include <perdita/z_loss.hpp>
 
 namespace {
@@ -99,18 +100,35 @@ template <class Loss> void print(const char* name, const Loss& loss, bool sparse
   std::printf(" %s%zu=%016llx", name, 8 * sizeof(typename Loss::value_type),
               static_cast<unsigned long long>(hash(loss, sparse)));
 }
-template <class T> void print_all() {
-  print("plain", perdita::cross_entropy<T>());
-  print("smoothed", perdita::cross_entropy<T>({.label_smoothing = T(0.1)}));
-  print("sparse", perdita::cross_entropy<T>({.temperature = T(2)}), true);
-  print("z", perdita::z_loss<T>());
+/// The similarity head, on the same products: both directions, and a matrix with itself.
+void print_similarity() {
+  const perdita::similarity head(perdita::z_loss<float>(), {.scale = 3, .both = true});
+  fnv1a h;
+  for (const int64_t rows : {2, 19, 140}) {
+    const int64_t features = rows / 2 + 16;
+    const auto x = numbers<float>(rows * features, 4, 2), y = numbers<float>(rows * features, 5, 1);
+    std::vector<float> dx(x.size()), dy(x.size()), dz(x.size());
+    std::vector<int64_t> partners;
+    for (int64_t r = 0; r < rows; ++r)
+      partners.push_back((r + 1) % rows);
+    const auto view = [&](auto& v) { return perdita::matrix_view(v.data(), rows, features); };
+    h.add(head(view(x), view(y), view(dx), view(dy)));
+    h.add(head.within(view(x), partners, view(dz)));
+    for (const auto* v : {&dx, &dy, &dz})
+      h.add(*v);
+  }
+  std::printf(" similarity=%016llx", static_cast<unsigned long long>(h.value()));
 }
 
 } // namespace
 
 int main() {
   std::printf("linear");
-  print_all<float>();
-  print_all<double>();
+  print("plain", perdita::cross_entropy<float>());
+  print("smoothed", perdita::cross_entropy<float>({.label_smoothing = 0.1F}));
+  print("sparse", perdita::cross_entropy<float>({.temperature = 2}), true);
+  print("z", perdita::z_loss<float>());
+  print("z", perdita::z_loss<double>()); // cross-entropy takes long to compile
+  print_similarity();
   std::printf("\n");
 }

@@ -1,0 +1,458 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+/// The traversal for scores that are products of embeddings with embeddings, S = s X̂ Ŷᵀ, of which
+/// only tiles are ever held. A tile serves its rows, and, transposed, its columns: those of the
+/// other direction, or, where embeddings are compared with themselves, other rows of the same kind,
+/// so that no product is made twice. All tiles are summed up, rows are finished, and all tiles are
+/// made again and become tiles of the gradient.
+///
+/// Tiles are taken in steps. Those of one step have no row and no column in common, so each is one
+/// task's, and every sum is added up in an order that depends on the shape alone.
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <limits>
+
+#include "executor.hpp"
+#include "linear_block.hpp"
+#include "product.hpp"
+
+namespace perdita::inline PERDITA_ABI::core {
+
+/// What a call of the similarity head adds to the job of its loss, whose scores have a shape, but
+/// no memory.
+template <class T> struct similarity_job {
+  matrix_data<T> x, y;           ///< anchors, and what they are compared with
+  matrix_data<T, true> d_x, d_y; ///< no data: value only
+  double scale = 1;
+  bool normalise = true;
+  bool both = false;  ///< columns have losses too; the result is the mean of both
+  bool alone = false; ///< y is x, whose rows are not compared with themselves; no d_y
+  double* d_scale = nullptr;
+};
+
+/// Σ over j < n of f(j, x_j) for packs of doubles, in an order of its own.
+template <class T, class F> double sum_over(const T* x, index n, F f) {
+  constexpr auto width = static_cast<index>(lanes<T>);
+  constexpr int parts = wide_lanes<T>::parts;
+  pack<double> sum[parts], in[parts];
+  std::fill_n(sum, parts, pack<double>(0));
+  for (index j = 0; j < n; j += width) {
+    widen(j + width <= n ? pack<T>::load(x + j) : load_first(x + j, n - j, pack<T>(0)), in);
+    for (int p = 0; p < parts; ++p)
+      sum[p] += f(in[p], j + p * (width / parts));
+  }
+  double total = 0;
+  for (int p = 0; p < parts; ++p)
+    total += sum_lanes(sum[p]);
+  return total;
+}
+
+/// 1/‖x‖; 0 for what is too short for that, and NaN where x is not finite.
+template <class T> double inverse_norm(const T* x, index n) {
+  double most = 0;
+  for (index j = 0; j < n; ++j) {
+    const double size = std::fabs(static_cast<double>(x[j]));
+    most = size > most || size != size ? size : most;
+    if (most != most)
+      return most;
+  }
+  if (most < static_cast<double>(std::numeric_limits<T>::min()))
+    return 0;
+  if (most > std::numeric_limits<double>::max())
+    return std::numeric_limits<double>::quiet_NaN();
+  const double unit = std::ldexp(1.0, -std::ilogb(most)); // no square overflows
+  const pack<double> by(unit);
+  const double square = sum_over(x, n, [&](const pack<double>& v, index) {
+    const pack<double> u = v * by;
+    return u * u;
+  });
+  return unit / std::sqrt(square);
+}
+
+template <class Formula, class T, bool Gradient> class similarity_kernel {
+  using V = pack<T>;
+  using statistic = typename Formula::statistic;
+  using tile = linear_tile<Formula, T>;
+  using shape = linear_shape<T>;
+  using block = linear_block<Formula, T>;
+  static constexpr index width = shape::width;
+
+public:
+  similarity_kernel(const Formula& formula, const row_job<T>& job, const similarity_job<T>& pairs,
+                    const executor& run_on, std::byte* scratch)
+      : formula_(formula), job_(job), column_job_(job), pairs_(pairs), run_on_(run_on),
+        memory_(scratch), depth_(pairs.x.cols), rows_(pairs.x.rows), cols_(pairs.y.rows),
+        side_(side_of(std::max(rows_, cols_))),
+        workers_(std::min(static_cast<index>(run_on.concurrency()), steps())),
+        stages_x_(!rows_lie(pairs.d_x) || job.accumulate),
+        stages_y_(!rows_lie(pairs.d_y) || job.accumulate),
+        of_rows_(formula, job_, shape_of(pairs.y, rows_), 1, memory_),
+        of_columns_(formula, column_job_, shape_of(pairs.x, pairs.both ? cols_ : 0), 1, memory_) {
+    lay_out(scratch != nullptr);
+  }
+  std::size_t scratch_bytes() const { return memory_.used(); }
+
+  double run() {
+    find_norms();
+    collect();
+    for_tiles([this](const worker& w, index i, index j) { absorb(w, i, j); });
+    const double value = finish();
+    if constexpr (Gradient)
+      go_back();
+    return value;
+  }
+
+private:
+  /// A thread's own memory.
+  struct worker {
+    T *scores, *across; // a tile, and the same transposed
+    T* panels;          // an operand in panels
+    T* rows;            // rows that do not lie as they should
+  };
+  using sums = panel_sums<statistic, T>;
+
+  static linear_job<T> shape_of(const matrix_data<T>& classes, index rows) {
+    linear_job<T> l;
+    l.weights = classes;
+    l.block_rows = (rows + width - 1) / width * width;
+    return l;
+  }
+  /// Rows and columns of a tile: fewer where there are few, so that there is work for several.
+  static index side_of(index n) {
+    const index share = (n + 7) / 8;
+    return std::clamp((share + width - 1) / width * width, width, shape::columns);
+  }
+  static index parts(index n, index size) { return (n + size - 1) / size; }
+  index steps() const { return std::max<index>(1, parts(std::max(rows_, cols_), side_)); }
+  /// Elements from panel to panel of a tile: not a power of two, for the caches' sake.
+  index panel() const { return (side_ + 1) * width; }
+  bool turned() const { return pairs_.both || pairs_.alone; }
+
+  void lay_out(bool real) {
+    const auto size = [](index n) { return static_cast<std::size_t>(n); };
+    factor_x_ = memory_.take<T>(size(rows_));
+    factor_y_ = pairs_.alone ? factor_x_ : memory_.take<T>(size(cols_));
+    sums_x_ = memory_.take<sums>(size(parts(rows_, width)));
+    sums_y_ = memory_.take<sums>(size(pairs_.both ? parts(cols_, width) : 0));
+    if (pairs_.both && job_.report.values.data)
+      column_values_ = memory_.take<T>(size(cols_));
+    if constexpr (Gradient) {
+      places_x_ = memory_.take<T*>(size(rows_));
+      places_y_ = pairs_.alone ? places_x_ : memory_.take<T*>(size(cols_));
+      along_ = memory_.take<double>(size(rows_));
+      stage_x_ = memory_.take<T>(size(stages_x_ ? rows_ * depth_ : 0));
+      stage_y_ = memory_.take<T>(size(stages_y_ && !pairs_.alone ? cols_ * depth_ : 0));
+    }
+    all_workers_ = memory_.take<worker>(size(workers_));
+    for (index i = 0; i < workers_; ++i) {
+      worker w{};
+      w.scores = memory_.take<T>(size(side_ / width * panel()));
+      w.across = memory_.take<T>(size(turned() ? side_ / width * panel() : 0));
+      w.panels = memory_.take<T>(size(std::max(shape::columns, side_) * shape::depth));
+      w.rows = memory_.take<T>(size(std::max(depth_, shape::strip * shape::depth)));
+      if (real)
+        new (&all_workers_[i]) worker(w);
+    }
+  }
+
+  /// f(worker, i) for each i < n, each by one of the workers.
+  template <class F> void for_each(index n, F f) const {
+    std::atomic<index> next{0};
+    const auto work = [&](std::size_t k) {
+      for (index i; (i = next.fetch_add(1, std::memory_order_relaxed)) < n;)
+        f(all_workers_[k], i);
+    };
+    run_on_(static_cast<std::size_t>(std::min(workers_, n)), work);
+  }
+  /// f(worker, i, j) for each tile, or for i ≤ j where tile (j, i) is the same one transposed.
+  template <class F> void for_tiles(F f) const {
+    const index n = steps(), across = parts(cols_, side_), down = parts(of_rows_.count(), side_);
+    for (index step = 0; step < n; ++step)
+      for_each(pairs_.alone ? n : down, [&](const worker& w, index i) {
+        if (pairs_.alone) { // each i is in one of the tiles of a step: with (step − i) mod n
+          const index j = (step - i + n) % n;
+          if (i <= j)
+            f(w, i, j);
+        } else {
+          const index j = (i + step) % n;
+          if (j < across)
+            f(w, i, j);
+        }
+      });
+  }
+  /// f(worker, row) for each of n rows, some at a time.
+  template <class F> void for_rows(index n, F f) const {
+    constexpr index some = 64;
+    for_each(parts(n, some), [&](const worker& w, index task) {
+      for (index r = task * some; r < std::min(n, (task + 1) * some); ++r)
+        f(w, r);
+    });
+  }
+
+  // ---- before: norms, and who has a loss
+
+  void find_norms() const {
+    const auto find = [this](const matrix_data<T>& m, T* factors) {
+      for_rows(m.rows, [&, this](const worker& w, index r) {
+        factors[r] = pairs_.normalise
+                         ? static_cast<T>(inverse_norm(row_of(m, r, 0, depth_, w.rows), depth_))
+                         : T(1);
+      });
+    };
+    find(pairs_.x, factor_x_);
+    if (!pairs_.alone)
+      find(pairs_.y, factor_y_);
+  }
+  void collect() {
+    of_rows_.collect(0, [this](index r) { store_ignored_report(job_, r); });
+    for (index p = 0; p < of_rows_.panels(); ++p)
+      sums_x_[p].clear();
+    if (!pairs_.both)
+      return;
+    column_job_.report = {};
+    if (column_values_)
+      column_job_.report.values = vector_view<T>(column_values_, cols_);
+    of_columns_.collect(0, [](index) {});
+    for (index p = 0; p < of_columns_.panels(); ++p)
+      sums_y_[p].clear();
+  }
+
+  // ---- scores
+
+  struct extent_of_tile {
+    index row, rows, col, cols; ///< among the anchors that count; among y
+  };
+  extent_of_tile at(index i, index j) const {
+    const index row = i * side_, col = j * side_;
+    return {row, std::min(side_, of_rows_.count() - row), col, std::min(side_, cols_ - col)};
+  }
+  index panels_in(index rows) const { return parts(rows, width); }
+  index lanes_in(index p, index rows) const { return std::min(width, rows - p * width); }
+
+  void make(const worker& w, const extent_of_tile& t) const {
+    const index panels = panels_in(t.rows);
+    const index* rows = of_rows_.rows() + t.row;
+    for (index p = 0; p < panels; ++p) // columns that a transposed panel has beyond the last
+      std::fill(w.scores + p * panel() + t.cols * width,
+                w.scores + p * panel() + panels_in(t.cols) * width * width, T(0));
+    for (index k = 0; k < depth_; k += shape::depth) {
+      const index terms = std::min(shape::depth, depth_ - k);
+      for (index p = 0; p < panels; ++p)
+        panel_of_rows(pairs_.x, rows + p * width, lanes_in(p, t.rows), k, terms, w.rows,
+                      w.panels + p * terms * width);
+      for (index c = 0; c < t.cols; c += shape::strip) {
+        const index n = std::min(shape::strip, t.cols - c);
+        multiply<T>(rows_of(pairs_.y, t.col + c, n, k, terms, w.rows), {w.panels, terms * width},
+                    {w.scores + c * width, width, panel()}, n, panels * width, terms, k > 0);
+      }
+    }
+    for (index p = 0; p < panels; ++p) {
+      alignas(64) T factor[lanes<T>] = {};
+      for (index i = 0; i < lanes_in(p, t.rows); ++i)
+        factor[i] =
+            static_cast<T>(static_cast<double>(factor_x_[rows[p * width + i]]) * pairs_.scale);
+      const V of_lanes = V::load(factor);
+      T* const scores = w.scores + p * panel();
+      for (index j = 0; j < t.cols; ++j)
+        (depth_ == 0 ? V(0) : V::load(scores + j * width) * (of_lanes * V(factor_y_[t.col + j])))
+            .store(scores + j * width);
+      for (index i = 0; pairs_.alone && i < lanes_in(p, t.rows); ++i) {
+        const index self = rows[p * width + i] - t.col;
+        if (self >= 0 && self < t.cols)
+          scores[self * width + i] = -std::numeric_limits<T>::infinity();
+      }
+    }
+  }
+  /// to = from, rows for columns, or that added to what is there. Panels have `rows` rows.
+  template <bool Add> void turn(const T* from, T* to, index rows, index cols) const {
+    alignas(64) T square[lanes<T> * lanes<T>];
+    for (index p = 0; p < panels_in(rows); ++p)
+      for (index q = 0; q < panels_in(cols); ++q) {
+        const T* source = from + p * panel() + q * width * width;
+        T* target = to + q * panel() + p * width * width;
+        copy_transposed(source, width, width, width, Add ? square : target, width);
+        for (index k = 0; Add && k < width; ++k)
+          (V::load(target + k * width) + V::load(square + k * width)).store(target + k * width);
+      }
+  }
+
+  void absorb(const worker& w, index i, index j) {
+    const extent_of_tile t = at(i, j);
+    make(w, t);
+    absorb_panels(of_rows_, sums_x_, w.scores, t.row, t.rows, t.col, t.cols);
+    if (!turned() || (pairs_.alone && i == j))
+      return;
+    turn<false>(w.scores, w.across, t.rows, t.cols);
+    absorb_panels(pairs_.alone ? of_rows_ : of_columns_, pairs_.alone ? sums_x_ : sums_y_, w.across,
+                  t.col, t.cols, t.row, t.rows);
+  }
+  void absorb_panels(block& of, sums* to, const T* scores, index row, index rows, index first,
+                     index n) {
+    for (index p = 0; p < panels_in(rows); ++p) {
+      const index at = row / width + p;
+      tile::absorb(formula_, scores + p * panel(), nullptr, n, of.side(at, first, n, nullptr),
+                   of.labels(at, first, n), to[at], of.raw_targets(at));
+    }
+  }
+  static void settle(block& of, const sums* from, exact_sum& total) {
+    for (index p = 0; p < of.panels(); ++p)
+      of.put(from[p], 0, p);
+    of.merge_slices();
+    of.finish(&total);
+  }
+  double finish() {
+    exact_sum total;
+    settle(of_rows_, sums_x_, total);
+    if (!pairs_.both)
+      return total.value();
+    settle(of_columns_, sums_y_, total);
+    for (index r = 0; column_values_ && r < rows_; ++r)
+      job_.report.values[r] = (job_.report.values[r] + column_values_[r]) / 2;
+    return total.value() / 2;
+  }
+
+  // ---- gradients
+
+  void go_back() {
+    prepare(pairs_.d_x, stages_x_, stage_x_, places_x_);
+    if (!pairs_.alone)
+      prepare(pairs_.d_y, stages_y_, stage_y_, places_y_);
+    for_tiles([this](const worker& w, index i, index j) { emit(w, i, j); });
+    const bool halve = pairs_.both;
+    settle_rows(pairs_.x, pairs_.d_x, stages_x_, factor_x_, places_x_, halve ? 0.5 : 1, along_);
+    if (!pairs_.alone)
+      settle_rows(pairs_.y, pairs_.d_y, stages_y_, factor_y_, places_y_, halve ? 0.5 : 1, nullptr);
+    if (!pairs_.d_scale)
+      return;
+    exact_sum sum; // Σ G∘S, of which each pair of embeddings alone has both halves
+    for (index r = 0; r < rows_; ++r)
+      sum.add(along_[r]);
+    *pairs_.d_scale = sum.value() / (pairs_.alone ? 2 * pairs_.scale : pairs_.scale);
+  }
+  void prepare(const matrix_data<T, true>& to, bool staged, T* stage, T** places) const {
+    for_rows(to.rows, [&, this](const worker&, index r) {
+      places[r] = staged ? stage + r * depth_ : to.pointer(r, 0);
+      std::fill_n(places[r], depth_, T(0));
+    });
+  }
+
+  void emit(const worker& w, index i, index j) const {
+    const extent_of_tile t = at(i, j);
+    make(w, t);
+    const bool turns = turned() && !(pairs_.alone && i == j);
+    if (turns)
+      turn<false>(w.scores, w.across, t.rows, t.cols);
+    emit_panels(of_rows_, w.scores, t.row, t.rows, t.col, t.cols);
+    if (turns) {
+      emit_panels(pairs_.alone ? of_rows_ : of_columns_, w.across, t.col, t.cols, t.row, t.rows);
+      turn<true>(w.across, w.scores, t.cols, t.rows);
+    }
+    add_to_x(w, t);
+    add_to_y(w, t);
+  }
+  void emit_panels(const block& of, T* scores, index row, index rows, index first, index n) const {
+    for (index p = 0; p < panels_in(rows); ++p) {
+      const index at = row / width + p;
+      tile::emit(formula_, scores + p * panel(), nullptr, n, of.side(at, first, n, nullptr),
+                 of.labels(at, first, n), of.slopes(at));
+    }
+  }
+  /// n columns of a row, times a factor, become row k of panels.
+  void put_scaled(const worker& w, const matrix_data<T>& m, index row, index first, index n,
+                  index k, index depth, T factor) const {
+    put_in_panels(m, row, first, n, k, depth, w.rows, w.panels);
+    const V by(static_cast<T>(static_cast<double>(factor) * pairs_.scale));
+    for (index j = 0; j < n; j += width) {
+      T* at = w.panels + j * depth + k * width;
+      (V::load(at) * by).store(at);
+    }
+  }
+  void add_to_x(const worker& w, const extent_of_tile& t) const {
+    for (index d = 0; d < depth_; d += shape::columns) {
+      const index cols = std::min(shape::columns, depth_ - d);
+      for (index k = 0; k < t.cols; ++k)
+        put_scaled(w, pairs_.y, t.col + k, d, cols, k, t.cols, factor_y_[t.col + k]);
+      for (index p = 0; p < panels_in(t.rows); ++p) {
+        T* places[lanes<T>];
+        for (index i = 0; i < lanes_in(p, t.rows); ++i)
+          places[i] = places_x_[of_rows_.rows()[t.row + p * width + i]];
+        multiply<T>({w.scores + p * panel(), 1, width, width * width}, {w.panels, t.cols * width},
+                    {nullptr, 0, width, places, d}, lanes_in(p, t.rows), cols, t.cols, true);
+      }
+    }
+  }
+  void add_to_y(const worker& w, const extent_of_tile& t) const {
+    const index* rows = of_rows_.rows() + t.row;
+    for (index d = 0; d < depth_; d += shape::columns) {
+      const index cols = std::min(shape::columns, depth_ - d);
+      for (index k = 0; k < t.rows; ++k)
+        put_scaled(w, pairs_.x, rows[k], d, cols, k, t.rows, factor_x_[rows[k]]);
+      for (index c = 0; c < t.cols; c += shape::strip)
+        multiply<T>({w.scores + c * width, width, 1, panel()}, {w.panels, t.rows * width},
+                    {nullptr, 0, width, places_y_ + t.col + c, d},
+                    std::min(shape::strip, t.cols - c), cols, t.rows, true);
+    }
+  }
+  /// From the gradient of what is compared to that of the embedding: what is along it has none.
+  void settle_rows(const matrix_data<T>& m, const matrix_data<T, true>& to, bool staged,
+                   const T* factors, T* const* places, double share, double* along) const {
+    for_rows(m.rows, [&, this](const worker& w, index r) {
+      const T* x = row_of(m, r, 0, depth_, w.rows);
+      T* g = places[r];
+      const auto factor = static_cast<double>(factors[r]);
+      const double dot = factor * sum_over(x, depth_, [&](const pack<double>& v, index j) {
+                           alignas(64) double of_g[lanes<double>] = {};
+                           for (index k = 0; k < static_cast<index>(lanes<double>); ++k)
+                             of_g[k] = j + k < depth_ ? static_cast<double>(g[j + k]) : 0;
+                           return v * pack<double>::load(of_g);
+                         });
+      if (along)
+        along[r] = share * dot;
+      for (index j = 0; j < depth_; ++j) {
+        const auto slope = static_cast<double>(g[j]);
+        const double rest =
+            pairs_.normalise ? factor * (slope - dot * factor * static_cast<double>(x[j])) : slope;
+        g[j] = static_cast<T>(share * rest);
+      }
+      if (!staged)
+        return;
+      if (job_.accumulate) {
+        to.reader(to.at(r, 0), to.col_stride, depth_, w.rows);
+        for (index j = 0; j < depth_; ++j)
+          g[j] += w.rows[j];
+      }
+      to.write(r, 0, depth_, g);
+    });
+  }
+
+  const Formula& formula_;
+  const row_job<T>& job_;
+  row_job<T> column_job_;
+  const similarity_job<T>& pairs_;
+  const executor& run_on_;
+  carver memory_;
+  index depth_, rows_, cols_, side_, workers_;
+  bool stages_x_, stages_y_; // gradients that are not made where they belong
+  block of_rows_, of_columns_;
+  T *factor_x_ = nullptr, *factor_y_ = nullptr; // 1/norm of each embedding, or 1
+  sums *sums_x_ = nullptr, *sums_y_ = nullptr;
+  T* column_values_ = nullptr;
+  T **places_x_ = nullptr, **places_y_ = nullptr; // where each gradient is made
+  double* along_ = nullptr;                       // ⟨gradient, embedding⟩
+  T *stage_x_ = nullptr, *stage_y_ = nullptr;
+  worker* all_workers_ = nullptr;
+};
+
+template <bool Gradient, class Formula, class T>
+double run_similarity(const Formula& formula, const row_job<T>& job, const similarity_job<T>& pairs,
+                      const executor& run_on, workspace* memory) {
+  using kernel = similarity_kernel<Formula, T, Gradient>;
+  workspace own;
+  const auto bytes = kernel(formula, job, pairs, run_on, nullptr).scratch_bytes();
+  return kernel(formula, job, pairs, run_on, (memory ? *memory : own).request(bytes)).run();
+}
+
+} // namespace perdita::inline PERDITA_ABI::core

@@ -1,0 +1,479 @@
+// SPDX-License-Identifier: MIT
+
+// The similarity head against 113-bit sums over all pairs, written out here for each direction.
+
+#include <perdita/similarity.hpp>
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <limits>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include <perdita/cross_entropy.hpp>
+#include <perdita/z_loss.hpp>
+
+#include "support/accuracy.hpp"
+#include "support/catch.hpp"
+#include "support/executors.hpp"
+#include "support/numbers.hpp"
+#include "support/wide.hpp"
+
+namespace perdita_tests {
+namespace {
+
+using perdita::index;
+using perdita::matrix_view;
+
+std::size_t at(index i) { return static_cast<std::size_t>(i); }
+
+template <class T> struct matrix {
+  index rows, cols;
+  std::vector<T> data;
+
+  matrix(index n, index d) : rows(n), cols(d), data(at(n * d)) {}
+  matrix(index n, index d, random_numbers& random) : matrix(n, d) {
+    for (T& x : data)
+      x = static_cast<T>(random.normal());
+  }
+  matrix_view<const T> view() const { return {data.data(), rows, cols}; }
+  matrix_view<T> out() { return {data.data(), rows, cols}; }
+  T& operator()(index r, index c) { return data[at(r * cols + c)]; }
+  T operator()(index r, index c) const { return data[at(r * cols + c)]; }
+};
+
+/// What is asked of the head: which directions, and whether cosines.
+struct setting {
+  double scale = 1;
+  bool normalise = true, both = false, within = false;
+};
+
+/// Cross-entropies, and their gradients, of the definition.
+class definition {
+public:
+  wide value = 0, d_scale = 0;
+  std::vector<wide> d_x, d_y;
+  std::vector<wide> size_x, size_y; ///< of the terms that add up to an entry
+  std::vector<wide> values;
+
+  template <class T>
+  definition(const matrix<T>& x, const matrix<T>& y, const std::vector<std::int64_t>& labels,
+             const setting& s, const std::vector<double>& weights)
+      : d_x(x.data.size()), d_y(y.data.size()), size_x(d_x.size()), size_y(d_y.size()),
+        values(at(x.rows)), rows_(x.rows), cols_(y.rows), depth_(x.cols), of_(s) {
+    normalise(x, unit_x_, length_x_);
+    normalise(y, unit_y_, length_y_);
+    g_.assign(at(rows_ * cols_), 0);
+    wide all = 0;
+    for (const double w : weights)
+      all += w;
+    const wide share = s.both ? wide(0.5) : wide(1);
+    for (index i = 0; i < rows_; ++i)
+      if (labels[at(i)] >= 0)
+        add_row(i, labels[at(i)], weights[at(i)], share / all, false);
+    for (index j = 0; s.both && j < cols_; ++j)
+      add_row(j, j, weights[at(j)], share / all, true);
+    spread();
+  }
+
+private:
+  template <class T>
+  void normalise(const matrix<T>& m, std::vector<wide>& unit, std::vector<wide>& length) const {
+    for (index r = 0; r < m.rows; ++r) {
+      wide square = 0;
+      for (index k = 0; k < depth_; ++k)
+        square += wide(m(r, k)) * m(r, k);
+      length.push_back(of_.normalise ? wide(sqrt(square)) : wide(1));
+      for (index k = 0; k < depth_; ++k)
+        unit.push_back(length.back() > 0 ? wide(wide(m(r, k)) / length.back()) : wide(0));
+    }
+  }
+  wide score(index i, index j) const {
+    wide sum = 0;
+    for (index k = 0; k < depth_; ++k)
+      sum += unit_x_[at(i * depth_ + k)] * unit_y_[at(j * depth_ + k)];
+    return of_.scale * sum;
+  }
+  /// Row i, or column i, whose label is y.
+  void add_row(index i, std::int64_t y, double weight, const wide& share, bool column) {
+    const index n = column ? rows_ : cols_;
+    std::vector<wide> z(at(n));
+    wide sum = 0;
+    for (index j = 0; j < n; ++j)
+      if (!(of_.within && i == j)) {
+        z[at(j)] = column ? score(j, i) : score(i, j);
+        sum += exp(wide(z[at(j)] - of_.scale));
+      }
+    wide rivals = 0;
+    for (index j = 0; j < n; ++j)
+      if (j != y && !(of_.within && i == j))
+        rivals += exp(wide(z[at(j)] - z[at(y)]));
+    const wide loss = log1p(rivals);
+    value += share * weight * loss;
+    values[at(i)] += (of_.both ? wide(0.5) : wide(1)) * weight * loss;
+    for (index j = 0; j < n; ++j)
+      if (!(of_.within && i == j)) {
+        const wide p = exp(wide(z[at(j)] - of_.scale)) / sum;
+        const wide g = share * weight * (j == y ? wide(-rivals / (1 + rivals)) : p);
+        g_[at(column ? j * cols_ + i : i * cols_ + j)] += g;
+        d_scale += g * z[at(j)] / of_.scale;
+      }
+  }
+  void spread() {
+    std::vector<wide> to_x(d_x.size()), to_y(d_y.size());
+    for (index i = 0; i < rows_; ++i)
+      for (index j = 0; j < cols_; ++j)
+        for (index k = 0; k < depth_; ++k) {
+          const wide g = of_.scale * g_[at(i * cols_ + j)];
+          to_x[at(i * depth_ + k)] += g * unit_y_[at(j * depth_ + k)];
+          to_y[at(j * depth_ + k)] += g * unit_x_[at(i * depth_ + k)];
+          size_x[at(i * depth_ + k)] += size_of(wide(g * unit_y_[at(j * depth_ + k)]));
+          size_y[at(j * depth_ + k)] += size_of(wide(g * unit_x_[at(i * depth_ + k)]));
+        }
+    if (of_.within)
+      for (std::size_t k = 0; k < to_x.size(); ++k) {
+        to_x[k] += to_y[k];
+        size_x[k] += size_y[k];
+      }
+    tangent(to_x, unit_x_, length_x_, rows_, d_x, size_x);
+    tangent(to_y, unit_y_, length_y_, cols_, d_y, size_y);
+  }
+  /// The part across the embedding; its errors are those of all that it is the difference of.
+  void tangent(const std::vector<wide>& g, const std::vector<wide>& unit,
+               const std::vector<wide>& length, index n, std::vector<wide>& to,
+               std::vector<wide>& size) const {
+    for (index r = 0; r < n; ++r) {
+      wide dot = 0, error = 0;
+      for (index k = 0; of_.normalise && k < depth_; ++k) {
+        dot += g[at(r * depth_ + k)] * unit[at(r * depth_ + k)];
+        error += size[at(r * depth_ + k)] * size_of(unit[at(r * depth_ + k)]);
+      }
+      for (index k = 0; k < depth_; ++k) {
+        const std::size_t e = at(r * depth_ + k);
+        const bool none = of_.normalise && length[at(r)] == 0;
+        to[e] = none ? wide(0) : wide((g[e] - dot * unit[e]) / length[at(r)]);
+        size[e] = none ? wide(0) : wide((size[e] + error * size_of(unit[e])) / length[at(r)]);
+      }
+    }
+  }
+
+  index rows_, cols_, depth_;
+  setting of_;
+  std::vector<wide> unit_x_, unit_y_, length_x_, length_y_, g_;
+};
+
+std::vector<std::int64_t> count_up(index n) {
+  std::vector<std::int64_t> result;
+  for (index i = 0; i < n; ++i)
+    result.push_back(i);
+  return result;
+}
+std::vector<std::int64_t> partners(index n) {
+  std::vector<std::int64_t> result;
+  for (index i = 0; i < n; ++i)
+    result.push_back((i + n / 2) % n);
+  return result;
+}
+
+} // namespace
+
+// Of scores in T: D products and a few roundings, each ε/2 of at most s.  With that, as the loss of
+// given scores.
+TEMPLATE_TEST_CASE("similarity: values and gradients of cross-entropy", "[similarity]", float,
+                   double) {
+  using T = TestType;
+  const wide epsilon = std::numeric_limits<T>::epsilon();
+  random_numbers random(1);
+  error_judge of_values, of_slopes;
+  struct shape {
+    index rows, cols, depth;
+  };
+  // Tiles of several sizes, with ends inside packs and products of more than one block.
+  for (const shape& s : {shape{1, 1, 3}, shape{2, 2, 1}, shape{7, 7, 5}, shape{40, 40, 17},
+                         shape{150, 150, 20}, shape{33, 70, 19}, shape{70, 9, 300}})
+    for (const setting& how : {setting{1}, setting{20}, setting{0.5, false}, setting{5, true, true},
+                               setting{0.5, false, true}, setting{5, true, false, true},
+                               setting{0.25, false, false, true}}) {
+      if ((how.both && s.rows != s.cols) || (how.within && (s.rows != s.cols || s.rows < 2)))
+        continue;
+      const matrix<T> x(s.rows, s.depth, random);
+      const matrix<T> y = how.within ? x : matrix<T>(s.cols, s.depth, random);
+      const auto labels = how.within ? partners(s.rows) : [&] {
+        auto l = count_up(s.rows);
+        for (auto& label : l)
+          label %= s.cols;
+        return l;
+      }();
+      const std::vector<double> ones(at(s.rows), 1);
+      const definition expected(x, y, labels, how, ones);
+      double d_scale = -1;
+      const perdita::similarity head(
+          perdita::cross_entropy<T>(),
+          {.scale = how.scale, .normalise = how.normalise, .both = how.both, .d_scale = &d_scale});
+      matrix<T> d_x(s.rows, s.depth), d_y(s.cols, s.depth);
+      std::vector<T> values(at(s.rows));
+      const perdita::call_options<T> call{.values = values};
+      T value = 0, alone = 0;
+      if (how.within) {
+        value = head.within(x.view(), labels, d_x.out(), call);
+        alone = head.within(x.view(), labels, call);
+      } else if (how.both || s.rows == s.cols) {
+        value = head(x.view(), y.view(), d_x.out(), d_y.out(), call);
+        alone = head(x.view(), y.view(), call);
+      } else {
+        value = head(x.view(), y.view(), labels, d_x.out(), d_y.out(), call);
+        alone = head(x.view(), y.view(), labels, call);
+      }
+      CHECK(value == alone);
+      INFO(s.rows << " x " << s.cols << " x " << s.depth << ", scale " << how.scale << ", both "
+                  << how.both << ", within " << how.within);
+      // What the scores' own error makes of a loss: at most twice it. Not normalised, they grow.
+      const double largest =
+          how.scale * (how.normalise ? 1 : 4 * static_cast<double>(s.depth) + 30);
+      const double noise =
+          (0.5 * std::sqrt(static_cast<double>(s.depth)) + 3) * largest; // roundings that add up
+      CHECK(of_values.within(size_of(wide(value - expected.value)), 4,
+                             wide(epsilon * (noise + expected.value))));
+      for (index i = 0; i < s.rows; ++i)
+        CHECK(of_values.within(size_of(wide(values[at(i)] - expected.values[at(i)])), 4,
+                               wide(epsilon * (noise + expected.values[at(i)]))));
+      bool right = true;
+      const auto compare = [&](const matrix<T>& got, const std::vector<wide>& want,
+                               const std::vector<wide>& size) {
+        for (std::size_t k = 0; k < want.size(); ++k)
+          right = of_slopes.within(size_of(wide(got.data[k] - want[k])), 4,
+                                   wide(epsilon * ((noise + 4) * size[k] + 1e-30L))) &&
+                  right;
+      };
+      compare(d_x, expected.d_x, expected.size_x);
+      if (!how.within)
+        compare(d_y, expected.d_y, expected.size_y);
+      CHECK(right);
+      CHECK(size_of(wide(d_scale - expected.d_scale)) <=
+            4 * epsilon * (noise + 4) * (largest / how.scale));
+    }
+  report_accuracy<T>(
+      "similarity", "cross_entropy", in_epsilons_of_terms,
+      {of_values.worst(), of_slopes.worst(), std::max(of_values.share(), of_slopes.share())});
+}
+
+TEMPLATE_TEST_CASE("similarity: the same as the loss of a matrix of scores", "[similarity]", float,
+                   double) {
+  // Any loss, with labels, weights, ignored rows, upstream factors: rows only.
+  using T = TestType;
+  random_numbers random(2);
+  const index rows = 45, cols = 70, depth = 23;
+  const matrix<T> x(rows, depth, random), y(cols, depth, random);
+  std::vector<std::int64_t> labels;
+  std::vector<T> weights, upstream;
+  for (index i = 0; i < rows; ++i) {
+    labels.push_back(i % 7 == 3 ? -100 : i * 3 % cols);
+    weights.push_back(static_cast<T>(i % 5) / 4);
+    upstream.push_back(static_cast<T>(1 + i % 3) / 2);
+  }
+  std::vector<T> values(at(rows)), other_values(at(rows));
+  perdita::call_options<T> call{.row_weights = weights, .upstream = upstream, .scale = T(0.75)};
+  const auto check = [&](const auto& loss) {
+    const perdita::similarity head(loss, {.scale = 2, .normalise = false});
+    matrix<T> d_x(rows, depth), d_y(cols, depth), scores(rows, cols), g(rows, cols);
+    for (index i = 0; i < rows; ++i)
+      for (index j = 0; j < cols; ++j) {
+        double sum = 0;
+        for (index k = 0; k < depth; ++k)
+          sum += static_cast<double>(x(i, k)) * static_cast<double>(y(j, k));
+        scores(i, j) = static_cast<T>(2 * sum);
+      }
+    call.values = values;
+    const T value = head(x.view(), y.view(), labels, d_x.out(), d_y.out(), call);
+    call.values = other_values;
+    const T expected = loss(scores.view(), labels, g.out(), call);
+    const double tolerance = 400 * static_cast<double>(std::numeric_limits<T>::epsilon());
+    CHECK(std::abs(value - expected) <= tolerance * std::abs(expected));
+    for (index i = 0; i < rows; ++i)
+      CHECK(std::abs(values[at(i)] - other_values[at(i)]) <= tolerance * (1 + other_values[at(i)]));
+    const auto product = [&](index i, index k, bool of_x) {
+      double sum = 0;
+      for (index j = 0; j < (of_x ? cols : rows); ++j)
+        sum += 2 * static_cast<double>(of_x ? g(i, j) : g(j, i)) *
+               static_cast<double>(of_x ? y(j, k) : x(j, k));
+      return sum;
+    };
+    for (index i = 0; i < rows; i += 3)
+      for (index k = 0; k < depth; ++k)
+        CHECK(std::abs(static_cast<double>(d_x(i, k)) - product(i, k, true)) <= tolerance);
+    for (index j = 0; j < cols; j += 5)
+      for (index k = 0; k < depth; ++k)
+        CHECK(std::abs(static_cast<double>(d_y(j, k)) - product(j, k, false)) <= tolerance);
+  };
+  check(perdita::cross_entropy<T>({.label_smoothing = T(0.1)}));
+  check(perdita::z_loss<T>());
+}
+
+TEST_CASE("similarity: the same bits for any threads, layout and memory", "[similarity]") {
+  using T = float;
+  random_numbers random(3);
+  const index n = 300, depth = 40;
+  const matrix<T> x(n, depth, random), y(n, depth, random);
+  const auto labels = partners(n);
+  double d_scale = 0;
+  const perdita::similarity head(perdita::cross_entropy<T>(),
+                                 {.scale = 7, .both = true, .d_scale = &d_scale});
+  matrix<T> d_x(n, depth), d_y(n, depth), d_v(n, depth);
+  const T value = head(x.view(), y.view(), d_x.out(), d_y.out());
+  const double of_scale = d_scale;
+  const T within = head.within(x.view(), labels, d_v.out());
+  perdita::workspace memory;
+  perdita::call_options<T> call;
+  call.memory = &memory;
+  for (const unsigned threads : {2U, 3U, 16U}) {
+    const threads_executor many(threads, task_order::shuffled);
+    call.run_on = many;
+    matrix<T> e_x(n, depth), e_y(n, depth), e_v(n, depth);
+    CHECK(head(x.view(), y.view(), e_x.out(), e_y.out(), call) == value);
+    CHECK(d_scale == of_scale);
+    CHECK(head.within(x.view(), labels, e_v.out(), call) == within);
+    CHECK(e_x.data == d_x.data);
+    CHECK(e_y.data == d_y.data);
+    CHECK(e_v.data == d_v.data);
+  }
+  // Column-major in and out; and added to what is there.
+  matrix<T> across(depth, n), out(depth, n);
+  for (index r = 0; r < n; ++r)
+    for (index c = 0; c < depth; ++c)
+      across(c, r) = x(r, c);
+  const matrix_view<const T> turned(across.data.data(), n, depth, 1, n);
+  const matrix_view<T> turned_out(out.data.data(), n, depth, 1, n);
+  matrix<T> sum = d_y;
+  call.accumulate = true;
+  CHECK(head(turned, y.view(), turned_out, sum.out(), call) == value);
+  bool same = true;
+  for (index r = 0; r < n; ++r)
+    for (index c = 0; c < depth; ++c)
+      same = same && out(c, r) == d_x(r, c) && sum(r, c) == d_y(r, c) + d_y(r, c);
+  CHECK(same);
+}
+
+TEST_CASE("similarity: known values", "[similarity]") {
+  using T = double;
+  const perdita::similarity head(perdita::cross_entropy<T>(), {.scale = 10, .both = true});
+  // All equal: every partner is as likely as every other.
+  matrix<T> x(6, 4);
+  std::fill(x.data.begin(), x.data.end(), 0.3);
+  matrix<T> d_x(6, 4), d_y(6, 4);
+  CHECK(std::abs(head(x.view(), x.view(), d_x.out(), d_y.out()) - std::log(6.0)) < 1e-14);
+  CHECK(std::abs(head.within(x.view(), partners(6)) - std::log(5.0)) < 1e-14);
+  for (const T g : d_x.data)
+    CHECK(std::abs(g) < 1e-14);
+  // One pair.
+  matrix<T> one(1, 4), d_one(1, 4), d_other(1, 4);
+  std::fill(one.data.begin(), one.data.end(), 2.0);
+  CHECK(head(one.view(), one.view(), d_one.out(), d_other.out()) == 0);
+  CHECK(d_one.data == std::vector<T>(4, 0));
+  // No pair.
+  const matrix<T> none(0, 4);
+  matrix<T> d_none(0, 4);
+  CHECK(head(none.view(), none.view(), d_none.out(), d_none.out()) == 0);
+  // Scaled embeddings are the same, their gradients shorter; gradients are across them.
+  random_numbers random(5);
+  const matrix<T> a(9, 5, random), b(9, 5, random);
+  matrix<T> larger_a = a, d_a(9, 5), d_b(9, 5), d_larger(9, 5);
+  for (T& v : larger_a.data)
+    v *= 1024;
+  const T value = head(a.view(), b.view(), d_a.out(), d_b.out());
+  CHECK(head(larger_a.view(), b.view(), d_larger.out(), d_b.out()) == value);
+  for (index r = 0; r < 9; ++r) {
+    double dot = 0, size = 0;
+    for (index k = 0; k < 5; ++k) {
+      CHECK(d_larger(r, k) * 1024 == d_a(r, k));
+      dot += a(r, k) * d_a(r, k);
+      size += std::abs(a(r, k) * d_a(r, k));
+    }
+    CHECK(std::abs(dot) <= 1e-13 * size + 1e-16);
+  }
+}
+
+TEMPLATE_TEST_CASE("similarity: zero vectors, duplicates, masks, NaN", "[similarity]", float,
+                   double) {
+  using T = TestType;
+  random_numbers random(6);
+  const index n = 20, depth = 6;
+  matrix<T> x(n, depth, random), y(n, depth, random), d_x(n, depth), d_y(n, depth);
+  const perdita::similarity head(perdita::cross_entropy<T>(), {.scale = 4, .both = true});
+  for (index k = 0; k < depth; ++k) {
+    x(3, k) = 0;
+    y(5, k) = std::numeric_limits<T>::denorm_min();
+    y(7, k) = y(6, k);
+    x(8, k) *= T(1e18);
+    x(9, k) *= T(1e-18);
+  }
+  const T value = head(x.view(), y.view(), d_x.out(), d_y.out());
+  CHECK(std::isfinite(value));
+  for (index r = 0; r < n; ++r)
+    for (index k = 0; k < depth; ++k) {
+      CHECK(std::isfinite(d_x(r, k)));
+      CHECK(std::isfinite(d_y(r, k)));
+      CHECK((r != 3 || d_x(r, k) == 0));
+      CHECK((r != 5 || d_y(r, k) == 0));
+    }
+  // A row that has nothing left to be compared with.
+  matrix<T> one(1, depth, random), d_one(1, depth);
+  CHECK(head.within(one.view(), std::vector<int>{0}, d_one.out()) ==
+        std::numeric_limits<T>::infinity());
+  // NaN reaches its own row, and whoever is compared with it.
+  const perdita::similarity rows(perdita::cross_entropy<T>(), {.scale = 4});
+  x(4, 2) = std::numeric_limits<T>::quiet_NaN();
+  std::vector<T> values(at(n));
+  CHECK(std::isnan(rows(x.view(), y.view(), {.values = values})));
+  for (index r = 0; r < n; ++r)
+    CHECK(std::isnan(values[at(r)]) == (r == 4));
+}
+
+TEST_CASE("similarity: errors come before anything is written", "[similarity]") {
+  using T = float;
+  random_numbers random(7);
+  const matrix<T> x(4, 3, random), y(4, 3, random), more(5, 3, random), wider(4, 2, random);
+  matrix<T> d_x(4, 3), d_y(4, 3), d_more(5, 3);
+  const std::vector<int> labels{0, 1, 2, 3}, ignored{0, -100, 2, 3}, outside{0, 1, 2, 4};
+  const std::vector<T> weights{1, 0, 1, 1};
+  using loss = perdita::cross_entropy<T>;
+  using Catch::Matchers::ContainsSubstring;
+  CHECK_THROWS_WITH(perdita::similarity(loss(), {.scale = 0}), ContainsSubstring("scale"));
+  CHECK_THROWS_WITH(perdita::similarity(loss(), {.scale = std::numeric_limits<double>::infinity()}),
+                    ContainsSubstring("scale"));
+  const perdita::similarity rows{loss()}, both(loss(), {.both = true});
+  CHECK_THROWS_WITH(rows(x.view(), more.view()), ContainsSubstring("rows of y is 5"));
+  CHECK_THROWS_WITH(rows(x.view(), wider.view()), ContainsSubstring("columns of y is 2"));
+  CHECK_THROWS_WITH(rows(x.view(), y.view(), d_more.out(), d_y.out()),
+                    ContainsSubstring("rows of the gradient of x is 5"));
+  CHECK_THROWS_WITH(rows(x.view(), y.view(), d_x.out(), d_x.out()), ContainsSubstring("overlap"));
+  CHECK_THROWS_WITH(rows(x.view(), y.view(), outside, d_x.out(), d_y.out()),
+                    ContainsSubstring("label"));
+  CHECK_THROWS_WITH(both(x.view(), y.view(), labels, d_x.out(), d_y.out()),
+                    ContainsSubstring("labels"));
+  CHECK_THROWS_WITH(both(x.view(), y.view(), d_x.out(), d_y.out(), {.row_weights = weights}),
+                    ContainsSubstring("row_weights"));
+  CHECK_THROWS_WITH(rows.within(x.view(), ignored, d_x.out()),
+                    ContainsSubstring("labels[1] is -100"));
+  CHECK(d_x.data == std::vector<T>(12, 0));
+}
+
+TEST_CASE("similarity: threads", "[similarity][threads]") {
+  using T = float;
+  random_numbers random(8);
+  const index n = 200, depth = 12;
+  const matrix<T> x(n, depth, random), y(n, depth, random);
+  matrix<T> d_x(n, depth), d_y(n, depth), e_x(n, depth), e_y(n, depth);
+  const perdita::similarity head(perdita::z_loss<T>(), {.scale = 7, .both = true});
+  const T value = head(x.view(), y.view(), d_x.out(), d_y.out());
+  const threads_executor many(4, task_order::forward);
+  perdita::call_options<T> call;
+  call.run_on = many;
+  CHECK(head(x.view(), y.view(), e_x.out(), e_y.out(), call) == value);
+  CHECK(e_x.data == d_x.data);
+  CHECK(e_y.data == d_y.data);
+}
+
+} // namespace perdita_tests
