@@ -34,8 +34,7 @@ template <class T> struct embedding_options {
 
 namespace core {
 
-// --- A batch in double
-// -----------------------------------------------------------------------------
+// --- A batch in double --------------------------------------------------------------------------
 
 inline constexpr index embedding_rows_per_task = 64;
 
@@ -128,8 +127,7 @@ inline panelled::W dot_panel(const panelled& x, const panelled& y, index p) {
   return sum;
 }
 
-// --- Products
-// -------------------------------------------------------------------------------------
+// --- Products -----------------------------------------------------------------------------------
 
 /// xᵀ y, features × features. Each element is one sum of sums over blocks of rows.
 inline panelled cross_product(const panelled& x, const panelled& y, const executor& run_on) {
@@ -198,8 +196,7 @@ inline double covariance_penalty(const panelled& x, double weight, panelled* slo
   return sum / (d * n * n);
 }
 
-// --- Calls
-// ----------------------------------------------------------------------------------------
+// --- Calls --------------------------------------------------------------------------------------
 
 template <class T> struct embedding_checks {
   const char* name;
