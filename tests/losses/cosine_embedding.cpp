@@ -12,6 +12,7 @@
 
 #include <perdita/testing/gradient_check.hpp>
 
+#include "support/accuracy.hpp"
 #include "support/catch.hpp"
 #include "support/executors.hpp"
 #include "support/numbers.hpp"
@@ -64,19 +65,14 @@ T run(const Loss& loss, const std::vector<T>& a, const std::vector<T>& b, int y,
               matrix_view<T>(db.data(), 1, n));
 }
 
-template <class T> double in_epsilons(const wide& error, const wide& size) {
-  return error == 0 ? 0
-                    : static_cast<double>(size_of(error) /
-                                          (size * wide(std::numeric_limits<T>::epsilon())));
-}
-
 } // namespace
 
 TEMPLATE_TEST_CASE("cosine_embedding: value and gradients", "[cosine_embedding]", float, double) {
   using T = TestType;
   random_numbers random(31);
-  double worst_value = 0, worst_slope = 0;
-  const double huge = sizeof(T) == 4 ? 1e37 : 1e306, tiny = sizeof(T) == 4 ? 1e-36 : 1e-290;
+  const wide epsilon = std::numeric_limits<T>::epsilon();
+  error_judge of_values, of_slopes;
+  const double huge = sizeof(T) == 4 ? 1e36 : 1e306, tiny = sizeof(T) == 4 ? 1e-36 : 1e-290;
   for (const std::size_t n : {1U, 2U, 3U, 16U, 17U, 300U, 1025U})
     // How far b is from a multiple of a: 1 − c must keep its digits.
     for (const double apart : {10.0, 1.0, 1e-3, 1e-6, 1e-12})
@@ -100,18 +96,22 @@ TEMPLATE_TEST_CASE("cosine_embedding: value and gradients", "[cosine_embedding]"
             const T value = run(perdita::cosine_embedding<T>({.margin = static_cast<T>(margin)}), a,
                                 b, y, da, db);
             // The reference's own 1 − c has its 34 digits only.
-            const wide noise = wide(1e-32) / wide(std::numeric_limits<T>::epsilon());
-            worst_value = std::max(worst_value, in_epsilons<T>(value - e.value, e.size + noise));
-            for (std::size_t i = 0; i < n; ++i) {
+            of_values.within(size_of(wide(value - e.value)), sizeof(T) == 4 ? 1 : 6,
+                             epsilon * e.size + wide(1e-32));
+            const auto judge = [&](T got, const wide& expected, const wide& size) {
               const wide least = std::numeric_limits<T>::min();
-              worst_slope = std::max(
-                  {worst_slope, in_epsilons<T>(da[i] - e.of_a[i], larger(e.size_a[i], least)),
-                   in_epsilons<T>(db[i] - e.of_b[i], larger(e.size_b[i], least))});
+              of_slopes.within(size_of(wide(got - expected)), sizeof(T) == 4 ? 1 : 4,
+                               epsilon * larger(size, least));
+            };
+            for (std::size_t i = 0; i < n; ++i) {
+              judge(da[i], e.of_a[i], e.size_a[i]);
+              judge(db[i], e.of_b[i], e.size_b[i]);
             }
           }
-  INFO(worst_value << " and " << worst_slope);
-  CHECK(worst_value < (sizeof(T) == 4 ? 1 : 6));
-  CHECK(worst_slope < (sizeof(T) == 4 ? 1 : 4));
+  report_accuracy<T>("cosine_embedding", "", in_epsilons_of_terms, of_values, of_slopes);
+  INFO(of_values.worst() << " and " << of_slopes.worst());
+  CHECK(of_values.all_within());
+  CHECK(of_slopes.all_within());
 }
 
 TEST_CASE("cosine_embedding: golden value", "[cosine_embedding]") {

@@ -7,14 +7,13 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "support/accuracy.hpp"
 #include "support/catch.hpp"
 #include "support/executors.hpp"
 #include "support/numbers.hpp"
@@ -196,29 +195,27 @@ template <class T> void check(const problem<T>& p, const char* what, double budg
   const wide epsilon = std::numeric_limits<double>::epsilon(),
              own = sizeof(T) == 4 ? wide(std::numeric_limits<T>::epsilon()) : wide(0),
              least = sizeof(T) == 4 ? wide(1e-37) : wide(1e-290);
-  wide worst = 0;
-  const auto judge = [&](const wide& got, const wide& want, const wide& size) {
-    if (got == want)
-      return;
-    const wide ratio =
-        size_of(wide(got - want)) / (own * size_of(want) + budget * epsilon * size + least);
-    worst = ratio <= worst ? worst : ratio; // NaN stays
+  error_judge of_values, of_slopes;
+  const auto judge = [&](error_judge& of, const wide& got, const wide& want, const wide& size) {
+    if (got != want)
+      of.within(size_of(wide(got - want)), 1,
+                own * size_of(want) + budget * epsilon * size + least);
   };
   wide total = 0, total_size = 0;
   for (index b = 0; b < p.sequences; ++b) {
     const expected e = define(p, b, o);
-    judge(r.values[at(b)], e.value, e.size);
+    judge(of_values, r.values[at(b)], e.value, e.size);
     total += e.value;
     total_size += e.size;
     for (index i = 0; i < p.steps * p.classes; ++i)
-      judge(r.gradient[at(b * p.steps * p.classes + i)], e.gradient[at(i)], e.sizes[at(i)]);
+      judge(of_slopes, r.gradient[at(b * p.steps * p.classes + i)], e.gradient[at(i)],
+            e.sizes[at(i)]);
   }
-  judge(r.value, total, total_size);
-  if (std::getenv("PERDITA_TEST_REPORT"))
-    std::printf("eisl %-10s %s: %.2f of %.0f epsilons\n", what,
-                sizeof(T) == 4 ? "float " : "double", static_cast<double>(worst * budget), budget);
+  judge(of_values, r.value, total, total_size);
+  report_accuracy<T>("eisl", what, in_allowances, of_values, of_slopes);
   INFO(what);
-  CHECK(worst <= 1);
+  CHECK(of_values.all_within());
+  CHECK(of_slopes.all_within());
 }
 
 } // namespace

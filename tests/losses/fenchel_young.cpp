@@ -15,7 +15,9 @@
 #include <utility>
 #include <vector>
 
+#include "support/accuracy.hpp"
 #include "support/catch.hpp"
+#include "support/map_rows.hpp"
 #include "support/numbers.hpp"
 #include "support/row_battery.hpp"
 #include "support/simplex_reference.hpp"
@@ -31,63 +33,49 @@ struct young_setting {
   double alpha;
 };
 constexpr young_setting young_settings[] = {
-    {"softmax", map_kind::softmax, 1},        {"sparsemax", map_kind::entmax, 2},
-    {"entmax 5/4", map_kind::entmax, 1.25},   {"entmax 3", map_kind::entmax, 3},
-    {"normmax 2", map_kind::normmax, 2},      {"normmax 3", map_kind::normmax, 3},
-    {"entmax15_loss", map_kind::entmax, 1.5}, {"sparsemax_loss", map_kind::entmax, 2},
-    {"entmax_loss 3", map_kind::entmax, 3},   {"normmax_loss 5/4", map_kind::normmax, 1.25},
+    {"softmax", map_kind::softmax, 1},      {"sparsemax", map_kind::entmax, 2},
+    {"entmax 5/4", map_kind::entmax, 1.25}, {"entmax 3", map_kind::entmax, 3},
+    {"normmax 2", map_kind::normmax, 2},    {"normmax 3", map_kind::normmax, 3},
+    {"entmax 3/2", map_kind::entmax, 1.5},  {"normmax 5/4", map_kind::normmax, 1.25},
 };
 
-/// f(loss) with the loss of a setting.
-template <class T, class F> auto with_loss(int s, perdita::reduction how, F f) {
-  const auto alpha = young_settings[s].alpha;
+constexpr int young_count = static_cast<int>(std::size(young_settings));
+
+/// f(loss) with fenchel_young_loss of a setting's prediction.
+template <class T, class F> auto with_prediction(int s, perdita::reduction how, F f) {
+  const auto [what, kind, alpha] = young_settings[s];
   const auto of = [&]<class P>(const P& p) {
     return f(perdita::fenchel_young_loss<T, P>({.prediction = p, .reduction = how}));
   };
-  switch (s) {
-  case 0:
+  if (kind == map_kind::softmax)
     return of(prediction::softmax{});
-  case 1:
-    return of(prediction::sparsemax{});
-  case 2:
-  case 3:
-    return of(prediction::entmax{alpha});
-  case 4:
-  case 5:
+  if (kind == map_kind::normmax)
     return of(prediction::normmax{alpha});
-  case 6:
-    return f(perdita::entmax15_loss<T>({.reduction = how}));
-  case 7:
-    return f(perdita::sparsemax_loss<T>({.reduction = how}));
-  case 8:
-    return f(perdita::entmax_loss<T>({.alpha = alpha, .reduction = how}));
-  default:
-    return f(perdita::normmax_loss<T>({.alpha = alpha, .reduction = how}));
-  }
+  return alpha == 2 ? of(prediction::sparsemax{}) : of(prediction::entmax{alpha});
 }
 
-/// Of a loss, which some of the settings above are of.
 template <class T> class young_descriptor final : public row_descriptor<T> {
 public:
-  young_descriptor(std::string name, int first, int count)
-      : name_(std::move(name)), first_(first), count_(count) {}
-  std::string name() const override { return name_; }
-  int settings() const override { return count_; }
-  std::string describe(int s) const override { return young_settings[first_ + s].what; }
-  std::vector<int> few_settings() const override { return {0}; }
+  std::string name() const override { return "fenchel_young_loss"; }
+  int settings() const override { return young_count; }
+  std::string describe(int s) const override { return young_settings[s].what; }
+  // Each kernel once, in one type or the other.
+  std::vector<int> few_settings() const override {
+    return sizeof(T) == 4 ? std::vector{0, 6} : std::vector{1, 7};
+  }
   bool soft(int) const override { return true; }
   bool twice_smooth() const override { return false; }
   bool sparse() const override { return true; }
   std::unique_ptr<row_subject<T>> make(int s, index, perdita::reduction how) const override {
-    return with_loss<T>(first_ + s, how,
-                        []<class L>(const L& loss) -> std::unique_ptr<row_subject<T>> {
-                          return std::make_unique<row_subject_of<L>>(loss);
-                        });
+    return with_prediction<T>(s, how,
+                              []<class L>(const L& loss) -> std::unique_ptr<row_subject<T>> {
+                                return std::make_unique<row_subject_of<L, false>>(loss);
+                              });
   }
   perdita::loss_traits traits(int) const override { return perdita::fenchel_young_loss<T>::traits; }
 
   row_expectation expect(int s, const row_input& row) const override {
-    const auto [what, kind, alpha] = young_settings[first_ + s];
+    const auto [what, kind, alpha] = young_settings[s];
     const exact_prediction e(kind, alpha, row.scores);
     const wide epsilon = std::numeric_limits<T>::epsilon();
     const wide fine = 8 * std::numeric_limits<double>::epsilon();
@@ -121,12 +109,7 @@ public:
     }
     return expected;
   }
-
-private:
-  std::string name_;
-  int first_, count_;
 };
-constexpr int all_settings = static_cast<int>(std::size(young_settings));
 
 perdita::matrix_view<const double> row_view(const std::vector<double>& x) {
   return {x.data(), 1, static_cast<index>(x.size())};
@@ -135,14 +118,48 @@ perdita::matrix_view<double> row_view(std::vector<double>& x) {
   return {x.data(), 1, static_cast<index>(x.size())};
 }
 
+/// Of one row.
+template <class Target>
+double evaluate(int s, const std::vector<double>& x, const Target& target, std::vector<double>& g) {
+  return with_prediction<double>(s, perdita::reduction::mean, [&](const auto& loss) {
+    return loss(row_view(x), target, row_view(g));
+  });
+}
+
 } // namespace
 
 TEMPLATE_TEST_CASE("Fenchel-Young losses: the row battery", "[fenchel_young]", float, double) {
-  check_row_loss(young_descriptor<TestType>("fenchel_young_loss", 0, 6));
-  check_row_loss(young_descriptor<TestType>("entmax15_loss", 6, 1));
-  check_row_loss(young_descriptor<TestType>("sparsemax_loss", 7, 1));
-  check_row_loss(young_descriptor<TestType>("entmax_loss", 8, 1));
-  check_row_loss(young_descriptor<TestType>("normmax_loss", 9, 1));
+  check_row_loss(young_descriptor<TestType>());
+}
+
+TEST_CASE("Fenchel-Young losses: the same by another name", "[fenchel_young]") {
+  random_numbers random(14);
+  const index rows = 40, cols = 9;
+  row_major<float> x(rows, cols), q(rows, cols);
+  for (index r = 0; r < rows; ++r)
+    for (index c = 0; c < cols; ++c) {
+      x(r, c) = static_cast<float>(2 * random.normal());
+      q(r, c) = static_cast<float>(random.uniform(0, 0.25));
+    }
+  x(3, 4) = -std::numeric_limits<float>::infinity();
+  const auto same = [&](const char* what, const auto& named, const auto& general) {
+    row_major<float> g(rows, cols), h(rows, cols);
+    std::vector<float> values(40), others(40);
+    INFO(what);
+    CHECK(named(x, q, g, {.values = values}) == general(x, q, h, {.values = others}));
+    CHECK(same_bits(g, h));
+    CHECK(values == others);
+    CHECK(values[3] == std::numeric_limits<float>::infinity());
+  };
+  using perdita::fenchel_young_loss;
+  const fenchel_young_loss<float, prediction::entmax> middle({.prediction = {1.5}}),
+      cubic({.prediction = {3}});
+  same("entmax15", perdita::entmax15_loss<float>(), middle);
+  same("entmax 3", perdita::entmax_loss<float>({.alpha = 3}), cubic);
+  same("sparsemax", perdita::sparsemax_loss<float>(),
+       fenchel_young_loss<float, prediction::sparsemax>());
+  same("normmax 5/4", perdita::normmax_loss<float>({.alpha = 1.25}),
+       fenchel_young_loss<float, prediction::normmax>({.prediction = {1.25}}));
 }
 
 TEMPLATE_TEST_CASE("Fenchel-Young losses: special rows", "[fenchel_young]", float, double) {
@@ -156,7 +173,7 @@ TEMPLATE_TEST_CASE("Fenchel-Young losses: special rows", "[fenchel_young]", floa
       {"a label's", 4, {7, 7, 7, 7}, -1, {0, 0, 1, 0}, 0.5, {0.25, 0.25, -0.75, 0.25}},
       {"far behind", 6, {0, 5}, -1, {1, 0}, 5, {-1, 1}},
   };
-  for (int s = 0; s < all_settings; ++s)
+  for (int s = 0; s < young_count; ++s)
     for (const special_row& row : std::vector<special_row>{
              {"nothing asked for", s, {1, 2, 3}, -1, {0, 0, 0}, 0, {0, 0, 0}},
              {"one class", s, {3}, -1, {1}, 0, {0}},
@@ -167,30 +184,26 @@ TEMPLATE_TEST_CASE("Fenchel-Young losses: special rows", "[fenchel_young]", floa
              {"NaN in the target", s, {0, 1, 2}, -1, {1, n, 0}, n, {n, n, n}},
              {"+inf", s, {0, 1, inf}, -1, {1, 0, 0}, n, {n, n, n}}})
       rows.push_back(row);
-  check_special(young_descriptor<TestType>("all of them", 0, all_settings), rows, 4);
+  check_special(young_descriptor<TestType>(), rows, 4);
 }
 
 // Labels, their targets e_y, and the losses' own ways with labels.
 TEST_CASE("Fenchel-Young losses: labels", "[fenchel_young]") {
   random_numbers random(11);
-  for (int s = 0; s < all_settings; ++s)
+  for (int s = 0; s < young_count; ++s)
     for (const std::size_t cols : {1U, 2U, 7U, 130U, 2000U}) {
       std::vector<double> x, q(cols), by_label(cols), by_target(cols);
       for (std::size_t k = 0; k < cols; ++k)
         x.push_back(random.normal());
       const std::vector<index> label{static_cast<index>(random.below(cols))};
       q[static_cast<std::size_t>(label[0])] = 1;
-      with_loss<double>(s, perdita::reduction::mean, [&](const auto& loss) {
-        const double a = loss(row_view(std::as_const(x)), label, row_view(by_label));
-        const double b =
-            loss(row_view(std::as_const(x)), row_view(std::as_const(q)), row_view(by_target));
-        INFO(young_settings[s].what << ", " << cols << " classes: " << a << " and " << b);
-        CHECK(std::abs(a - b) <= 4e-15 * (1 + a));
-        // Beside the threshold a probability of order 3 has half its digits.
-        for (std::size_t k = 0; k < cols; ++k)
-          CHECK(std::abs(by_label[k] - by_target[k]) <=
-                (young_settings[s].alpha == 3 ? 1e-8 : 4e-15));
-      });
+      const double a = evaluate(s, x, label, by_label), b = evaluate(s, x, row_view(q), by_target);
+      INFO(young_settings[s].what << ", " << cols << " classes: " << a << " and " << b);
+      CHECK(std::abs(a - b) <= 4e-15 * (1 + a));
+      // Beside the threshold a probability of order 3 has half its digits.
+      for (std::size_t k = 0; k < cols; ++k)
+        CHECK(std::abs(by_label[k] - by_target[k]) <=
+              (young_settings[s].alpha == 3 ? 1e-8 : 4e-15));
     }
 }
 
@@ -211,7 +224,7 @@ TEST_CASE("Fenchel-Young losses: softmax is cross-entropy less the entropy", "[f
 // All digits of the loss of a target near its prediction.
 TEST_CASE("Fenchel-Young losses: a target near the prediction", "[fenchel_young]") {
   random_numbers random(12);
-  for (int s = 0; s < all_settings; ++s)
+  for (int s = 0; s < young_count; ++s)
     for (const double apart : {1e-2, 1e-5, 1e-7}) {
       const auto [what, kind, alpha] = young_settings[s];
       std::vector<double> x, q, g(6);
@@ -229,13 +242,9 @@ TEST_CASE("Fenchel-Young losses: a target near the prediction", "[fenchel_young]
       for (const double of : q)
         share.push_back(of / total);
       const wide expected = total * young_value(kind, alpha, e, z, share);
-      with_loss<double>(s, perdita::reduction::mean, [&](const auto& loss) {
-        const double value =
-            loss(row_view(std::as_const(x)), row_view(std::as_const(q)), row_view(g));
-        INFO(young_settings[s].what << ", " << apart << " apart: " << value << " for "
-                                    << text(expected));
-        CHECK(size_of(value - expected) <= wide(2e-14 / apart) * expected);
-      });
+      const double value = evaluate(s, x, row_view(q), g);
+      INFO(what << ", " << apart << " apart: " << value << " for " << text(expected));
+      CHECK(size_of(value - expected) <= wide(2e-14 / apart) * expected);
     }
 }
 
@@ -243,6 +252,7 @@ TEST_CASE("Fenchel-Young losses: a target near the prediction", "[fenchel_young]
 TEMPLATE_TEST_CASE("Fenchel-Young losses: budget", "[fenchel_young]", float, double) {
   using T = TestType;
   random_numbers random(13);
+  error_judge of_values, of_slopes;
   for (const double budget : {1., 2., 3.5})
     for (const std::size_t cols : {4U, 9U, 300U})
       for (const double spread : {0.2, 1., 20.}) {
@@ -277,10 +287,13 @@ TEMPLATE_TEST_CASE("Fenchel-Young losses: budget", "[fenchel_young]", float, dou
         const wide epsilon = std::numeric_limits<T>::epsilon();
         INFO("budget " << budget << ", " << cols << " classes, spread " << spread << ": " << got
                        << " for " << text(wide(scale * value)));
-        CHECK(size_of(got - scale * value) <= epsilon * scale * value + wide(1e-13));
+        CHECK(of_values.within(size_of(wide(got - scale * value)), 1,
+                               epsilon * scale * value + wide(1e-13)));
         for (std::size_t k = 0; k < cols; ++k)
-          CHECK(size_of(g[k] - slopes[k]) <= epsilon * size_of(slopes[k]) + wide(1e-14));
+          CHECK(of_slopes.within(size_of(wide(g[k] - slopes[k])), 1,
+                                 epsilon * size_of(slopes[k]) + wide(1e-14)));
       }
+  report_accuracy<T>("fenchel_young_loss, budget", "", in_allowances, of_values, of_slopes);
 }
 
 TEST_CASE("Fenchel-Young losses: arguments are checked", "[fenchel_young]") {

@@ -13,6 +13,7 @@
 
 #include <perdita/testing/gradient_check.hpp>
 
+#include "support/accuracy.hpp"
 #include "support/catch.hpp"
 #include "support/executors.hpp"
 #include "support/numbers.hpp"
@@ -135,7 +136,7 @@ TEMPLATE_TEST_CASE("h_calibration: value and gradient", "[h_calibration]", float
   using loss_type = perdita::h_calibration<T>;
   using options = typename loss_type::options;
   const wide epsilon = std::numeric_limits<T>::epsilon();
-  wide value_error = 0, slope_error = 0;
+  error_judge of_values, of_slopes;
   for (const auto& [rows, cols] : {std::pair<index, index>{1, 1}, {7, 3}, {40, 10}, {90, 2}})
     for (const options& o : {options{}, options{.window = 4, .clusters = 3, .scale = 1},
                              options{.window = 10, .tolerance = 0.05, .clusters = 0},
@@ -150,15 +151,15 @@ TEMPLATE_TEST_CASE("h_calibration: value and gradient", "[h_calibration]", float
       const auto e = expect(b, o);
       if (rows > 1)
         CHECK(value > 0);
-      value_error =
-          larger(value_error, size_of(wide(value - e.value)) / (epsilon * (e.value + wide(1e-30))));
+      of_values.within(size_of(wide(value - e.value)), 4, epsilon * (e.value + wide(1e-30)));
       for (std::size_t i = 0; i < g.size(); ++i)
-        slope_error = larger(slope_error, size_of(wide(g[i] - e.gradient[i])) /
-                                              (epsilon * (e.largest + wide(1e-30))));
+        of_slopes.within(size_of(wide(g[i] - e.gradient[i])), 4,
+                         epsilon * (e.largest + wide(1e-30)));
     }
-  INFO(text(value_error) << " and " << text(slope_error));
-  CHECK(value_error < 4);
-  CHECK(slope_error < 4);
+  report_accuracy<T>("h_calibration", "", in_epsilons_of_terms, of_values, of_slopes);
+  INFO(of_values.worst() << " and " << of_slopes.worst());
+  CHECK(of_values.all_within());
+  CHECK(of_slopes.all_within());
 }
 
 TEST_CASE("h_calibration: the gradient is the derivative", "[h_calibration]") {
@@ -167,9 +168,11 @@ TEST_CASE("h_calibration: the gradient is the derivative", "[h_calibration]") {
     std::vector<double> g(b.p.size());
     const perdita::h_calibration<double> loss(
         {.window = 6, .clusters = 4, .leave_class_out = leave_out, .scale = 1});
-    loss(b.view(), b.labels, matrix_view<double>(g.data(), 12, 4));
-    const auto report = perdita::testing::check_gradient([&] { return loss(b.view(), b.labels); },
-                                                         b.p, g, {.step = 1e-5});
+    perdita::call_options<double> call;
+    call.run_on = perdita::serial;
+    loss(b.view(), b.labels, matrix_view<double>(g.data(), 12, 4), call);
+    const auto report = perdita::testing::check_gradient(
+        [&] { return loss(b.view(), b.labels, call); }, b.p, g, {.step = 1e-5});
     INFO(report.message());
     CHECK(report.ok);
   }

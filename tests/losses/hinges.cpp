@@ -10,12 +10,14 @@
 #include <string>
 #include <vector>
 
+#include <perdita/core/solved_row.hpp>
 #include <perdita/ldr.hpp>
 #include <perdita/top_k_hinge.hpp>
 #include <perdita/weston_watkins.hpp>
 
 #include "support/catch.hpp"
 #include "support/margin_descriptor.hpp"
+#include "support/numbers.hpp"
 #include "support/row_battery.hpp"
 
 namespace perdita_tests {
@@ -52,8 +54,11 @@ template <class T> class top_k_hinge_descriptor final : public row_descriptor<T>
 public:
   std::string name() const override { return "top_k_hinge"; }
   int settings() const override { return 6; }
-  static index most(int setting) { return std::vector<index>{1, 2, 5}[std::size_t(setting % 3)]; }
-  static double margin(int setting) { return setting < 3 ? 1 : 0; }
+  static constexpr int long_settings[] = {6, 7}; ///< k = 50: not for the battery's short rows
+  static index most(int setting) {
+    return setting < 6 ? std::vector<index>{1, 2, 5}[std::size_t(setting % 3)] : 50;
+  }
+  static double margin(int setting) { return setting < 3 || setting == 6 ? 1 : 0; }
   std::string describe(int setting) const override {
     return "k " + std::to_string(most(setting)) + ", margin " +
            perdita::core::to_text(margin(setting));
@@ -113,6 +118,20 @@ public:
 constexpr double inf = std::numeric_limits<double>::infinity();
 constexpr double n = std::numeric_limits<double>::quiet_NaN();
 
+/// Rows of multiples of 1/16, so that differences are exact: with many ties; in order either way;
+/// the largest side by side; nearly all masked; all equal.
+constexpr int long_kinds = 6;
+template <class T> std::vector<T> long_row(int kind, index cols, random_numbers& random) {
+  std::vector<T> x;
+  for (index c = 0; c < cols; ++c) {
+    const double z = std::round(16 * random.normal()) / 16, at = static_cast<double>(c) / 16;
+    const double all[long_kinds] = {
+        z, at, -at, c / 60 == cols / 120 ? 10 + z : z, random.below(100) == 0 ? z : -inf, 3};
+    x.push_back(static_cast<T>(all[kind]));
+  }
+  return x;
+}
+
 } // namespace
 
 TEMPLATE_TEST_CASE("weston_watkins: the row battery", "[hinges]", float, double) {
@@ -155,6 +174,137 @@ TEMPLATE_TEST_CASE("top_k_hinge: special rows", "[hinges]", float, double) {
       {"NaN at the label", 1, {0, 1, n}, 2, {}, n, {n, n, n}},
   };
   check_special(top_k_hinge_descriptor<TestType>(), rows, 8);
+}
+
+// What is above the k-th is found in parts of a long row: see rival_scores.
+TEMPLATE_TEST_CASE("top_k_hinge: the 50 largest of thousands", "[hinges]", float, double) {
+  using T = TestType;
+  const top_k_hinge_descriptor<T> descriptor;
+  for (int kind = 0; kind < long_kinds; ++kind)
+    for (const index cols : {1024, 4099})
+      for (const int setting : top_k_hinge_descriptor<T>::long_settings) {
+        random_numbers random(9);
+        std::vector<T> x = long_row<T>(kind, cols, random), g(x.size());
+        auto sorted = x;
+        std::sort(sorted.begin(), sorted.end(), std::greater<>());
+        // Above, beside and below the 50th, and where it is.
+        for (const T own :
+             {sorted[10], sorted[48], sorted[49], T(sorted[49] - 1), sorted[2000 % x.size()]}) {
+          const index y = random.below(2) == 0 ? cols - 1 : cols / 2;
+          x[static_cast<std::size_t>(y)] = own;
+          const perdita::matrix_view<T> to(g.data(), 1, cols);
+          const T value = perdita::top_k_hinge<T>(
+              {.k = 50, .margin = static_cast<T>(descriptor.margin(setting))})(
+              perdita::matrix_view<const T>(x.data(), 1, cols), std::vector<index>{y}, to);
+          const row_expectation e = descriptor.expect(setting, {{x.begin(), x.end()}, y, {}});
+          INFO("kind " << kind << ", " << cols << " columns, " << descriptor.describe(setting)
+                       << ", label " << own << ": " << value << " for " << text(e.value.value));
+          // All differences are exact.
+          const wide epsilon = std::numeric_limits<T>::epsilon();
+          CHECK((wide(value) == e.value.value ||
+                 size_of(wide(value - e.value.value)) <= epsilon * size_of(e.value.value)));
+          std::size_t wrong = 0;
+          for (std::size_t k = 0; k < g.size(); ++k)
+            wrong += !(size_of(wide(g[k] - e.gradient[k].value)) <=
+                       epsilon * size_of(e.gradient[k].value));
+          CHECK(wrong == 0);
+        }
+      }
+}
+
+TEMPLATE_TEST_CASE("rival_scores: against the scores one by one", "[hinges]", float, double) {
+  using T = TestType;
+  constexpr T minus = -std::numeric_limits<T>::infinity();
+  constexpr double untouched = 77;
+  const auto width = static_cast<index>(perdita::core::lanes<T>);
+  const auto check = [&](const std::vector<T>& x, index y) {
+    const auto cols = static_cast<index>(x.size());
+    const perdita::core::rival_scores<T> rivals(x.data(), cols, y);
+    std::vector<double> all; // the rivals that are not masked, as they come
+    for (index k = 0; k < cols; ++k)
+      if (k != y && x[std::size_t(k)] > minus)
+        all.push_back(static_cast<double>(x[std::size_t(k)]));
+    auto sorted = all;
+    std::sort(sorted.begin(), sorted.end(), std::greater<>());
+    INFO(cols << " columns, label " << y << ", " << all.size() << " rivals");
+    const auto own = static_cast<double>(x[std::size_t(y)]);
+    REQUIRE(rivals.all_masked() == all.empty());
+    CHECK(rivals.label == own - (all.empty() ? 0 : sorted[0]));
+    CHECK_FALSE(rivals.spoilt);
+    CHECK(rivals.lost == (!all.empty() && sorted[0] == inf));
+    std::vector<double> out;
+    const auto room = [&] {
+      out.assign(x.size() + std::size_t(width) + 1, untouched);
+      return out.data();
+    };
+    const auto got = [&](index count) {
+      CHECK(out.back() == untouched);
+      return std::vector<double>(out.begin(), out.begin() + count);
+    };
+    for (const index most : {1, 2, 5, 50}) {
+      const auto count = std::min<std::size_t>(std::size_t(most), sorted.size());
+      const index found = rivals.largest(most, room());
+      REQUIRE(found == static_cast<index>(count));
+      CHECK(got(found) == std::vector<double>(sorted.begin(), sorted.begin() + found));
+    }
+    index each = 0;
+    rivals.each([&](const perdita::core::pack<T>&, index i) { each += i == each * width; });
+    CHECK(each == (cols + width - 1) / width);
+    if (all.empty()) {
+      CHECK(rivals.gather(std::numeric_limits<T>::lowest(), room()) == 0);
+      CHECK(rivals.around(0).above + rivals.around(0).equal == 0);
+      return;
+    }
+    CHECK(rivals.top == static_cast<T>(sorted[0]));
+    for (const double edge : {sorted[0], sorted[sorted.size() / 2], sorted.back(),
+                              static_cast<double>(std::numeric_limits<T>::lowest())}) {
+      std::vector<double> reached;
+      index above = 0;
+      wide images = 0, error = 0; // of those up to it
+      for (const double z : all) {
+        if (z >= edge)
+          reached.push_back(z);
+        above += z > edge;
+        const wide image = z > edge ? wide(0) : exp(wide((z - wide(edge)) * 0.75));
+        images += image;
+        error += image * (4 + size_of(wide(z - wide(edge))));
+      }
+      CHECK(got(rivals.gather(static_cast<T>(edge), room())) == reached);
+      const auto around = rivals.around(static_cast<T>(edge));
+      CHECK(around.above == above);
+      CHECK(around.equal == std::count(all.begin(), all.end(), edge));
+      if (edge < inf && around.equal > 0)
+        CHECK(size_of(wide(rivals.sum_of_images(static_cast<T>(edge), 0.75) - images)) <=
+              std::numeric_limits<T>::epsilon() * error);
+    }
+  };
+  random_numbers random(10);
+  for (index cols = 1; cols <= 2 * width + 2; ++cols)
+    for (index y = 0; y < cols; ++y) {
+      std::vector<T> x;
+      for (index k = 0; k < cols; ++k)
+        x.push_back(static_cast<T>(3 * random.normal()));
+      check(x, y);
+      for (T& z : x) // ties, and masked
+        z = random.below(3) == 0 ? minus : std::round(z);
+      check(x, y);
+      std::fill(x.begin(), x.end(), minus);
+      check(x, y);
+      x[std::size_t(y)] = 5;
+      check(x, y);
+      x[std::size_t((y + 1) % cols)] = static_cast<T>(inf);
+      if (cols > 1)
+        check(x, y);
+      for (const index bad : {y, index{0}, cols - 1}) {
+        auto spoilt = x;
+        spoilt[std::size_t(bad)] = static_cast<T>(n);
+        const perdita::core::rival_scores<T> rivals(spoilt.data(), cols, y);
+        CHECK((rivals.spoilt && rivals.lost));
+      }
+    }
+  for (int kind = 0; kind < long_kinds; ++kind)
+    for (const index y : {0, 1000, 4098})
+      check(long_row<T>(kind, 4099, random), y);
 }
 
 TEST_CASE("hinges: options out of range are refused", "[hinges]") {

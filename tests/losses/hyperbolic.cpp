@@ -456,7 +456,7 @@ TEMPLATE_TEST_CASE("exponential_map: points and Jacobian products", "[hyperbolic
   using T = TestType;
   random_numbers random(41);
   const wide epsilon = std::numeric_limits<T>::epsilon();
-  wide point_error = 0, slope_error = 0;
+  error_judge of_points, of_slopes;
   for (const T c : {T(0.1), T(1), T(4)})
     for (const T clip : {T(2), std::numeric_limits<T>::infinity()})
       for (const double length : {0.0, 1e-3, 1.0, 30.0}) {
@@ -476,8 +476,8 @@ TEMPLATE_TEST_CASE("exponential_map: points and Jacobian products", "[hyperbolic
         const auto expected = expect_point(start, c, reach);
         wide along = 0, size = 0;
         for (std::size_t j = 0; j < 9; ++j) {
-          point_error = larger(point_error, size_of(wide(x[j] - expected[j])) /
-                                                (epsilon * size_of(expected[j]) + wide(1e-300)));
+          of_points.within(size_of(wide(x[j] - expected[j])), 8,
+                           epsilon * size_of(expected[j]) + wide(1e-300));
           const wide step = ldexp(wide(1), -40);
           auto moved = start;
           const auto total = [&](int n) {
@@ -490,13 +490,14 @@ TEMPLATE_TEST_CASE("exponential_map: points and Jacobian products", "[hyperbolic
           };
           along = (8 * (total(1) - total(-1)) - (total(2) - total(-2))) / (12 * step);
           size = larger(size, size_of(along));
-          slope_error = larger(slope_error, size_of(wide(d[j] - along)) /
-                                                (epsilon * larger(size_of(along), wide(size / 4))));
+          of_slopes.within(size_of(wide(d[j] - along)), 16,
+                           epsilon * larger(size_of(along), wide(size / 4)));
         }
       }
-  INFO(text(point_error) << " and " << text(slope_error));
-  CHECK(point_error < 8);
-  CHECK(slope_error < 16);
+  report_accuracy<T>("exponential_map", "", in_epsilons_of_terms, of_points, of_slopes);
+  INFO(of_points.worst() << " and " << of_slopes.worst());
+  CHECK(of_points.all_within());
+  CHECK(of_slopes.all_within());
 }
 
 TEST_CASE("exponential_map: distances, specials, and what is refused", "[hyperbolic]") {
@@ -563,7 +564,12 @@ TEST_CASE("hyp_oc: the formula, and its derivative", "[hyperbolic]") {
   }
   for (std::size_t r = 0; r < 3; ++r)
     apart += expectation(x[r], x[r + 3], c).value / 3;
-  CHECK(size_of(wide(value() - (entropy + wide(0.75) * apart))) < 1e-14);
+  const double epsilon = std::numeric_limits<double>::epsilon();
+  error_judge of_value;
+  CHECK(of_value.within(size_of(wide(value() - (entropy + wide(0.75) * apart))), 1e-14 / epsilon,
+                        epsilon));
+  report_accuracy<double>("hyp_oc", "", in_epsilons_absolute,
+                          {of_value.worst(), -1, of_value.share()});
   for (auto* which : {&in.x, &in.v, &in.a}) {
     const auto& slopes = which == &in.x ? dx : which == &in.v ? dv : da;
     const auto report = perdita::testing::check_gradient(value, *which, slopes, {.step = 0.02});

@@ -11,6 +11,7 @@
 
 #include <perdita/testing/gradient_check.hpp>
 
+#include "support/accuracy.hpp"
 #include "support/catch.hpp"
 #include "support/executors.hpp"
 #include "support/numbers.hpp"
@@ -82,7 +83,8 @@ TEMPLATE_TEST_CASE("margin_control: value and gradient", "[margin_control]", flo
   using T = TestType;
   random_numbers random(61);
   const wide epsilon = std::numeric_limits<T>::epsilon();
-  double worst_value = 0, worst_slope = 0;
+  const double budget = sizeof(T) == 4 ? 1 : 4;
+  error_judge of_values, of_slopes;
   for (const bool per_row : {false, true})
     for (const std::size_t cols : {1U, 2U, 7U, 40U})
       for (const std::size_t rows : {1U, 5U})
@@ -99,18 +101,17 @@ TEMPLATE_TEST_CASE("margin_control: value and gradient", "[margin_control]", flo
             const T value = loss(matrix(x, cols), matrix(g, cols), call);
             CHECK(value == loss(matrix(x, cols), call));
             const expectation e = expect(x, cols, weights, 0.25, per_row);
-            worst_value = std::max(worst_value, static_cast<double>(size_of(wide(value - e.value)) /
-                                                                    (epsilon * e.value)));
+            of_values.within(size_of(wide(value - e.value)), budget, epsilon * e.value);
             for (std::size_t i = 0; i < g.size(); ++i) {
               const wide error = size_of(wide(g[i] - e.gradient[i])),
                          least = std::numeric_limits<T>::min();
-              worst_slope = std::max(
-                  worst_slope, static_cast<double>(error / (epsilon * larger(e.sizes[i], least))));
+              of_slopes.within(error, budget, epsilon * larger(e.sizes[i], least));
             }
           }
-  INFO(worst_value << " and " << worst_slope);
-  CHECK(worst_value < (sizeof(T) == 4 ? 1 : 4));
-  CHECK(worst_slope < (sizeof(T) == 4 ? 1 : 4));
+  report_accuracy<T>("margin_control", "", in_epsilons_of_terms, of_values, of_slopes);
+  INFO(of_values.worst() << " and " << of_slopes.worst());
+  CHECK(of_values.all_within());
+  CHECK(of_slopes.all_within());
 }
 
 TEST_CASE("margin_control: the gradient is the value's derivative, and the limits are known",

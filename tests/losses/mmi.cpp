@@ -10,6 +10,7 @@
 #include <stdexcept>
 #include <vector>
 
+#include "support/accuracy.hpp"
 #include "support/catch.hpp"
 #include "support/executors.hpp"
 #include "support/numbers.hpp"
@@ -106,15 +107,17 @@ template <class T> struct results {
 };
 
 /// Eight epsilons of double of what each number is made of, in float one of the result.
-template <class T> void judge(const wide& got, const wide& want, const wide& size) {
+template <class T>
+void judge(error_judge& of, const wide& got, const wide& want, const wide& size) {
   const wide own = sizeof(T) == 4 ? wide(std::numeric_limits<T>::epsilon()) : wide(0);
-  CHECK(size_of(wide(got - want)) <= own * size_of(want) +
-                                         8 * wide(std::numeric_limits<double>::epsilon()) * size +
-                                         (sizeof(T) == 4 ? wide(1e-37) : wide(1e-298)));
+  CHECK(of.within(size_of(wide(got - want)), 1,
+                  own * size_of(want) + 8 * wide(std::numeric_limits<double>::epsilon()) * size +
+                      (sizeof(T) == 4 ? wide(1e-37) : wide(1e-298))));
 }
 template <class T>
-void compare(const results<T>& r, const model<T>& x, const model<T>& z, const wide& weight,
-             const wide& other, index first, double reward) {
+void compare(const char* loss, const results<T>& r, const model<T>& x, const model<T>& z,
+             const wide& weight, const wide& other, index first, double reward) {
+  error_judge of_values, of_slopes;
   wide total = 0, total_size = 0;
   for (index b = 0; b < x.sequences; ++b) {
     expected one, two;
@@ -122,15 +125,16 @@ void compare(const results<T>& r, const model<T>& x, const model<T>& z, const wi
     add(z, b, other, first, two);
     const wide bonus = reward * static_cast<double>(tokens(x, b)),
                value = one.value + two.value - bonus, size = one.size + two.size + size_of(bonus);
-    judge<T>(r.values[at(b)], value, size);
+    judge<T>(of_values, r.values[at(b)], value, size);
     total += value;
     total_size += size;
     for (std::size_t i = 0; i < one.gradient.size(); ++i)
-      judge<T>(r.one[at(b) * one.gradient.size() + i], one.gradient[i], one.sizes[i]);
+      judge<T>(of_slopes, r.one[at(b) * one.gradient.size() + i], one.gradient[i], one.sizes[i]);
     for (std::size_t i = 0; i < two.gradient.size(); ++i)
-      judge<T>(r.two[at(b) * two.gradient.size() + i], two.gradient[i], two.sizes[i]);
+      judge<T>(of_slopes, r.two[at(b) * two.gradient.size() + i], two.gradient[i], two.sizes[i]);
   }
-  judge<T>(r.value, total, total_size);
+  judge<T>(of_values, r.value, total, total_size);
+  report_accuracy<T>(loss, "", in_allowances, of_values, of_slopes);
 }
 
 template <class T>
@@ -155,7 +159,8 @@ TEMPLATE_TEST_CASE("mmi_anti_lm: the definition", "[mmi]", float, double) {
       z.labels = x.labels;
       for (const double penalty : {0.0, 0.25, 1.5})
         for (const index first : {0, 3, 100})
-          compare(anti_lm(x, z,
+          compare("mmi_anti_lm",
+                  anti_lm(x, z,
                           {.penalty = static_cast<T>(penalty),
                            .penalised = first,
                            .length_reward = T(0.125),
@@ -173,7 +178,7 @@ TEMPLATE_TEST_CASE("mmi_bidirectional: the definition", "[mmi]", float, double) 
         {.backward = static_cast<T>(share), .length_reward = T(-0.5), .reduction = sum})(
         x.view(), x.label_view(), perdita::scored_labels(z.view(), z.label_view()), r.first(x),
         r.second(z), {.values = r.values});
-    compare(r, x, z, 1 - share, share, 100, -0.5);
+    compare("mmi_bidirectional", r, x, z, 1 - share, share, 100, -0.5);
     CHECK(perdita::mmi_bidirectional<T>(
               {.backward = static_cast<T>(share), .length_reward = T(-0.5), .reduction = sum})(
               x.view(), x.label_view(), perdita::scored_labels(z.view(), z.label_view())) ==

@@ -13,6 +13,7 @@
 #include <string>
 #include <vector>
 
+#include "support/accuracy.hpp"
 #include "support/catch.hpp"
 #include "support/executors.hpp"
 #include "support/map_rows.hpp"
@@ -147,6 +148,7 @@ TEMPLATE_TEST_CASE("normmax: values of every kind of row", "[normmax]", float, d
   const wide epsilon = std::numeric_limits<T>::epsilon();
   std::size_t compared = 0, wrong = 0;
   std::string last;
+  error_judge errors_of_p;
   for (const double alpha : alphas)
     for (const index cols : {1, 2, 3, 17, 100, 1100}) {
       const row_major<T> x = make_rows<T>(cols);
@@ -166,7 +168,8 @@ TEMPLATE_TEST_CASE("normmax: values of every kind of row", "[normmax]", float, d
           least += e.base[j] > errors.fine;
           most += e.base[j] > -errors.fine;
           ++compared;
-          if (!(size_of(wide(p(r, c)) - e.p[j]) <= allowed) || (outside && p(r, c) != 0)) {
+          if (!errors_of_p.within(size_of(wide(p(r, c)) - e.p[j]), 1, allowed) ||
+              (outside && p(r, c) != 0)) {
             ++wrong;
             last = "alpha " + perdita::core::to_text(alpha) + ", " + std::to_string(cols) +
                    " columns, row " + std::to_string(r) + ", column " + std::to_string(c) + ": " +
@@ -187,6 +190,7 @@ TEMPLATE_TEST_CASE("normmax: values of every kind of row", "[normmax]", float, d
       perdita::normmax(x, serial, {.alpha = alpha, .run_on = perdita::serial});
       CHECK(same_bits(p, serial));
     }
+  report_accuracy<T>("normmax", "", in_allowances, {errors_of_p.worst(), -1, errors_of_p.share()});
   INFO(wrong << " of " << compared << " wrong, the last: " << last);
   CHECK(wrong == 0);
   CHECK(compared > 50000);
@@ -197,6 +201,7 @@ TEMPLATE_TEST_CASE("normmax: backward", "[normmax]", float, double) {
   const wide epsilon = std::numeric_limits<T>::epsilon();
   std::size_t compared = 0, wrong = 0;
   std::string last;
+  error_judge of_slopes;
   for (const double alpha : {1.25, 1.5, 2., 3.})
     for (const index cols : {1, 2, 3, 17, 300}) {
       const row_major<T> x = make_rows<T>(cols);
@@ -228,7 +233,7 @@ TEMPLATE_TEST_CASE("normmax: backward", "[normmax]", float, double) {
                              wide(std::numeric_limits<T>::min());
           const T result = got(r, static_cast<index>(j));
           ++compared;
-          if (!(size_of(wide(result) - expected) <= error)) {
+          if (!of_slopes.within(size_of(wide(result) - expected), 1, error)) {
             ++wrong;
             last = "alpha " + perdita::core::to_text(alpha) + ", " + std::to_string(cols) +
                    " columns, row " + std::to_string(r) + ", column " + std::to_string(j) + ": " +
@@ -246,6 +251,8 @@ TEMPLATE_TEST_CASE("normmax: backward", "[normmax]", float, double) {
       perdita::normmax_backward(p, over_d, over_d, {.alpha = alpha});
       CHECK(same_bits(got, over_d));
     }
+  report_accuracy<T>("normmax", "backward", in_allowances,
+                     {-1, of_slopes.worst(), of_slopes.share()});
   INFO(wrong << " of " << compared << " wrong, the last: " << last);
   CHECK(wrong == 0);
   CHECK(compared > 20000);

@@ -14,6 +14,7 @@
 #include <perdita/cross_entropy.hpp>
 #include <perdita/testing/gradient_check.hpp>
 
+#include "support/accuracy.hpp"
 #include "support/catch.hpp"
 #include "support/executors.hpp"
 #include "support/numbers.hpp"
@@ -114,7 +115,7 @@ TEMPLATE_TEST_CASE("pairwise_preference: value and gradients", "[pairwise_prefer
                    double) {
   using T = TestType;
   random_numbers random(51);
-  double worst = 0;
+  error_judge of_values, of_slopes;
   for (const weights_of w :
        {weights_of{1, 1, 1}, weights_of{2, 0, 0}, weights_of{0, 3, 0}, weights_of{0.5, 0.25, 2}})
     for (const std::size_t heads : {1U, 2U, 3U, 9U})
@@ -131,20 +132,21 @@ TEMPLATE_TEST_CASE("pairwise_preference: value and gradients", "[pairwise_prefer
             // The terms differ in sign: errors are in units of what they are made of.
             const wide scale = wide(std::numeric_limits<T>::epsilon()) *
                                (1 + w.preference + w.consistency + w.diversity);
-            const auto add = [&](T got, const wide& expected, const wide& size) {
-              worst = std::max(worst,
-                               static_cast<double>(size_of(wide(got - expected)) / (scale * size)));
+            const auto add = [&](error_judge& of, T got, const wide& expected, const wide& size) {
+              of.within(size_of(wide(got - expected)), 2, scale * size);
             };
-            add(value, e.value, 1 + 2 * spread);
+            add(of_values, value, e.value, 1 + 2 * spread);
             for (int side = 0; side < 2; ++side) {
               for (std::size_t k = 0; k < classes; ++k)
-                add(one.of_c[side][k], e.logits[side][k], 1);
+                add(of_slopes, one.of_c[side][k], e.logits[side][k], 1);
               for (std::size_t h = 0; h < heads; ++h)
-                add(one.of_s[side][h], e.scores[side][h], 1);
+                add(of_slopes, one.of_s[side][h], e.scores[side][h], 1);
             }
           }
-  INFO(worst);
-  CHECK(worst < 2);
+  report_accuracy<T>("pairwise_preference", "", in_epsilons_of_terms, of_values, of_slopes);
+  INFO(of_values.worst() << " and " << of_slopes.worst());
+  CHECK(of_values.all_within());
+  CHECK(of_slopes.all_within());
 }
 
 TEST_CASE("pairwise_preference: digits of a gradient that is nearly 0", "[pairwise_preference]") {

@@ -99,6 +99,12 @@ TEMPLATE_TEST_CASE("robust_log_loss: special rows", "[rll]", float, double) {
 TEST_CASE("robust_log_loss: options out of range are refused", "[rll]") {
   using Catch::Matchers::ContainsSubstring;
   CHECK_THROWS_WITH(perdita::robust_log_loss<float>({.a = 0}), ContainsSubstring("a is 0"));
+  CHECK_THROWS_WITH(perdita::robust_log_loss<float>({.a = 1e-40F}),
+                    ContainsSubstring("not subnormal"));
+  CHECK_THROWS_WITH(perdita::robust_log_loss<double>({.a = 1e-310}),
+                    ContainsSubstring("not subnormal"));
+  CHECK_NOTHROW(perdita::robust_log_loss<float>({.a = std::numeric_limits<float>::min()}));
+  CHECK_NOTHROW(perdita::robust_log_loss<double>({.a = 1e-40}));
 }
 
 } // namespace perdita_tests

@@ -10,6 +10,7 @@
 
 #include <perdita/testing/gradient_check.hpp>
 
+#include "support/accuracy.hpp"
 #include "support/catch.hpp"
 #include "support/executors.hpp"
 #include "support/numbers.hpp"
@@ -102,7 +103,7 @@ TEMPLATE_TEST_CASE("thurstone_fidelity: value and gradients", "[scoring]", float
   random_numbers random(21);
   const wide epsilon = std::numeric_limits<T>::epsilon();
   const wide rounding = std::numeric_limits<double>::epsilon();
-  wide value_error = 0, slope_error = 0;
+  error_judge of_values, of_slopes;
   for (const T variance : {T(0), T(2)})
     for (const T smoothing : {T(0), T(1e-8)})
       for (const std::size_t n : {1U, 5U, 11U})
@@ -127,25 +128,25 @@ TEMPLATE_TEST_CASE("thurstone_fidelity: value and gradients", "[scoring]", float
           CHECK(value == loss(x, y, targets));
           for (std::size_t r = 0; r < rows; ++r) {
             const auto e = expect(row(a, r, n), row(b, r, n), targets[r], variance, smoothing);
-            const auto check = [](wide& worst, const wide& got, const wide& expected,
+            const auto check = [](error_judge& judge, const wide& got, const wide& expected,
                                   const wide& size) {
-              worst = larger(worst, size_of(wide(got - expected)) /
-                                        (size + std::numeric_limits<T>::min()));
+              judge.within(size_of(wide(got - expected)), 1, size + std::numeric_limits<T>::min());
             };
-            check(value_error, values[r], e.value,
+            check(of_values, values[r], e.value,
                   epsilon * size_of(e.value) +
                       rounding * (8 * wide(smoothing > 0) + 8 * e.value_size));
             for (std::size_t k = 0; k < n; ++k) {
-              check(slope_error, da[r * n + k], e.slopes[0][k],
+              check(of_slopes, da[r * n + k], e.slopes[0][k],
                     epsilon * size_of(e.slopes[0][k]) + rounding * 8 * (1 + width) * e.sizes[0][k]);
-              check(slope_error, db[r * n + k], e.slopes[1][k],
+              check(of_slopes, db[r * n + k], e.slopes[1][k],
                     epsilon * size_of(e.slopes[1][k]) + rounding * 8 * (1 + width) * e.sizes[1][k]);
             }
           }
         }
-  INFO(text(value_error) << " and " << text(slope_error));
-  CHECK(value_error < 1);
-  CHECK(slope_error < 1);
+  report_accuracy<T>("thurstone_fidelity", "", in_allowances, of_values, of_slopes);
+  INFO(of_values.worst() << " and " << of_slopes.worst());
+  CHECK(of_values.all_within());
+  CHECK(of_slopes.all_within());
 }
 
 TEST_CASE("thurstone_fidelity: golden value, derivatives, binary labels", "[scoring]") {
@@ -243,6 +244,8 @@ TEST_CASE("thurstone_fidelity: special rows, calls, threads", "[scoring]") {
 
 TEST_CASE("gaussian_levels: mean, sum and the formula", "[scoring]") {
   const wide root = 2; // only so that the expressions below are wide
+  const double epsilon = std::numeric_limits<double>::epsilon();
+  error_judge of_shares;
   for (const level_mass mass : {level_mass::interval, level_mass::density})
     for (const double s : {0.3, 0.7, 1.1})
       for (const double m : {2.1, 2.7, 2.95, 2.9999999, 3.0000001, 3.4, 3.9}) {
@@ -265,7 +268,7 @@ TEST_CASE("gaussian_levels: mean, sum and the formula", "[scoring]") {
           const double share = p[static_cast<std::size_t>(5 - j)];
           const wide expected = larger(wide(alpha * raw[j - 1] + beta), wide(0)) / total;
           INFO(m << ", " << s << ": " << share << " for " << text(expected));
-          CHECK(size_of(wide(share - expected)) < 2e-15);
+          CHECK(of_shares.within(size_of(wide(share - expected)), 2e-15 / epsilon, epsilon));
           sum += share;
           mean += j * share;
         }
@@ -273,6 +276,8 @@ TEST_CASE("gaussian_levels: mean, sum and the formula", "[scoring]") {
         if (total < wide(1 + 1e-12))
           CHECK(std::abs(mean - m) < 1e-14);
       }
+  report_accuracy<double>("gaussian_levels", "", in_epsilons_absolute,
+                          {of_shares.worst(), -1, of_shares.share()});
 }
 
 TEST_CASE("gaussian_levels: centre, ends, small and large deviations", "[scoring]") {

@@ -12,6 +12,7 @@
 #include <stdexcept>
 #include <vector>
 
+#include "support/accuracy.hpp"
 #include "support/catch.hpp"
 #include "support/executors.hpp"
 #include "support/numbers.hpp"
@@ -28,13 +29,15 @@ constexpr auto sum = perdita::reduction::sum;
 std::size_t at(index n) { return static_cast<std::size_t>(n); }
 
 /// `budget` epsilons of double of what a number is made of, in float one of the result.
-template <class T> void near(const wide& got, const wide& want, const wide& size, double budget) {
+template <class T>
+void near(error_judge& of, const wide& got, const wide& want, const wide& size, double budget) {
   const wide own = sizeof(T) == 4 ? wide(std::numeric_limits<T>::epsilon()) : wide(0);
   if (got == want)
     return;
-  CHECK(size_of(wide(got - want)) <=
-        own * size_of(want) + budget * wide(std::numeric_limits<double>::epsilon()) * size +
-            (sizeof(T) == 4 ? wide(1e-37) : wide(1e-298)));
+  CHECK(of.within(size_of(wide(got - want)), 1,
+                  own * size_of(want) +
+                      budget * wide(std::numeric_limits<double>::epsilon()) * size +
+                      (sizeof(T) == 4 ? wide(1e-37) : wide(1e-298))));
 }
 
 template <class T> struct problem {
@@ -106,6 +109,7 @@ results<T> evaluate(const problem<T>& p, perdita::reduction reduction = sum,
 
 TEMPLATE_TEST_CASE("set_cross_entropy: all orders, one by one", "[set_order]", float, double) {
   using T = TestType;
+  error_judge of_values, of_slopes;
   for (const std::uint64_t seed : {1U, 2U, 3U})
     for (const double spread : {0.5, 4.0, 60.0}) {
       const auto p = make<T>(12, 6, 9, 5, spread, seed);
@@ -130,12 +134,13 @@ TEMPLATE_TEST_CASE("set_cross_entropy: all orders, one by one", "[set_order]", f
             }
             const wide share = exp(wide(-cross_entropy(p, b, t, static_cast<int>(k))));
             const bool own = k == order[at(t)];
-            near<T>(g, own ? wide(share - 1) : share, own ? wide(1) : share, 8 + spread);
+            near<T>(of_slopes, g, own ? wide(share - 1) : share, own ? wide(1) : share, 8 + spread);
           }
         }
-        near<T>(r.values[at(b)], value, wide(value + 1e-30), 8 + 2 * spread);
+        near<T>(of_values, r.values[at(b)], value, wide(value + 1e-30), 8 + 2 * spread);
       }
     }
+  report_accuracy<T>("set_cross_entropy", "", in_allowances, of_values, of_slopes);
 }
 
 TEMPLATE_TEST_CASE("set_cross_entropy: large sets come back from any order", "[set_order]", float,
@@ -214,6 +219,7 @@ TEMPLATE_TEST_CASE("set_cross_entropy: special scores, call options, threads", "
 TEMPLATE_TEST_CASE("order_search: the definition", "[set_order]", float, double) {
   using T = TestType;
   random_numbers random(7);
+  error_judge of_values, of_slopes;
   for (const index n : {1, 2, 6, 24, 120})
     for (const double spread : {1.0, 30.0, 900.0}) {
       std::vector<T> l(at(3 * n)), g(l.size()), values(3);
@@ -232,18 +238,20 @@ TEMPLATE_TEST_CASE("order_search: the definition", "[set_order]", float, double)
                      want = -(kind == orderings::best  ? z[at(best)]
                               : kind == orderings::any ? lse
                                                        : mean);
-          near<T>(values[at(r)], want, wide(size_of(want) + size_of(z[at(best)]) + 1), 4);
+          near<T>(of_values, values[at(r)], want, wide(size_of(want) + size_of(z[at(best)]) + 1),
+                  4);
           total += want;
           for (index j = 0; j < n; ++j) {
             const wide slope = kind == orderings::best  ? wide(j == best ? -1 : 0)
                                : kind == orderings::any ? wide(-exp(wide(z[at(j)] - lse)))
                                                         : wide(-1 / wide(static_cast<double>(n)));
-            near<T>(g[at(r * n + j)], slope, size_of(slope), 8 + 2 * spread);
+            near<T>(of_slopes, g[at(r * n + j)], slope, size_of(slope), 8 + 2 * spread);
           }
         }
-        near<T>(value, total, wide(size_of(total) + 3 * spread + 3), 4);
+        near<T>(of_values, value, total, wide(size_of(total) + 3 * spread + 3), 4);
       }
     }
+  report_accuracy<T>("order_search", "", in_allowances, of_values, of_slopes);
 }
 
 TEMPLATE_TEST_CASE("order_search: special values, weights, none", "[set_order]", float, double) {

@@ -104,13 +104,25 @@ public:
       worst_ = std::max(worst_, static_cast<double>(wide(error / unit)));
       share_ = std::max(share_, static_cast<double>(wide(error / (budget * unit))));
     }
-    return error <= budget * unit;
+    const bool right = error <= budget * unit; // not if it is NaN
+    all_within_ = all_within_ && right;
+    return right;
   }
+  bool all_within() const { return all_within_; }
   double worst() const { return worst_; }
   double share() const { return share_; }
 
 private:
   double worst_ = 0, share_ = 0;
+  bool all_within_ = true;
 };
+
+template <class T>
+void report_accuracy(const std::string& loss, const std::string& detail, const char* in,
+                     const error_judge& values, const error_judge& gradient) {
+  report_accuracy<T>(
+      loss, detail, in,
+      {values.worst(), gradient.worst(), std::max(values.share(), gradient.share())});
+}
 
 } // namespace perdita_tests

@@ -84,7 +84,9 @@ public:
   virtual bool has_softmax() const = 0;
 };
 
-template <class Loss> class row_subject_of final : public row_subject<typename Loss::value_type> {
+/// Without `Labels`, only what soft targets need is compiled.
+template <class Loss, bool Labels = true>
+class row_subject_of final : public row_subject<typename Loss::value_type> {
 public:
   using T = typename Loss::value_type;
   explicit row_subject_of(Loss loss) : loss_(std::move(loss)) {}
@@ -117,10 +119,12 @@ private:
                    call.options);
     };
     if constexpr (Loss::takes_soft_targets) {
-      if (call.soft)
-        return with(view(static_cast<const S*>(call.soft), call.soft_at));
+      if (call.soft || !Labels) // no rows: no targets either
+        return with(
+            view(static_cast<const S*>(call.soft), call.soft ? call.soft_at : call.scores_at));
     }
-    return with(perdita::vector_view<const std::int64_t>(call.labels, call.label_count));
+    if constexpr (Labels)
+      return with(perdita::vector_view<const std::int64_t>(call.labels, call.label_count));
   }
 
   Loss loss_;
