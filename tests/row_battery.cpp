@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <string>
 #include <vector>
 
 #include "support/catch.hpp"
@@ -15,17 +16,19 @@
 namespace perdita_tests {
 
 template <class T> void check_row_loss(const row_descriptor<T>& d) {
-  SECTION("the reference's gradient is its derivative") { check_reference(d); }
-  SECTION("values and gradients of every setting") { check_accuracy(d); }
-  SECTION("shapes") { check_shapes(d); }
-  SECTION("NaN") { check_nan(d); }
-  SECTION("the same bits however it is asked") { check_same_bits(d); }
-  SECTION("sixteen-bit storage") { check_storage(d); }
-  SECTION("differences of values") { check_differences(d); }
-  SECTION("what the traits say") { check_mathematics(d); }
-  SECTION("rows that do not count") { check_edges(d); }
-  SECTION("errors") { check_errors(d); }
-  SECTION("threads") { check_threads(d, false); }
+  // By name, because a test case runs sections of one name and place once only.
+  const std::string of = d.name() + ": ";
+  SECTION(of + "the reference's gradient is its derivative") { check_reference(d); }
+  SECTION(of + "values and gradients of every setting") { check_accuracy(d); }
+  SECTION(of + "shapes") { check_shapes(d); }
+  SECTION(of + "NaN") { check_nan(d); }
+  SECTION(of + "the same bits however it is asked") { check_same_bits(d); }
+  SECTION(of + "sixteen-bit storage") { check_storage(d); }
+  SECTION(of + "differences of values") { check_differences(d); }
+  SECTION(of + "what the traits say") { check_mathematics(d); }
+  SECTION(of + "rows that do not count") { check_edges(d); }
+  SECTION(of + "errors") { check_errors(d); }
+  SECTION(of + "threads") { check_threads(d, false); }
 }
 
 template void check_row_loss(const row_descriptor<float>&);
