@@ -104,10 +104,10 @@ TEMPLATE_TEST_CASE("certified: value and gradients of bounds and of margins", "[
                              matrix_view<T>(du.data(), 1, m));
         CHECK(value == loss(lower, upper, label));
         const expectation e(b.margins(y), y);
-        worst_value = std::max(worst_value, relative(value, e.value));
-        worst = std::max(worst, relative(T(-dl[y]), e.miss));
+        worst_value = worse(worst_value, relative(value, e.value));
+        worst = worse(worst, relative(T(-dl[y]), e.miss));
         for (std::size_t k = 0; k < n; ++k) {
-          worst = std::max(worst, relative(du[k], e.share[k]));
+          worst = worse(worst, relative(du[k], e.share[k]));
           CHECK((k == y || dl[k] == 0));
         }
         // margins that are T
@@ -120,9 +120,9 @@ TEMPLATE_TEST_CASE("certified: value and gradients of bounds and of margins", "[
         const expectation f(given, y);
         const T of_margins = perdita::certified_margin_loss<T>()(
             matrix_view<const T>(margins.data(), 1, m), label, matrix_view<T>(dm.data(), 1, m));
-        worst_value = std::max(worst_value, relative(of_margins, f.value));
+        worst_value = worse(worst_value, relative(of_margins, f.value));
         for (std::size_t k = 0; k < n; ++k)
-          worst = std::max(worst, relative(T(-dm[k]), f.share[k]));
+          worst = worse(worst, relative(T(-dm[k]), f.share[k]));
       }
   const double budget = sizeof(T) == 4 ? 2 : 64; // e^u in double, u to 60
   report_accuracy<T>("certified_cross_entropy, certified_margin_loss", "", in_epsilons,
@@ -388,7 +388,7 @@ TEMPLATE_TEST_CASE("certified_linear: value and all gradients", "[certified]", f
   double worst_value = 0, worst = 0;
   for (const double share : {0.0, 1.0, 0.375}) {
     const T value = in.run({{.crown_share = share, .reduction = reduction::sum}});
-    worst_value = std::max(worst_value, relative(value, expect_layer(in, 0, 0, 0, share)));
+    worst_value = worse(worst_value, relative(value, expect_layer(in, 0, 0, 0, share)));
     const auto gradients = in.gradients();
     for (int which = 0; which < 4; ++which)
       for (std::size_t i = 0; i < gradients[static_cast<std::size_t>(which)].size(); ++i) {
@@ -396,8 +396,8 @@ TEMPLATE_TEST_CASE("certified_linear: value and all gradients", "[certified]", f
         const auto at = [&](int n) { return expect_layer(in, which, i, wide(n * step), share); };
         const wide expected = (8 * (at(1) - at(-1)) - (at(2) - at(-2))) / (12 * step);
         const wide got = gradients[static_cast<std::size_t>(which)][i];
-        worst = std::max(worst, static_cast<double>(size_of(wide(got - expected)) /
-                                                    (epsilon * (size_of(expected) + 0.25))));
+        worst = worse(worst, static_cast<double>(size_of(wide(got - expected)) /
+                                                 (epsilon * (size_of(expected) + 0.25))));
       }
   }
   report_accuracy<T>("certified_linear", "", in_epsilons_of_terms,

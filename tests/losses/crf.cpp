@@ -443,7 +443,7 @@ struct judge {
     if (same)
       return;
     const wide ratio = size_of(wide(got - want)) / allowed;
-    worst = ratio <= worst ? worst : ratio; // NaN stays
+    worst = worse(worst, ratio);
   }
 };
 

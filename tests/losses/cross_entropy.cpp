@@ -501,7 +501,7 @@ TEMPLATE_TEST_CASE("cross_entropy: second derivatives", "[cross_entropy]", float
           const T got = k % 2 == 0 ? diagonal[at] : product[at];
           const wide error = size_of(wide(got) - exact[k]) / (largest * epsilon);
           ++compared;
-          worst = std::max(worst, static_cast<double>(error));
+          worst = worse(worst, static_cast<double>(error));
           if (!(error <= budget) && wrong++ == 0)
             where = d.describe(setting) + ", " + std::to_string(cols) + " columns, row " +
                     std::to_string(r) + (k % 2 == 0 ? ", diagonal " : ", product ") +

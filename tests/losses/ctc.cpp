@@ -480,7 +480,7 @@ void check(const problem<T>& p, const char* what, Reference reference) {
     const wide allowed =
         own * size_of(want) + error * wide(std::numeric_limits<double>::epsilon()) + least;
     const wide ratio = size_of(wide(got - want)) / allowed;
-    worst = ratio <= worst ? worst : ratio;
+    worst = worse(worst, ratio);
   };
   for (index b = 0; b < p.sequences(); ++b) {
     const expected e = reference(p, b);

@@ -297,7 +297,7 @@ TEST_CASE("distillation: a student near its teacher", "[distillation]") {
                            : kind == 1 ? wide(2 * p.p(k) * (r[k] - mean))
                                        : wide(1.5 * p.p(k) * (r[k] - mean));
         const wide size = p.p(k) * apart;
-        worst = std::max(worst, static_cast<double>(size_of(wide(wide(g[k]) - slope)) / size));
+        worst = worse(worst, static_cast<double>(size_of(wide(wide(g[k]) - slope)) / size));
       }
       CHECK(worst < 1e-13);
     }

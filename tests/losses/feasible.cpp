@@ -104,7 +104,7 @@ TEMPLATE_TEST_CASE("feasible: one step of both players against the formula", "[f
         }
         wide worst = 0;
         for (std::size_t k = 0; k < g.size(); ++k)
-          worst = larger(worst, size_of(wide(g[k] - 2 * share * slopes[k])));
+          worst = worse(worst, size_of(wide(g[k] - 2 * share * slopes[k])));
         CHECK(of_slopes.within(worst, 8, epsilon));
         perdita::cross_entropy<T>()(b.view(), b.labels,
                                     {.row_weights = b.row_weights, .hits = expected_hits});

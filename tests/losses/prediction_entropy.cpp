@@ -124,8 +124,8 @@ TEMPLATE_TEST_CASE("prediction_entropy: value and gradient against the formula",
                                  epsilon * weights[i] * e.entropy[i]));
         wide worst = 0;
         for (std::size_t k = 0; k < g.size(); ++k)
-          worst = larger(worst,
-                         size_of(wide(g[k] - 3 * e.gradient[k])) / (3 * e.sizes[k] + wide(1e-40L)));
+          worst = worse(worst,
+                        size_of(wide(g[k] - 3 * e.gradient[k])) / (3 * e.sizes[k] + wide(1e-40L)));
         CHECK(of_slopes.within(worst, 2 + 8 * (1 + 4 * width) * (epsilon < 1e-10), epsilon));
       }
   report_accuracy<T>(

@@ -112,7 +112,7 @@ TEMPLATE_TEST_CASE("loss_based_weights: the formula", "[reweighting]", float, do
           perdita::loss_based_weights(losses, weights, o);
           wide worst = 0, sum = 0;
           for (std::size_t i = 0; i < n; ++i) {
-            worst = larger(worst, size_of(wide(weights[i] / expected[i] - 1)));
+            worst = worse(worst, size_of(wide(weights[i] / expected[i] - 1)));
             sum += weights[i];
           }
           // Of h, a few epsilons of double, and 1/r of them in the exponent.
@@ -191,8 +191,8 @@ TEMPLATE_TEST_CASE("reweighted: value, gradient and by-products against the form
         CHECK((lse[i] != 0) == (counts[i] != 0));
         for (std::size_t j = 0; j < cols; ++j) {
           const wide exact = size * w[i] * slopes[i * cols + j];
-          worst = larger(worst, size_of(wide(g[i * cols + j] - exact)) /
-                                    larger(size * w[i], wide(1e-30L)));
+          worst = worse(worst,
+                        size_of(wide(g[i * cols + j] - exact)) / larger(size * w[i], wide(1e-30L)));
         }
       }
       CHECK(of_slopes.within(worst, 16, epsilon));

@@ -168,10 +168,8 @@ template <class T> void check(const problem<T>& p, const char* what, double budg
           {}, kind);
       const auto judge = [&](wide& worst, const wide& got, const wide& want, const wide& size) {
         const wide error = size_of(wide(got - want));
-        if (!(error == 0)) // NaN stays
-          worst = error / (epsilon * size + least) <= worst
-                      ? worst
-                      : wide(error / (epsilon * size + least));
+        if (!(error == 0))
+          worst = worse(worst, error / (epsilon * size + least));
       };
       wide total = 0;
       for (index row = 0; row < p.sequences * p.steps; ++row) {

@@ -104,9 +104,9 @@ TEMPLATE_TEST_CASE("smooth_adversarial: value and both gradients", "[adversarial
             total += e.value;
             const wide size = 1 + nu + exp(wide((1 - tau) * 20));
             for (std::size_t k = 0; k < classes; ++k) {
-              worst = larger(worst, size_of(wide(wide(at(dh)[k]) - e.clean[k])) /
-                                        larger(size_of(e.clean[k]), wide(nu > 0 ? 0.1 : 0)));
-              worst = larger(worst, size_of(wide(wide(at(da)[k]) - e.adversarial[k])) / size);
+              worst = worse(worst, size_of(wide(wide(at(dh)[k]) - e.clean[k])) /
+                                       larger(size_of(e.clean[k]), wide(nu > 0 ? 0.1 : 0)));
+              worst = worse(worst, size_of(wide(wide(at(da)[k]) - e.adversarial[k])) / size);
             }
           }
           INFO("tau " << tau << ", rho " << rho << ", nu " << nu << ", classes " << classes << ": "

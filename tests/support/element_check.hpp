@@ -120,7 +120,7 @@ template <class T> bool near(T got, wide expected, wide size, double budget, dou
     return false;
   const wide error = size_of(wide(static_cast<double>(got)) - expected);
   if (size > 0 && error > 2 * least)
-    worst = std::max(worst, static_cast<double>(error / (epsilon * size)));
+    worst = worse(worst, static_cast<double>(error / (epsilon * size)));
   return error <= allowed;
 }
 

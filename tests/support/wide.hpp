@@ -48,6 +48,9 @@ inline bool is_nan(const wide& x) { return !(x == x); }
 inline bool is_finite(const wide& x) { return x - x == 0; }
 inline wide larger(const wide& a, const wide& b) { return a > b ? a : b; }
 inline wide smaller(const wide& a, const wide& b) { return a < b ? a : b; }
+/// The worse of two errors; NaN is the worst, and stays.
+inline wide worse(const wide& a, const wide& b) { return a != a || a >= b ? a : b; }
+inline double worse(double a, double b) { return a != a || a >= b ? a : b; }
 inline wide size_of(const wide& x) { return x < 0 ? wide(-x) : x; }
 
 /// 0 · log 0 = 0: a term without weight does not count, whatever the other factor is.
