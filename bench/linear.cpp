@@ -183,21 +183,6 @@ double available_memory() {
   return result;
 }
 
-/// Long enough for its start not to count.
-struct peak {
-  static constexpr int repeats = 1000;
-  static double operations(std::size_t threads) {
-    return 2.0 * multiply_adds::count * repeats * static_cast<double>(threads);
-  }
-  static void run(const perdita::executor& run_on) {
-    const auto task = [](std::size_t) {
-      for (int i = 0; i < repeats; ++i)
-        multiply_adds::run();
-    };
-    run_on(run_on.concurrency(), task);
-  }
-};
-
 // ---- named shapes
 
 /// What the turns of one shape on some threads gave.

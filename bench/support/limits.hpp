@@ -9,6 +9,7 @@
 
 #include <benchmark/benchmark.h>
 
+#include <perdita/core/executor.hpp>
 #include <perdita/core/math.hpp>
 #include <perdita/core/simd.hpp>
 
@@ -100,6 +101,21 @@ struct multiply_adds {
       core::detail::unrolled<static_cast<std::ptrdiff_t>(chains)>([&](
           auto k) __attribute__((always_inline)) { x[k] = core::fma(x[k], a, b); });
     benchmark::DoNotOptimize(x);
+  }
+};
+
+/// The same on every thread, long enough for its start not to count.
+struct peak {
+  static constexpr int repeats = 1000;
+  static double operations(std::size_t threads) {
+    return 2.0 * multiply_adds::count * repeats * static_cast<double>(threads);
+  }
+  static void run(const perdita::executor& run_on) {
+    const auto task = [](std::size_t) {
+      for (int i = 0; i < repeats; ++i)
+        multiply_adds::run();
+    };
+    run_on(run_on.concurrency(), task);
   }
 };
 

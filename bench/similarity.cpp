@@ -1,0 +1,242 @@
+// SPDX-License-Identifier: MIT
+
+// The similarity head, value and gradients, against the same loss by way of the whole matrix.
+//
+//   build/bench/bench/bench_similarity --benchmark_filter='(info_nce|clip)/8192x1024/'
+//   PERDITA_BENCH_LARGE=1 ...    with 16384 and 32768 rows, which take minutes
+//
+// similarity/LOSS/ROWSxFEATURES/threads:N, LOSS being "info_nce" (rows only), "clip" (both
+// directions) or "nt_xent" (a matrix with itself, a partner for each row). Counters:
+//
+//   x_peak          useful operations per second (8 N² D; nt_xent 4 N² D) ÷ those of multiply-adds
+//                   in registers, by as many threads
+//   x_materialised  time of normalising, making all scores, cross-entropy of rows (and of columns),
+//                   two more products and the projection, all from the library's blocks of products
+//                   ÷ ours; to 8192 rows, and not for nt_xent
+//   seconds         of one call
+//   scratch_bytes   of the workspace
+//   extra_bytes     growth of the peak of the resident memory during the first call
+//   noise           median ÷ lower quartile of ours
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <numeric>
+#include <string>
+#include <vector>
+
+#include <benchmark/benchmark.h>
+
+#include <perdita/cross_entropy.hpp>
+#include <perdita/similarity.hpp>
+
+#include "support/limits.hpp"
+#include "support/linear_problem.hpp"
+#include "support/pipelines.hpp"
+#include "support/pool.hpp"
+#include "support/resident.hpp"
+#include "support/sampling.hpp"
+
+namespace bench {
+namespace {
+
+enum class kind { info_nce, clip, nt_xent };
+const char* name(kind k) {
+  return k == kind::info_nce ? "info_nce" : k == kind::clip ? "clip" : "nt_xent";
+}
+constexpr float scale = 14;
+
+/// Embeddings of which each has a partner that is like it.
+struct embeddings {
+  matrix x, y, d_x, d_y;
+  std::vector<std::int64_t> labels;
+
+  embeddings(index n, index d) : x(n, d), y(n, d), d_x(n, d), d_y(n, d) {
+    const random_numbers one{1}, other{2};
+    for (index i = 0; i < x.size(); ++i) {
+      x.data()[i] = one.normal(i);
+      y.data()[i] = one.normal(i) + 2 * other.normal(i);
+    }
+    labels.resize(static_cast<std::size_t>(n));
+    std::iota(labels.begin(), labels.end(), 0);
+  }
+};
+
+class whole_matrix {
+public:
+  whole_matrix(const embeddings& e, kind k, const pool& run_on)
+      : e_(e), kind_(k), run_on_(run_on), products_(executor_), unit_x_(e.x.rows(), e.x.cols()),
+        unit_y_(e.y.rows(), e.y.cols()), scores_(e.x.rows(), e.y.rows()),
+        slopes_(e.x.rows(), e.y.rows()), d_x(e.x.rows(), e.x.cols()), d_y(e.y.rows(), e.y.cols()) {}
+
+  float run() {
+    normalise(e_.x, unit_x_, norm_x_);
+    normalise(e_.y, unit_y_, norm_y_);
+    products_.scores(unit_x_, unit_y_, scores_);
+    scale_all(scores_);
+    perdita::call_options<float> call;
+    call.run_on = run_on_;
+    const bool both = kind_ == kind::clip;
+    call.scale = both ? scale / 2 : scale;
+    float value = loss_(scores_.read(), e_.labels, slopes_.view(), call);
+    if (both) {
+      const index n = scores_.rows();
+      const matrix_view<const float> columns(scores_.data(), n, n, 1, n);
+      const matrix_view<float> to(slopes_.data(), n, n, 1, n);
+      call.accumulate = true;
+      value = (value + loss_(columns, e_.labels, to, call)) / 2;
+    }
+    products_.to_hidden(slopes_, unit_y_, d_x);
+    products_.to_weights(slopes_, unit_x_, d_y);
+    project(d_x, unit_x_, norm_x_);
+    project(d_y, unit_y_, norm_y_);
+    return value;
+  }
+
+private:
+  template <class F> void for_rows(index rows, const F& f) const {
+    const auto task = [&](std::size_t i) {
+      const auto first = static_cast<index>(i) * 64;
+      for (index r = first; r < std::min(rows, first + 64); ++r)
+        f(r);
+    };
+    run_on_(static_cast<std::size_t>((rows + 63) / 64), task);
+  }
+  static float dot(const float* a, const float* b, index n) {
+    lanes sum(0);
+    for (index i = 0; i < n; i += static_cast<index>(width))
+      sum = core::fma(lanes::load(a + i), lanes::load(b + i), sum);
+    return core::sum_lanes(sum);
+  }
+  void normalise(const matrix& from, const matrix& to, std::vector<float>& norms) const {
+    norms.resize(static_cast<std::size_t>(from.rows()));
+    for_rows(from.rows(), [&](index r) {
+      const float norm = std::sqrt(dot(from.row(r), from.row(r), from.cols()));
+      norms[static_cast<std::size_t>(r)] = norm;
+      for (index c = 0; c < from.cols(); ++c)
+        to.row(r)[c] = from.row(r)[c] / norm;
+    });
+  }
+  void scale_all(const matrix& m) const {
+    for_rows(m.rows(), [&](index r) {
+      for (index c = 0; c < m.cols(); ++c)
+        m.row(r)[c] *= scale;
+    });
+  }
+  void project(const matrix& g, const matrix& unit, const std::vector<float>& norms) const {
+    for_rows(g.rows(), [&](index r) {
+      const float along = dot(g.row(r), unit.row(r), g.cols()),
+                  norm = norms[static_cast<std::size_t>(r)];
+      for (index c = 0; c < g.cols(); ++c)
+        g.row(r)[c] = (g.row(r)[c] - along * unit.row(r)[c]) / norm;
+    });
+  }
+
+  const embeddings& e_;
+  kind kind_;
+  const pool& run_on_;
+  perdita::executor executor_{run_on_};
+  block_products products_;
+  perdita::cross_entropy<float> loss_;
+  matrix unit_x_, unit_y_, scores_, slopes_;
+  std::vector<float> norm_x_, norm_y_;
+
+public:
+  matrix d_x, d_y;
+};
+
+double largest_difference(const matrix& a, const matrix& b) {
+  double most = 0, size = 0;
+  for (index i = 0; i < a.size(); ++i) {
+    most = std::max(most, std::abs(static_cast<double>(a.data()[i] - b.data()[i])));
+    size = std::max(size, std::abs(static_cast<double>(a.data()[i])));
+  }
+  return most / size;
+}
+
+void measure(benchmark::State& state, kind k, index n, index d, std::size_t threads_wanted) {
+  const embeddings e(n, d);
+  const pool& run_on = threads(threads_wanted);
+  const perdita::similarity head(perdita::cross_entropy<float>{},
+                                 {.scale = static_cast<double>(scale), .both = k == kind::clip});
+  std::vector<std::int64_t> partners;
+  for (index i = 0; i < n; ++i)
+    partners.push_back((i + n / 2) % n);
+  perdita::workspace memory;
+  perdita::call_options<float> call;
+  call.run_on = run_on;
+  call.memory = &memory;
+  float value = 0;
+  const auto ours = [&] {
+    value = k == kind::nt_xent ? head.within(e.x.read(), partners, e.d_x.view(), call)
+                               : head(e.x.read(), e.y.read(), e.d_x.view(), e.d_y.view(), call);
+  };
+  const double extra = growth_of_peak(ours);
+  contestant one(ours, [&] { run_on.wake(); });
+  contestant fastest([&] { peak::run(run_on); }, [&] { run_on.wake(); });
+  std::unique_ptr<whole_matrix> all;
+  std::unique_ptr<contestant> other;
+  if (k != kind::nt_xent && n <= 8192) {
+    all = std::make_unique<whole_matrix>(e, k, run_on);
+    const float expected = all->run();
+    if (!(std::abs(value - expected) < 1e-5F * expected) ||
+        !(largest_difference(all->d_x, e.d_x) < 1e-4) ||
+        !(largest_difference(all->d_y, e.d_y) < 1e-4)) {
+      state.SkipWithError("not what the whole matrix gives");
+      return;
+    }
+    other = std::make_unique<contestant>([&] { all->run(); }, [&] { run_on.wake(); });
+  }
+  for (auto _ : state) {
+    std::vector<contestant*> turns{&one, &fastest};
+    if (other)
+      turns.push_back(other.get());
+    compete(turns, {.least = n > 10000 ? 1U : 3U, .warm = true});
+    state.SetIterationTime(one.seconds());
+  }
+  const double operations = (k == kind::nt_xent ? 4.0 : 8.0) * static_cast<double>(n) *
+                            static_cast<double>(n) * static_cast<double>(d);
+  state.counters["x_peak"] =
+      operations / one.seconds() / (peak::operations(threads_wanted) / fastest.seconds());
+  state.counters["seconds"] = one.seconds();
+  if (other)
+    state.counters["x_materialised"] = other->seconds() / one.seconds();
+  state.counters["scratch_bytes"] = static_cast<double>(memory.size());
+  state.counters["extra_bytes"] = extra;
+  state.counters["noise"] = one.noise();
+}
+
+void register_all() {
+  struct size {
+    index rows, features;
+  };
+  std::vector<size> sizes{{1024, 512}, {4096, 512}, {8192, 512}, {8192, 1024}};
+  if (std::getenv("PERDITA_BENCH_LARGE"))
+    sizes.insert(sizes.end(), {{16384, 512}, {32768, 512}});
+  const std::size_t most = processors().size() > 1 ? 2 : 1;
+  for (const kind k : {kind::info_nce, kind::clip, kind::nt_xent})
+    for (const size& s : sizes)
+      for (std::size_t n = 1; n <= most; ++n)
+        benchmark::RegisterBenchmark(
+            (std::string("similarity/") + name(k) + "/" + std::to_string(s.rows) + "x" +
+             std::to_string(s.features) + "/threads:" + std::to_string(n))
+                .c_str(),
+            [=](benchmark::State& state) { measure(state, k, s.rows, s.features, n); })
+            ->UseManualTime()
+            ->Iterations(1)
+            ->Unit(benchmark::kMillisecond);
+}
+
+} // namespace
+} // namespace bench
+
+int main(int argc, char** argv) {
+  benchmark::Initialize(&argc, argv);
+  if (benchmark::ReportUnrecognizedArguments(argc, argv))
+    return 1;
+  bench::register_all();
+  benchmark::RunSpecifiedBenchmarks();
+  benchmark::Shutdown();
+}
