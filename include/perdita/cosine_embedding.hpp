@@ -138,12 +138,26 @@ private:
       return slopes(1 - cosine, -1);
     // (1 − c)(1 + c) from what of b is not along a: 1 − c would lose its digits.
     const double across = sum<1>(a, b, [along = W(ab / aa)](const W& x, const W& y, W* s) {
-      const W rest = fnma(along, x, y);
+      const W rest = less_product(y, along, x);
       s[0] = fma(rest, rest, s[0]);
     })[0];
     const double share = aa / square_a;
     const double apart = share * (across / square_b) + of_a / square_a + share * (of_b / square_b);
     return slopes(apart / (1 + cosine), -1);
+  }
+
+  /// y − a x, rounded once, also where there is no fused multiply-add (Dekker 1971).
+  static W less_product(const W& y, const W& a, const W& x) {
+    if constexpr (fused)
+      return fnma(a, x, y);
+    const auto upper = [](const W& v) {
+      const W many = v * W(0x1p27 + 1);
+      return many - (many - v);
+    };
+    const W a_high = upper(a), a_low = a - a_high, x_high = upper(x), x_low = x - x_high;
+    const W product = a * x;
+    const W lost = ((a_high * x_high - product) + a_high * x_low + a_low * x_high) + a_low * x_low;
+    return (y - product) - lost;
   }
 
   /// Sums of N terms, which f(a, b, sums) adds up.

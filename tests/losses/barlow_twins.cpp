@@ -75,7 +75,10 @@ TEMPLATE_TEST_CASE("barlow_twins: value and gradients against the formula", "[ba
                    double) {
   using T = TestType;
   constexpr double epsilon = std::numeric_limits<T>::epsilon();
-  const double value_budget = sizeof(T) == 4 ? 1 : 12, slope_budget = sizeof(T) == 4 ? 1 : 24;
+  // Sums over the rows, in which products round too where they are not fused.
+  const double roundings = perdita::core::fused ? 1 : 2;
+  const double value_budget = sizeof(T) == 4 ? 1 : 12 * roundings,
+               slope_budget = sizeof(T) == 4 ? 1 : 24 * roundings;
   error_judge of_values, of_slopes;
   struct shape {
     index rows, cols;
