@@ -523,7 +523,8 @@ public:
   template <class A, class B>
   requires core::reals_like<A, T> && core::reals_like<B, T>
       T operator()(A&& chosen, B&& others, const element_options<T>& call = {}) const {
-    auto job = this->make_job(formula(), chosen, others);
+    const auto f = formula(); // which the job refers to
+    auto job = this->make_job(f, chosen, others);
     return this->reduce(job, call);
   }
   template <class A, class B, class G, class H>
@@ -531,7 +532,8 @@ public:
       core::writable_elements_like<H, T>
           T operator()(A&& chosen, B&& others, G&& chosen_gradient, H&& others_gradient,
                        const element_options<T>& call = {}) const {
-    auto job = this->make_job(formula(), chosen, others);
+    const auto f = formula(); // which the job refers to
+    auto job = this->make_job(f, chosen, others);
     set_outputs(job, chosen_gradient, others_gradient);
     return this->reduce(job, call);
   }
@@ -541,7 +543,8 @@ public:
       core::writable_elements_like<H, T>
   void hessian_diagonal(A&& chosen, B&& others, G&& of_chosen, H&& of_others,
                         const element_options<T>& call = {}) const {
-    auto job = this->make_job(formula(), chosen, others);
+    const auto f = formula(); // which the job refers to
+    auto job = this->make_job(f, chosen, others);
     job.second_order = true;
     set_outputs(job, of_chosen, of_others);
     this->reduce(job, call);
