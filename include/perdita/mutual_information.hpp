@@ -519,6 +519,52 @@ private:
   }
 };
 
+namespace core {
+
+/// A bound with a baseline for each row of a square matrix of scores: how it is called. Derived has
+/// evaluate(scores, baselines, gradient of the baselines, call).
+template <class Derived, class T> class baseline_bound {
+  static_assert(std::is_same_v<T, float> || std::is_same_v<T, double>);
+
+public:
+  using value_type = T;
+
+  template <square_scores<T> S, sampled_scores<T> A>
+  T operator()(S&& scores, A&& baselines, const call_options<T>& call = {}) const {
+    return run(input_of().square(as_matrix(scores)), as_vector(baselines), {}, call);
+  }
+  template <square_scores<T> S, sampled_scores<T> A, class G, sampled_scores<T> H>
+  requires gradient_like<G, T> T operator()(S&& scores, A&& baselines, G&& d_scores,
+                                            H&& d_baselines,
+                                            const call_options<T>& call = {}) const {
+    const auto input = input_of();
+    const auto s = input.square(as_matrix(scores), as_matrix(d_scores), call.accumulate);
+    const auto a = as_vector(baselines);
+    const auto g = as_vector(d_baselines);
+    input.checks.size("gradient of the baselines", g.size, s.joints(), "one for each row");
+    input.checks.memory("gradient of the baselines", g.data, g.size);
+    const matrix_data<T, true> to(as_column(g));
+    input.checks.apart({bytes_of(to)}, {bytes_of(matrix_data<T>(as_column(a))), bytes_of(s.product),
+                                        bytes_of(s.d_product)});
+    return run(s, a, to, call);
+  }
+
+private:
+  static constexpr critic_input<T> input_of() { return {{{Derived::name}}}; }
+  template <class A>
+  T run(const critic_scores<T>& s, const vector_view<A>& baselines,
+        const matrix_data<T, true>& d_baselines, const call_options<T>& call) const {
+    const auto input = input_of();
+    input.checks.only_whole(call);
+    input.checks.size("baselines", baselines.size, s.joints(), "one for each row");
+    input.checks.memory("baselines", baselines.data, baselines.size);
+    return static_cast<const Derived&>(*this).evaluate(s, matrix_data<T>(as_column(baselines)),
+                                                       d_baselines, call);
+  }
+};
+
+} // namespace core
+
 /// Minus the bound of Barber and Agakov in the form of Poole et al., with a baseline a_i (the log
 /// of the critic's estimate of a partition function) for each row of a square matrix:
 ///
@@ -531,44 +577,15 @@ private:
 /// ICML 2019.
 ///
 ///   float value = perdita::tuba<float>()(scores, baselines, d_scores, d_baselines);
-template <class T = float> class tuba {
-  static_assert(std::is_same_v<T, float> || std::is_same_v<T, double>);
-
+template <class T = float> class tuba : public core::baseline_bound<tuba<T>, T> {
 public:
-  using value_type = T;
   static constexpr const char* name = "tuba";
 
-  template <core::square_scores<T> S, core::sampled_scores<T> A>
-  T operator()(S&& scores, A&& baselines, const call_options<T>& call = {}) const {
-    return run(input.square(core::as_matrix(scores)), core::as_vector(baselines), {}, call);
-  }
-  template <core::square_scores<T> S, core::sampled_scores<T> A, class G, core::sampled_scores<T> H>
-  requires core::gradient_like<G, T> T operator()(S&& scores, A&& baselines, G&& d_scores,
-                                                  H&& d_baselines,
-                                                  const call_options<T>& call = {}) const {
-    const auto s =
-        input.square(core::as_matrix(scores), core::as_matrix(d_scores), call.accumulate);
-    const auto a = core::as_vector(baselines);
-    const auto g = core::as_vector(d_baselines);
-    input.checks.size("gradient of the baselines", g.size, s.joints(), "one for each row");
-    input.checks.memory("gradient of the baselines", g.data, g.size);
-    const core::matrix_data<T, true> to(core::as_column(g));
-    input.checks.apart({core::bytes_of(to)},
-                       {core::bytes_of(core::matrix_data<T>(core::as_column(a))),
-                        core::bytes_of(s.product), core::bytes_of(s.d_product)});
-    return run(s, a, to, call);
-  }
-
 private:
-  static constexpr core::critic_input<T> input{{{name}}};
-
-  template <class A>
-  T run(const core::critic_scores<T>& s, const vector_view<A>& baselines,
-        const core::matrix_data<T, true>& d_baselines, const call_options<T>& call) const {
-    input.checks.only_whole(call);
-    input.checks.size("baselines", baselines.size, s.joints(), "one for each row");
-    input.checks.memory("baselines", baselines.data, baselines.size);
-    const core::scores_above<T> above{core::as_column(baselines)};
+  friend core::baseline_bound<tuba<T>, T>;
+  T evaluate(const core::critic_scores<T>& s, const core::matrix_data<T>& baselines,
+             const core::matrix_data<T, true>& d_baselines, const call_options<T>& call) const {
+    const core::scores_above<T> above{baselines};
     const auto sums = core::sum_images(s, call.run_on, above);
     const auto k = static_cast<double>(s.joints());
     core::exact_sum joint, product;
@@ -599,11 +616,9 @@ private:
 /// finite make their row NaN, and the value. Cost: three exponentials and two logarithms a score.
 /// Everything else: as tuba.
 /// Source: Poole et al., ICML 2019.
-template <class T = float> class interpolated_bound {
-  static_assert(std::is_same_v<T, float> || std::is_same_v<T, double>);
-
+template <class T = float>
+class interpolated_bound : public core::baseline_bound<interpolated_bound<T>, T> {
 public:
-  using value_type = T;
   struct options {
     double alpha = 0.5; ///< α in [0, 1]: of the other scores of the row in the baseline
   };
@@ -615,44 +630,17 @@ public:
   }
   const options& settings() const { return options_; }
 
-  template <core::square_scores<T> S, core::sampled_scores<T> A>
-  T operator()(S&& scores, A&& baselines, const call_options<T>& call = {}) const {
-    return run(input.square(core::as_matrix(scores)), core::as_vector(baselines), {}, call);
-  }
-  template <core::square_scores<T> S, core::sampled_scores<T> A, class G, core::sampled_scores<T> H>
-  requires core::gradient_like<G, T> T operator()(S&& scores, A&& baselines, G&& d_scores,
-                                                  H&& d_baselines,
-                                                  const call_options<T>& call = {}) const {
-    const auto s =
-        input.square(core::as_matrix(scores), core::as_matrix(d_scores), call.accumulate);
-    const auto a = core::as_vector(baselines);
-    const auto g = core::as_vector(d_baselines);
-    input.checks.size("gradient of the baselines", g.size, s.joints(), "one for each row");
-    input.checks.memory("gradient of the baselines", g.data, g.size);
-    const core::matrix_data<T, true> to(core::as_column(g));
-    input.checks.apart({core::bytes_of(to)},
-                       {core::bytes_of(core::matrix_data<T>(core::as_column(a))),
-                        core::bytes_of(s.product), core::bytes_of(s.d_product)});
-    return run(s, a, to, call);
-  }
-
 private:
-  static constexpr core::critic_input<T> input{{{name}}};
-
-  template <class A>
-  T run(const core::critic_scores<T>& s, const vector_view<A>& baselines,
-        const core::matrix_data<T, true>& d_baselines, const call_options<T>& call) const {
-    input.checks.only_whole(call);
-    input.checks.size("baselines", baselines.size, s.joints(), "one for each row");
-    input.checks.memory("baselines", baselines.data, baselines.size);
-    const core::matrix_data<T> given(core::as_column(baselines));
+  friend core::baseline_bound<interpolated_bound<T>, T>;
+  T evaluate(const core::critic_scores<T>& s, const core::matrix_data<T>& baselines,
+             const core::matrix_data<T, true>& d_baselines, const call_options<T>& call) const {
     const double log_share = options_.alpha == 0 ? core::no_score : std::log(options_.alpha);
     const double log_rest = options_.alpha == 1 ? core::no_score : std::log1p(-options_.alpha);
     const double share = 1 / s.products();
     std::vector<double> values(static_cast<std::size_t>(s.joints()));
     core::for_pieces(s, call.run_on, [&](index i, double* x, index n, core::critic_room<T>& room) {
       core::interpolated_row row(log_share, log_rest, n);
-      const double baseline = core::number_at(given, i, 0);
+      const double baseline = core::number_at(baselines, i, 0);
       double of_baseline = 0;
       bool finite = std::isfinite(baseline);
       for (index j = 0; j < n; ++j)

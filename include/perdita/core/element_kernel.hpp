@@ -631,6 +631,9 @@ protected:
     core::element_access::add_inputs(self(), job);
     return job;
   }
+  /// A job refers to its formula, which therefore has to outlive it.
+  template <class Formula, class X, class Y>
+  core::element_job<T> make_job(const Formula&& formula, X& predictions, Y& targets) const = delete;
   template <class S>
   static void set_input(core::element_job<T>& job, int k, const char* what,
                         const matrix_view<S>& m) {

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: MIT
 #pragma once
 
+#include <algorithm>
+#include <atomic>
 #include <concepts>
 #include <cstddef>
 #include <type_traits>
@@ -82,5 +84,18 @@ private:
   void (*call_)(const void*, std::size_t, task);
   std::size_t concurrency_ = 32;
 };
+
+namespace core {
+/// f(k, i) for each i < n: each of `workers` workers k takes one i after the other.
+template <class F>
+void share_out(const executor& run_on, std::ptrdiff_t workers, std::ptrdiff_t n, const F& f) {
+  std::atomic<std::ptrdiff_t> next{0};
+  const auto work = [&](std::size_t k) {
+    for (std::ptrdiff_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < n;)
+      f(k, i);
+  };
+  run_on(static_cast<std::size_t>(std::min(workers, n)), work);
+}
+} // namespace core
 
 } // namespace perdita::inline PERDITA_ABI

@@ -114,12 +114,7 @@ private:
 
   /// f(worker, i) for each i < n, each by one of the workers.
   template <class F> void for_each(index n, F f) const {
-    std::atomic<index> next{0};
-    const auto work = [&](std::size_t k) {
-      for (index i; (i = next.fetch_add(1, std::memory_order_relaxed)) < n;)
-        f(all_workers_[k], i);
-    };
-    run_on_(static_cast<std::size_t>(std::min(workers_, n)), work);
+    share_out(run_on_, workers_, n, [&](std::size_t k, index i) { f(all_workers_[k], i); });
   }
   /// f(worker, piece, where its scores are or may go) for each piece, and then done(worker, slice)
   /// for each run of pieces that is one task's.

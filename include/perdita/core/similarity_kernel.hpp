@@ -11,7 +11,6 @@
 /// task's, and every sum is added up in an order that depends on the shape alone.
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <limits>
 
@@ -33,16 +32,20 @@ template <class T> struct similarity_job {
   double* d_scale = nullptr;
 };
 
-/// Σ over j < n of f(j, x_j) for packs of doubles, in an order of its own.
-template <class T, class F> double sum_over(const T* x, index n, F f) {
+/// Σ_j (by x_j) (by y_j) in double, in an order of its own.
+template <class T> double wide_dot(const T* x, const T* y, index n, double by = 1) {
   constexpr auto width = static_cast<index>(lanes<T>);
   constexpr int parts = wide_lanes<T>::parts;
-  pack<double> sum[parts], in[parts];
+  pack<double> sum[parts], a[parts], b[parts];
   std::fill_n(sum, parts, pack<double>(0));
+  const auto load = [n](const T* from, index j) {
+    return j + width <= n ? pack<T>::load(from + j) : load_first(from + j, n - j, pack<T>(0));
+  };
   for (index j = 0; j < n; j += width) {
-    widen(j + width <= n ? pack<T>::load(x + j) : load_first(x + j, n - j, pack<T>(0)), in);
+    widen(load(x, j), a);
+    widen(load(y, j), b);
     for (int p = 0; p < parts; ++p)
-      sum[p] += f(in[p], j + p * (width / parts));
+      sum[p] += (a[p] * by) * (b[p] * by);
   }
   double total = 0;
   for (int p = 0; p < parts; ++p)
@@ -64,12 +67,7 @@ template <class T> double inverse_norm(const T* x, index n) {
   if (most > std::numeric_limits<double>::max())
     return std::numeric_limits<double>::quiet_NaN();
   const double unit = std::ldexp(1.0, -std::ilogb(most)); // no square overflows
-  const pack<double> by(unit);
-  const double square = sum_over(x, n, [&](const pack<double>& v, index) {
-    const pack<double> u = v * by;
-    return u * u;
-  });
-  return unit / std::sqrt(square);
+  return unit / std::sqrt(wide_dot(x, x, n, unit));
 }
 
 template <class Formula, class T, bool Gradient> class similarity_kernel {
@@ -160,12 +158,7 @@ private:
 
   /// f(worker, i) for each i < n, each by one of the workers.
   template <class F> void for_each(index n, F f) const {
-    std::atomic<index> next{0};
-    const auto work = [&](std::size_t k) {
-      for (index i; (i = next.fetch_add(1, std::memory_order_relaxed)) < n;)
-        f(all_workers_[k], i);
-    };
-    run_on_(static_cast<std::size_t>(std::min(workers_, n)), work);
+    share_out(run_on_, workers_, n, [&](std::size_t k, index i) { f(all_workers_[k], i); });
   }
   /// f(worker, i, j) for each tile, or for i ≤ j where tile (j, i) is the same one transposed.
   template <class F> void for_tiles(F f) const {
@@ -403,18 +396,13 @@ private:
       const T* x = row_of(m, r, 0, depth_, w.rows);
       T* g = places[r];
       const auto factor = static_cast<double>(factors[r]);
-      const double dot = factor * sum_over(x, depth_, [&](const pack<double>& v, index j) {
-                           alignas(64) double of_g[lanes<double>] = {};
-                           for (index k = 0; k < static_cast<index>(lanes<double>); ++k)
-                             of_g[k] = j + k < depth_ ? static_cast<double>(g[j + k]) : 0;
-                           return v * pack<double>::load(of_g);
-                         });
+      const double own = factor * wide_dot(x, g, depth_); // ⟨gradient, embedding⟩
       if (along)
-        along[r] = share * dot;
+        along[r] = share * own;
       for (index j = 0; j < depth_; ++j) {
         const auto slope = static_cast<double>(g[j]);
         const double rest =
-            pairs_.normalise ? factor * (slope - dot * factor * static_cast<double>(x[j])) : slope;
+            pairs_.normalise ? factor * (slope - own * factor * static_cast<double>(x[j])) : slope;
         g[j] = static_cast<T>(share * rest);
       }
       if (!staged)
