@@ -62,6 +62,7 @@
 #include "spherical.hpp"
 #include "spherical_layer.hpp"
 #include "stablemax.hpp"
+#include "sup_con.hpp"
 #include "target_surrogate.hpp"
 #include "top_k.hpp"
 #include "top_k_hinge.hpp"

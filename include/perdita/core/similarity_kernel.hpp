@@ -14,6 +14,7 @@
 #include <cmath>
 #include <limits>
 
+#include "compared_rows.hpp"
 #include "executor.hpp"
 #include "linear_block.hpp"
 #include "product.hpp"
@@ -32,44 +33,6 @@ template <class T> struct similarity_job {
   double* d_scale = nullptr;
 };
 
-/// Σ_j (by x_j) (by y_j) in double, in an order of its own.
-template <class T> double wide_dot(const T* x, const T* y, index n, double by = 1) {
-  constexpr auto width = static_cast<index>(lanes<T>);
-  constexpr int parts = wide_lanes<T>::parts;
-  pack<double> sum[parts], a[parts], b[parts];
-  std::fill_n(sum, parts, pack<double>(0));
-  const auto load = [n](const T* from, index j) {
-    return j + width <= n ? pack<T>::load(from + j) : load_first(from + j, n - j, pack<T>(0));
-  };
-  for (index j = 0; j < n; j += width) {
-    widen(load(x, j), a);
-    widen(load(y, j), b);
-    for (int p = 0; p < parts; ++p)
-      sum[p] += (a[p] * by) * (b[p] * by);
-  }
-  double total = 0;
-  for (int p = 0; p < parts; ++p)
-    total += sum_lanes(sum[p]);
-  return total;
-}
-
-/// 1/‖x‖; 0 for what is too short for that, and NaN where x is not finite.
-template <class T> double inverse_norm(const T* x, index n) {
-  double most = 0;
-  for (index j = 0; j < n; ++j) {
-    const double size = std::fabs(static_cast<double>(x[j]));
-    most = size > most || size != size ? size : most;
-    if (most != most)
-      return most;
-  }
-  if (most < static_cast<double>(std::numeric_limits<T>::min()))
-    return 0;
-  if (most > std::numeric_limits<double>::max())
-    return std::numeric_limits<double>::quiet_NaN();
-  const double unit = std::ldexp(1.0, -std::ilogb(most)); // no square overflows
-  return unit / std::sqrt(wide_dot(x, x, n, unit));
-}
-
 template <class Formula, class T, bool Gradient> class similarity_kernel {
   using V = pack<T>;
   using statistic = typename Formula::statistic;
@@ -85,8 +48,9 @@ public:
         memory_(scratch), depth_(pairs.x.cols), rows_(pairs.x.rows), cols_(pairs.y.rows),
         side_(side_of(std::max(rows_, cols_))),
         workers_(std::min(static_cast<index>(run_on.concurrency()), steps())),
-        stages_x_(!rows_lie(pairs.d_x) || job.accumulate),
-        stages_y_(!rows_lie(pairs.d_y) || job.accumulate),
+        x_{pairs.x, pairs.d_x, pairs.normalise, job.accumulate}, y_{pairs.y, pairs.d_y,
+                                                                    pairs.normalise,
+                                                                    job.accumulate},
         of_rows_(formula, job_, shape_of(pairs.y, rows_), 1, memory_),
         of_columns_(formula, column_job_, shape_of(pairs.x, pairs.both ? cols_ : 0), 1, memory_) {
     lay_out(scratch != nullptr);
@@ -131,19 +95,17 @@ private:
 
   void lay_out(bool real) {
     const auto size = [](index n) { return static_cast<std::size_t>(n); };
-    factor_x_ = memory_.take<T>(size(rows_));
-    factor_y_ = pairs_.alone ? factor_x_ : memory_.take<T>(size(cols_));
+    x_.lay_out(memory_, Gradient);
+    if (pairs_.alone)
+      y_ = x_;
+    else
+      y_.lay_out(memory_, Gradient);
     sums_x_ = memory_.take<sums>(size(parts(rows_, width)));
     sums_y_ = memory_.take<sums>(size(pairs_.both ? parts(cols_, width) : 0));
     if (pairs_.both && job_.report.values.data)
       column_values_ = memory_.take<T>(size(cols_));
-    if constexpr (Gradient) {
-      places_x_ = memory_.take<T*>(size(rows_));
-      places_y_ = pairs_.alone ? places_x_ : memory_.take<T*>(size(cols_));
+    if constexpr (Gradient)
       along_ = memory_.take<double>(size(rows_));
-      stage_x_ = memory_.take<T>(size(stages_x_ ? rows_ * depth_ : 0));
-      stage_y_ = memory_.take<T>(size(stages_y_ && !pairs_.alone ? cols_ * depth_ : 0));
-    }
     all_workers_ = memory_.take<worker>(size(workers_));
     for (index i = 0; i < workers_; ++i) {
       worker w{};
@@ -188,16 +150,12 @@ private:
   // ---- before: norms, and who has a loss
 
   void find_norms() const {
-    const auto find = [this](const matrix_data<T>& m, T* factors) {
-      for_rows(m.rows, [&, this](const worker& w, index r) {
-        factors[r] = pairs_.normalise
-                         ? static_cast<T>(inverse_norm(row_of(m, r, 0, depth_, w.rows), depth_))
-                         : T(1);
-      });
+    const auto find = [this](const compared_rows<T>& of) {
+      for_rows(of.rows(), [&](const worker& w, index r) { of.find_factor(r, w.rows); });
     };
-    find(pairs_.x, factor_x_);
+    find(x_);
     if (!pairs_.alone)
-      find(pairs_.y, factor_y_);
+      find(y_);
   }
   void collect() {
     of_rows_.collect(0, [this](index r) { store_ignored_report(job_, r); });
@@ -246,11 +204,11 @@ private:
       alignas(64) T factor[lanes<T>] = {};
       for (index i = 0; i < lanes_in(p, t.rows); ++i)
         factor[i] =
-            static_cast<T>(static_cast<double>(factor_x_[rows[p * width + i]]) * pairs_.scale);
+            static_cast<T>(static_cast<double>(x_.factor[rows[p * width + i]]) * pairs_.scale);
       const V of_lanes = V::load(factor);
       T* const scores = w.scores + p * panel();
       for (index j = 0; j < t.cols; ++j)
-        (depth_ == 0 ? V(0) : V::load(scores + j * width) * (of_lanes * V(factor_y_[t.col + j])))
+        (depth_ == 0 ? V(0) : V::load(scores + j * width) * (of_lanes * V(y_.factor[t.col + j])))
             .store(scores + j * width);
       for (index i = 0; pairs_.alone && i < lanes_in(p, t.rows); ++i) {
         const index self = rows[p * width + i] - t.col;
@@ -310,14 +268,18 @@ private:
   // ---- gradients
 
   void go_back() {
-    prepare(pairs_.d_x, stages_x_, stage_x_, places_x_);
+    const auto clear = [this](const compared_rows<T>& of) {
+      for_rows(of.rows(), [&](const worker&, index r) { of.clear(r); });
+    };
+    clear(x_);
     if (!pairs_.alone)
-      prepare(pairs_.d_y, stages_y_, stage_y_, places_y_);
+      clear(y_);
     for_tiles([this](const worker& w, index i, index j) { emit(w, i, j); });
-    const bool halve = pairs_.both;
-    settle_rows(pairs_.x, pairs_.d_x, stages_x_, factor_x_, places_x_, halve ? 0.5 : 1, along_);
+    const double share = pairs_.both ? 0.5 : 1;
+    for_rows(rows_,
+             [&, this](const worker& w, index r) { along_[r] = x_.settle(r, share, 0, w.rows); });
     if (!pairs_.alone)
-      settle_rows(pairs_.y, pairs_.d_y, stages_y_, factor_y_, places_y_, halve ? 0.5 : 1, nullptr);
+      for_rows(cols_, [&, this](const worker& w, index r) { y_.settle(r, share, 0, w.rows); });
     if (!pairs_.d_scale)
       return;
     exact_sum sum; // Σ G∘S, of which each pair of embeddings alone has both halves
@@ -325,13 +287,6 @@ private:
       sum.add(along_[r]);
     *pairs_.d_scale = sum.value() / (pairs_.alone ? 2 * pairs_.scale : pairs_.scale);
   }
-  void prepare(const matrix_data<T, true>& to, bool staged, T* stage, T** places) const {
-    for_rows(to.rows, [&, this](const worker&, index r) {
-      places[r] = staged ? stage + r * depth_ : to.pointer(r, 0);
-      std::fill_n(places[r], depth_, T(0));
-    });
-  }
-
   void emit(const worker& w, index i, index j) const {
     const extent_of_tile t = at(i, j);
     make(w, t);
@@ -367,11 +322,11 @@ private:
     for (index d = 0; d < depth_; d += shape::columns) {
       const index cols = std::min(shape::columns, depth_ - d);
       for (index k = 0; k < t.cols; ++k)
-        put_scaled(w, pairs_.y, t.col + k, d, cols, k, t.cols, factor_y_[t.col + k]);
+        put_scaled(w, pairs_.y, t.col + k, d, cols, k, t.cols, y_.factor[t.col + k]);
       for (index p = 0; p < panels_in(t.rows); ++p) {
         T* places[lanes<T>];
         for (index i = 0; i < lanes_in(p, t.rows); ++i)
-          places[i] = places_x_[of_rows_.rows()[t.row + p * width + i]];
+          places[i] = x_.places[of_rows_.rows()[t.row + p * width + i]];
         multiply<T>({w.scores + p * panel(), 1, width, width * width}, {w.panels, t.cols * width},
                     {nullptr, 0, width, places, d}, lanes_in(p, t.rows), cols, t.cols, true);
       }
@@ -382,38 +337,12 @@ private:
     for (index d = 0; d < depth_; d += shape::columns) {
       const index cols = std::min(shape::columns, depth_ - d);
       for (index k = 0; k < t.rows; ++k)
-        put_scaled(w, pairs_.x, rows[k], d, cols, k, t.rows, factor_x_[rows[k]]);
+        put_scaled(w, pairs_.x, rows[k], d, cols, k, t.rows, x_.factor[rows[k]]);
       for (index c = 0; c < t.cols; c += shape::strip)
         multiply<T>({w.scores + c * width, width, 1, panel()}, {w.panels, t.rows * width},
-                    {nullptr, 0, width, places_y_ + t.col + c, d},
+                    {nullptr, 0, width, y_.places + t.col + c, d},
                     std::min(shape::strip, t.cols - c), cols, t.rows, true);
     }
-  }
-  /// From the gradient of what is compared to that of the embedding: what is along it has none.
-  void settle_rows(const matrix_data<T>& m, const matrix_data<T, true>& to, bool staged,
-                   const T* factors, T* const* places, double share, double* along) const {
-    for_rows(m.rows, [&, this](const worker& w, index r) {
-      const T* x = row_of(m, r, 0, depth_, w.rows);
-      T* g = places[r];
-      const auto factor = static_cast<double>(factors[r]);
-      const double own = factor * wide_dot(x, g, depth_); // ⟨gradient, embedding⟩
-      if (along)
-        along[r] = share * own;
-      for (index j = 0; j < depth_; ++j) {
-        const auto slope = static_cast<double>(g[j]);
-        const double rest =
-            pairs_.normalise ? factor * (slope - own * factor * static_cast<double>(x[j])) : slope;
-        g[j] = static_cast<T>(share * rest);
-      }
-      if (!staged)
-        return;
-      if (job_.accumulate) {
-        to.reader(to.at(r, 0), to.col_stride, depth_, w.rows);
-        for (index j = 0; j < depth_; ++j)
-          g[j] += w.rows[j];
-      }
-      to.write(r, 0, depth_, g);
-    });
   }
 
   const Formula& formula_;
@@ -423,14 +352,11 @@ private:
   const executor& run_on_;
   carver memory_;
   index depth_, rows_, cols_, side_, workers_;
-  bool stages_x_, stages_y_; // gradients that are not made where they belong
+  compared_rows<T> x_, y_; // the same ones where embeddings are compared with themselves
   block of_rows_, of_columns_;
-  T *factor_x_ = nullptr, *factor_y_ = nullptr; // 1/norm of each embedding, or 1
   sums *sums_x_ = nullptr, *sums_y_ = nullptr;
   T* column_values_ = nullptr;
-  T **places_x_ = nullptr, **places_y_ = nullptr; // where each gradient is made
-  double* along_ = nullptr;                       // ⟨gradient, embedding⟩
-  T *stage_x_ = nullptr, *stage_y_ = nullptr;
+  double* along_ = nullptr; // ⟨gradient, embedding⟩
   worker* all_workers_ = nullptr;
 };
 

@@ -1,0 +1,452 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+/// The traversal for losses of anchors: each anchor is compared with every candidate, and the loss
+/// looks at a whole row of comparisons at once. Some anchors are taken at a time; their rows, and
+/// then the rows of slopes, are all that is held. Every product is made once: 2 N M D operations
+/// for the values, 6 N M D with gradients.
+///
+/// Blocks of anchors follow one another; what is shared out within a block is independent, and the
+/// size of a block depends on the shape alone: so do the bits.
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "compared_rows.hpp"
+#include "executor.hpp"
+#include "product.hpp"
+#include "row_formula.hpp"
+
+namespace perdita::inline PERDITA_ABI {
+
+/// Changes who is compared with whom: any callable f(anchor, relation, n) of the user's, which may
+/// set any of relation[0] … relation[n - 1] (1: belongs to the anchor, -1: does not, 0: is not
+/// compared with it) of the candidates of an anchor. Called once or twice for each anchor, on any
+/// thread. Does not own the callable.
+template <class T> class relation_filter {
+public:
+  relation_filter() = default;
+  template <class F>
+  requires(!std::same_as<std::remove_cvref_t<F>, relation_filter> &&
+           std::invocable<const F&, index, T*, index>) relation_filter(const F& f)
+      : object_(&f), call_([](const void* object, index anchor, T* relation, index n) {
+          (*static_cast<const F*>(object))(anchor, relation, n);
+        }) {}
+  explicit operator bool() const { return call_ != nullptr; }
+  void operator()(index anchor, T* relation, index n) const { call_(object_, anchor, relation, n); }
+
+private:
+  const void* object_ = nullptr;
+  void (*call_)(const void*, index, T*, index) = nullptr;
+};
+
+namespace core {
+
+/// What a formula sees of an anchor: a row of comparisons in whole packs.
+template <class T> struct anchor_row {
+  index anchor;
+  index size;         ///< of whole packs; what lies beyond the last candidate has relation 0
+  T* scores;          ///< cosines, products or squared distances; slopes are to take their place
+  const T* relation;  ///< 1: belongs to the anchor, -1: does not, 0: to be left out
+  const double* note; ///< of all anchors, where the formula takes notes
+};
+
+/// What a formula makes of it.
+struct anchor_outcome {
+  double value = 0;
+  bool counts = true;   ///< otherwise all of this, and the slopes, are taken for 0
+  double extra[2] = {}; ///< derivatives by options, which are added up as the values are
+};
+
+/// Base of formulas of anchors. They have
+///
+///   template <bool Gradient, class T> anchor_outcome row(const anchor_row<T>&) const
+///
+/// which returns the anchor's value and, for gradients, overwrites the scores with slopes (what it
+/// writes where the relation is 0 is dropped). With notes > 0 every anchor is looked at twice:
+/// first
+///
+///   template <class T> void note(const anchor_row<T>&, double* to) const
+///
+/// writes down as many numbers for each anchor; row() then finds those of all, one anchor after the
+/// other, behind anchor_row::note.
+struct anchor_formula {
+  static constexpr bool distances = false; ///< the scores are squared distances
+  static constexpr index notes = 0;
+};
+
+/// What one call asks of the kernel.
+template <class T> struct anchor_job {
+  const char* name = "";
+  matrix_data<T> x, y;
+  matrix_data<T, true> d_x, d_y;
+  bool normalise = true, accumulate = false;
+  bool alone = false;                             ///< y is x: an anchor is not compared with itself
+  const T *label_x = nullptr, *label_y = nullptr; ///< numbers that are equal or not
+  relation_filter<T> filter;
+  vector_view<const T> weights, upstream;
+  vector_view<T> values;
+  double* extra[2] = {}; ///< where the sums of anchor_outcome::extra go, if anywhere
+  T scale = 1;           ///< of gradients
+  double normaliser = 0; ///< 0: the weights of the anchors that count, if `mean`
+  bool mean = true;
+};
+
+template <class Formula, class T, bool Gradient> class anchor_kernel {
+  using V = pack<T>;
+  static constexpr auto width = static_cast<index>(lanes<T>);
+  static constexpr index strip = 48; // candidates whose comparisons, or gradients, are one task
+  static constexpr index depth_step = 256;
+  static constexpr index columns = 128; // of the anchors' gradients: a task
+  static constexpr index terms = 256;   // candidates at a time that add to them
+  static constexpr index block_bytes = index(17) << 18;
+  static constexpr index most_anchors = 128;
+
+public:
+  anchor_kernel(const Formula& formula, const anchor_job<T>& job, const executor& run_on,
+                std::byte* scratch)
+      : formula_(formula), job_(job), run_on_(run_on), memory_(scratch), depth_(job.x.cols),
+        anchors_(job.x.rows), candidates_(job.y.rows), padded_(whole(candidates_)),
+        stride_(padded_ + 16), block_(block_of()),
+        workers_(std::min(static_cast<index>(run_on.concurrency()),
+                          std::max(block_, parts(candidates_, strip)))),
+        x_{job.x, job.d_x, job.normalise, job.accumulate}, y_{job.y, job.d_y, job.normalise,
+                                                              job.accumulate} {
+    lay_out(scratch != nullptr);
+  }
+  std::size_t scratch_bytes() const { return memory_.used(); }
+
+  double run() {
+    prepare();
+    if constexpr (Formula::notes > 0)
+      for_blocks([this](index first, index n) {
+        compare(first, n);
+        for_each(n, [&, this](const worker& w, index i) {
+          anchor_row<T> row = row_of_block(w, first, i);
+          formula_.note(row, notes_ + (first + i) * Formula::notes);
+        });
+      });
+    for_blocks([this](index first, index n) {
+      compare(first, n);
+      for_each(n, [&, this](const worker& w, index i) { judge(w, first, i); });
+      if constexpr (Gradient) {
+        add_to_anchors(first, n);
+        add_to_candidates(first, n);
+      }
+    });
+    return settle();
+  }
+
+private:
+  struct worker {
+    T* tile;     // comparisons or slopes of a strip, by candidates
+    T* panels;   // an operand in panels
+    T* buffer;   // rows that do not lie as they should
+    T* relation; // of one anchor
+  };
+
+  static index whole(index n) { return (n + width - 1) / width * width; }
+  static index parts(index n, index size) { return (n + size - 1) / size; }
+  index block_of() const {
+    const index most = block_bytes / (static_cast<index>(sizeof(T)) * (stride_ + whole(depth_)));
+    return std::clamp(std::min(most / width * width, whole(anchors_)), width, most_anchors);
+  }
+
+  void lay_out(bool real) {
+    const auto size = [](index n) { return static_cast<std::size_t>(n); };
+    x_.lay_out(memory_, Gradient);
+    if (job_.alone)
+      y_ = x_;
+    else
+      y_.lay_out(memory_, Gradient);
+    values_ = memory_.take<double>(size(anchors_));
+    weights_ = memory_.take<double>(size(anchors_));
+    for (double*& p : extra_)
+      p = memory_.take<double>(size(Gradient ? anchors_ : 0));
+    notes_ = memory_.take<double>(size(anchors_ * Formula::notes));
+    numbers_ = memory_.take<index>(size(anchors_));
+    if constexpr (Formula::distances) {
+      square_x_ = memory_.take<double>(size(anchors_));
+      square_y_ = job_.alone ? square_x_ : memory_.take<double>(size(candidates_));
+      pull_x_ = memory_.take<double>(size(anchors_));
+      pull_y_ = job_.alone ? pull_x_ : memory_.take<double>(size(candidates_));
+    }
+    scores_ = memory_.take<T>(size(block_ * stride_));
+    panels_ = memory_.take<T>(size(block_ * whole(depth_)));
+    all_workers_ = memory_.take<worker>(size(workers_));
+    for (index i = 0; i < workers_; ++i) {
+      worker w{};
+      w.tile = memory_.take<T>(size(strip * block_));
+      w.panels = memory_.take<T>(size(Gradient ? columns * terms : 0));
+      w.buffer = memory_.take<T>(size(std::max(2 * depth_, strip * depth_step)));
+      w.relation = memory_.take<T>(size(padded_));
+      if (real)
+        new (&all_workers_[i]) worker(w);
+    }
+  }
+
+  /// f(worker, i) for each i < n, each by one of the workers.
+  template <class F> void for_each(index n, F f) const {
+    share_out(run_on_, workers_, n, [&](std::size_t k, index i) { f(all_workers_[k], i); });
+  }
+  template <class F> void for_rows(index n, F f) const {
+    constexpr index some = 64;
+    for_each(parts(n, some), [&](const worker& w, index task) {
+      for (index r = task * some; r < std::min(n, (task + 1) * some); ++r)
+        f(w, r);
+    });
+  }
+  /// f(first anchor, how many) for one block after the other.
+  template <class F> void for_blocks(F f) const {
+    for (index first = 0; first < anchors_; first += block_)
+      f(first, std::min(block_, anchors_ - first));
+  }
+
+  void prepare() {
+    for (index r = 0; r < anchors_; ++r)
+      numbers_[r] = r;
+    start(x_, square_x_, pull_x_);
+    if (!job_.alone)
+      start(y_, square_y_, pull_y_);
+  }
+  void start(const compared_rows<T>& of, [[maybe_unused]] double* squares,
+             [[maybe_unused]] double* pulls) const {
+    for_rows(of.rows(), [&](const worker& w, index r) {
+      of.find_factor(r, w.buffer);
+      if constexpr (Gradient)
+        of.clear(r);
+      if constexpr (Formula::distances) {
+        const T* row = row_of(of.x, r, 0, of.cols(), w.buffer);
+        squares[r] = wide_dot(row, row, of.cols(), static_cast<double>(of.factor[r]));
+        pulls[r] = 0;
+      }
+    });
+  }
+
+  // ---- comparisons
+
+  /// n anchors with all candidates.
+  void compare(index first, index n) const {
+    for (index k = 0; k < depth_; k += depth_step) {
+      const index d = std::min(depth_step, depth_ - k);
+      for_each(parts(n, width), [&, this](const worker& w, index p) {
+        panel_of_rows(job_.x, numbers_ + first + p * width, std::min(width, n - p * width), k, d,
+                      w.buffer, panels_ + k * block_ + p * width * d);
+      });
+    }
+    for_each(parts(candidates_, strip), [&, this](const worker& w, index i) {
+      const index from = i * strip, count = std::min(strip, candidates_ - from);
+      if (depth_ == 0)
+        std::fill_n(w.tile, count * block_, T(0));
+      for (index k = 0; k < depth_; k += depth_step) {
+        const index d = std::min(depth_step, depth_ - k);
+        multiply<T>(rows_of(job_.y, from, count, k, d, w.buffer), {panels_ + k * block_, width * d},
+                    {w.tile, block_, width}, count, whole(n), d, k > 0);
+      }
+      for (index a = 0; a < n; a += width)
+        copy_transposed(w.tile + a, block_, count, std::min(width, n - a),
+                        scores_ + a * stride_ + from, stride_);
+    });
+  }
+  void scale_row(const worker& w, index anchor, T* row) const {
+    std::fill(row + candidates_, row + padded_, T(0));
+    const V factor(x_.factor[anchor]);
+    for (index j = 0; j < padded_; j += width) {
+      const V by = j + width <= candidates_ ? V::load(y_.factor + j)
+                                            : load_first(y_.factor + j, candidates_ - j, V(0));
+      (V::load(row + j) * (factor * by)).store(row + j);
+    }
+    if constexpr (Formula::distances)
+      measure(w, anchor, row);
+  }
+  /// Squared distances from products. Those of near neighbours are made anew: there the difference
+  /// would be all rounding.
+  void measure(const worker& w, index anchor, T* row) const {
+    const double mine = square_x_[anchor];
+    const T* own = nullptr;
+    for (index j = 0; j < candidates_; ++j) {
+      const double both = mine + square_y_[j];
+      double square = both - 2 * static_cast<double>(row[j]);
+      if (square < both / 8) {
+        if (!own)
+          own = row_of(job_.x, anchor, 0, depth_, w.buffer);
+        square = near_square(own, static_cast<double>(x_.factor[anchor]), j, w.buffer + depth_);
+      }
+      row[j] = static_cast<T>(square);
+    }
+  }
+  double near_square(const T* own, double factor, index j, T* buffer) const {
+    const T* y = row_of(job_.y, j, 0, depth_, buffer);
+    const auto other = static_cast<double>(y_.factor[j]);
+    double sum = 0;
+    for (index k = 0; k < depth_; ++k) {
+      const double d = static_cast<double>(own[k]) * factor - static_cast<double>(y[k]) * other;
+      sum += d * d;
+    }
+    return sum;
+  }
+
+  // ---- values and slopes
+
+  anchor_row<T> row_of_block(const worker& w, index first, index i) const {
+    const index anchor = first + i;
+    scale_row(w, anchor, scores_ + i * stride_);
+    const V mine(job_.label_x[anchor]);
+    for (index j = 0; j < padded_; j += width) {
+      const V theirs = j + width <= candidates_
+                           ? V::load(job_.label_y + j)
+                           : load_first(job_.label_y + j, candidates_ - j, V(0));
+      select(theirs == mine, V(1), V(-1)).store(w.relation + j);
+    }
+    if (job_.filter)
+      job_.filter(anchor, w.relation, candidates_);
+    if (job_.alone)
+      w.relation[anchor] = 0;
+    std::fill(w.relation + candidates_, w.relation + padded_, T(0));
+    return {anchor, padded_, scores_ + i * stride_, w.relation, notes_};
+  }
+
+  void judge(const worker& w, index first, index i) {
+    const anchor_row<T> row = row_of_block(w, first, i);
+    const double weight = job_.weights.data ? static_cast<double>(job_.weights[row.anchor]) : 1;
+    anchor_outcome outcome;
+    outcome.counts = false;
+    if (weight != 0)
+      outcome = formula_.template row<Gradient>(row);
+    values_[row.anchor] = outcome.counts ? weight * outcome.value : 0;
+    weights_[row.anchor] = outcome.counts ? weight : 0;
+    if (job_.values.data)
+      job_.values[row.anchor] = static_cast<T>(values_[row.anchor]);
+    if constexpr (Gradient) {
+      double share = outcome.counts ? weight * static_cast<double>(job_.scale) : 0;
+      if (job_.upstream.data)
+        share *= static_cast<double>(job_.upstream[row.anchor]);
+      finish_slopes(row, share);
+      for (int k = 0; k < 2; ++k)
+        extra_[k][row.anchor] = outcome.counts ? share * outcome.extra[k] : 0;
+    }
+  }
+  /// From slopes of what the formula saw to those of products.
+  void finish_slopes(const anchor_row<T>& row, double share) const {
+    const V factor(static_cast<T>(share));
+    const auto none = factor == V(0);
+    double pull = 0;
+    for (index j = 0; j < row.size; j += width) {
+      const V left_out(V::load(row.relation + j));
+      V slope = select((left_out == V(0)) | none, V(0), V::load(row.scores + j) * factor);
+      if constexpr (Formula::distances)
+        slope = slope * V(-2);
+      slope.store(row.scores + j);
+    }
+    if constexpr (Formula::distances) {
+      wide_lanes<T> sum;
+      sum.clear();
+      for (index j = 0; j < row.size; j += width)
+        sum.add(-V::load(row.scores + j));
+      for (int p = 0; p < wide_lanes<T>::parts; ++p)
+        pull += sum_lanes(sum.folded(p));
+      pull_x_[row.anchor] += pull;
+    }
+  }
+
+  // ---- gradients
+
+  void add_to_anchors(index first, index n) const {
+    for_each(parts(depth_, columns), [&, this](const worker& w, index task) {
+      const index d = task * columns, cols = std::min(columns, depth_ - d);
+      for (index from = 0; from < candidates_; from += terms) {
+        const index count = std::min(terms, candidates_ - from);
+        for (index k = 0; k < count; ++k)
+          put_unit(y_, from + k, d, cols, k, count, w.buffer, w.panels);
+        multiply<T>({scores_ + from, stride_, 1, width}, {w.panels, count * width},
+                    {nullptr, 0, width, x_.places + first, d}, n, cols, count, true);
+      }
+    });
+  }
+  void add_to_candidates(index first, index n) const {
+    for_each(n, [&, this](const worker& w, index k) {
+      put_unit(x_, first + k, 0, depth_, k, n, w.buffer, panels_);
+    });
+    for_each(parts(candidates_, strip), [&, this](const worker& w, index i) {
+      const index from = i * strip, count = std::min(strip, candidates_ - from);
+      for (index a = 0; a < n; a += width)
+        copy_transposed(scores_ + a * stride_ + from, stride_, std::min(width, n - a), count,
+                        w.tile + a, block_);
+      if constexpr (Formula::distances)
+        for (index j = 0; j < count; ++j)
+          for (index a = 0; a < n; ++a)
+            pull_y_[from + j] -= static_cast<double>(w.tile[j * block_ + a]);
+      for (index d = 0; d < depth_; d += depth_step)
+        multiply<T>({w.tile, block_, 1, width}, {panels_ + d * n, n * width},
+                    {nullptr, 0, width, y_.places + from, d}, count,
+                    std::min(depth_step, depth_ - d), n, true);
+    });
+  }
+  /// n columns of a unit vector become row k of panels.
+  static void put_unit(const compared_rows<T>& of, index row, index first, index n, index k,
+                       index depth, T* buffer, T* panels) {
+    put_in_panels(of.x, row, first, n, k, depth, buffer, panels);
+    const V by(of.factor[row]);
+    for (index j = 0; j < n; j += width) {
+      T* at = panels + j * depth + k * width;
+      (V::load(at) * by).store(at);
+    }
+  }
+
+  double settle() const {
+    double share = 1;
+    if (job_.mean) {
+      const double all = job_.normaliser != 0 ? job_.normaliser : sum_of(weights_);
+      share = all != 0 ? 1 / all : 0;
+    }
+    if constexpr (Gradient) {
+      settle_rows(x_, share, pull_x_);
+      if (!job_.alone)
+        settle_rows(y_, share, pull_y_);
+      for (int k = 0; k < 2; ++k)
+        if (job_.extra[k])
+          *job_.extra[k] = share * sum_of(extra_[k]);
+    }
+    return share == 0 ? 0 : sum_of(values_) * share;
+  }
+  void settle_rows(const compared_rows<T>& of, double share, const double* pulls) const {
+    for_rows(of.rows(), [&](const worker& w, index r) {
+      of.settle(r, share, Formula::distances ? pulls[r] : 0, w.buffer);
+    });
+  }
+  double sum_of(const double* x) const {
+    exact_sum sum;
+    for (index r = 0; r < anchors_; ++r)
+      sum.add(x[r]);
+    return sum.value();
+  }
+
+  const Formula& formula_;
+  const anchor_job<T>& job_;
+  const executor& run_on_;
+  carver memory_;
+  index depth_, anchors_, candidates_, padded_;
+  index stride_; // from row to row of a block: not a power of two, for the caches' sake
+  index block_, workers_;
+  compared_rows<T> x_, y_; // the same ones where embeddings are compared with themselves
+  double *values_ = nullptr, *weights_ = nullptr, *extra_[2] = {}, *notes_ = nullptr;
+  index* numbers_ = nullptr;
+  double *square_x_ = nullptr, *square_y_ = nullptr; // of what is compared
+  double *pull_x_ = nullptr, *pull_y_ = nullptr; // Σ of a row's, or a column's, slopes, doubled
+  T* scores_ = nullptr;                          // of a block; then slopes
+  T* panels_ = nullptr;                          // the block's anchors
+  worker* all_workers_ = nullptr;
+};
+
+template <bool Gradient, class Formula, class T>
+double run_anchors(const Formula& formula, const anchor_job<T>& job, const executor& run_on,
+                   workspace* memory) {
+  using kernel = anchor_kernel<Formula, T, Gradient>;
+  workspace own;
+  const auto bytes = kernel(formula, job, run_on, nullptr).scratch_bytes();
+  return kernel(formula, job, run_on, (memory ? *memory : own).request(bytes)).run();
+}
+
+} // namespace core
+} // namespace perdita::inline PERDITA_ABI
