@@ -1,0 +1,270 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+/// One engine for losses that see each sequence on its own: score → link → reducer, and its result
+/// is one number per sequence, the slope by its log-probability.
+///
+///   x = log π(y) − log π_ref(y), or without a reference, or over the sequence's length
+///   loss = Σ_i w_i v_i ℓ_i(x_i) / Σ_i w_i,   w the row weights, v the weights among the scores
+///
+///   loss(scores, …);   loss(scores, …, gradient, call, report)
+///
+/// without a gradient where its view is empty. Call options as for losses of rows, a sequence being
+/// a row, but that all is done in the calling thread and without memory of its own: run_on and
+/// memory are not used. A token may stand for a sequence. Log-probabilities and outputs are of T,
+/// and lie apart; arithmetic is in double.
+///
+/// An infinite x gives the limit of the link, NaN makes NaN of its sequence, of the reduced value,
+/// and of no other gradient. An infinite reference is refused: what it holds for impossible has no
+/// ratio. Where lengths are given, a sequence of length 0 has no part in anything. Nothing left
+/// gives 0. Throws std::invalid_argument, before anything is written.
+
+#include <algorithm>
+#include <cmath>
+#include <concepts>
+#include <cstdint>
+#include <initializer_list>
+#include <limits>
+#include <string>
+#include <vector>
+
+#include "../core/sequences.hpp"
+#include "link.hpp"
+
+namespace perdita::inline PERDITA_ABI {
+
+/// Numbers of tokens, integers of any type: of sequences, or of lists × candidates.
+struct token_lengths {
+  core::integer_rows entries;
+
+  token_lengths() = default;
+  template <core::labels_like V>
+  explicit(false) token_lengths(V&& counts) : entries(core::as_vector(counts)) {}
+  template <core::label_rows M>
+  requires(!core::labels_like<M>) explicit(false) token_lengths(M&& counts)
+      : entries(core::as_matrix(counts)) {}
+  bool given() const { return entries.data || entries.rows * entries.cols > 0; }
+  /// Of sequence i, or of candidate i of a list.
+  double of(index i, index list = 0) const { return static_cast<double>(entries.at(list, i)); }
+};
+
+/// What is known of N sequences.
+template <class T> struct sequence_scores {
+  vector_view<const T> policy;      ///< log-probability, summed over the tokens
+  vector_view<const T> reference{}; ///< the same of the reference model; finite
+  token_lengths lengths{};          ///< tokens that were summed over, 0 or more
+  /// Factors of value and gradient that do not count in the mean's denominator (that is what
+  /// call_options::row_weights are for): BCO's and WPO's.
+  vector_view<const T> weights{};
+};
+
+/// By-products over a batch, by class. Means are over what counts, unweighted, and NaN where there
+/// is nothing to average.
+struct sequence_summary {
+  double chosen_rewards = 0, rejected_rewards = 0;
+  double margins = 0;    ///< the difference of the two
+  double accuracies = 0; ///< of lists: how often the best has a reward above the worst's; else NaN
+  double chosen_logps = 0, rejected_logps = 0; ///< of the policy, as they were given
+  double kl = 0;                               ///< KTO's baseline z0
+  double delta = 0;                            ///< BCO's shift
+  index chosen = 0, rejected = 0;              ///< how many
+  index empty = 0;                             ///< sequences of length 0
+};
+
+/// By-products. A reward is β times the score that the link sees. No view, no cost.
+template <class T> struct sequence_report {
+  vector_view<T> rewards{}; ///< of each sequence; of lists, of each candidate, list by list
+  sequence_summary* summary = nullptr;
+};
+
+namespace core {
+
+template <class V>
+concept binary_labels_like = vector_like<V> && std::integral<typename element_of<V>::type>;
+
+/// What a score is made of: x = factor (log π − log π_ref)/length^power, less offsets of its own.
+struct score_rule {
+  bool has_reference = true;
+  double beta = 1;        ///< of the reward: β x
+  double power = 0;       ///< 0: of sums, no length is asked for
+  bool per_token = false; ///< the mean is over tokens: Σ w_i length_i divides
+};
+
+template <class T> extent bytes_of(const vector_view<T>& v) {
+  if (v.size == 0 || !v.data)
+    return {0, 0};
+  const auto first = reinterpret_cast<std::uintptr_t>(v.data),
+             last = reinterpret_cast<std::uintptr_t>(v.data + (v.size - 1) * v.stride);
+  return {std::min(first, last), std::max(first, last) + sizeof(T)};
+}
+
+/// The checks and the arithmetic that points and lists share.
+template <class T> struct sequence_call {
+  const char* name;
+
+  template <class V> void size(const char* what, const vector_view<V>& v, index expected) const {
+    if (v.size != expected)
+      fail(name, what, to_text(v.size) + " long", to_text(expected) + " (one for each sequence)");
+    if (!v.data && expected > 0)
+      fail(name, what, "null", "a pointer to memory");
+  }
+  template <class V>
+  void optional(const char* what, const vector_view<V>& v, index expected) const {
+    if (v.data || v.size > 0)
+      size(what, v, expected);
+  }
+  template <class V>
+  void reference(const char* what, const vector_view<V>& v, index expected) const {
+    if (v.size == 0 && expected > 0)
+      fail(name, what, "missing", "log-probabilities of that model, one for each sequence");
+    size(what, v, expected);
+    for (index i = 0; i < v.size; ++i)
+      if (std::isinf(v[i]))
+        fail_at(name, what, i, to_text(v[i]), "a finite number");
+  }
+  void lengths(const token_lengths& v, index lists, index each, bool needed,
+               std::int64_t least) const {
+    if (!v.given()) {
+      if (needed && lists * each > 0)
+        fail(name, "lengths", "missing", "how many tokens each sequence has");
+      return;
+    }
+    if (v.entries.rows != lists || v.entries.cols != each)
+      fail(name, "lengths", to_text(v.entries.rows) + " × " + to_text(v.entries.cols),
+           to_text(lists) + " × " + to_text(each) + " (one for each sequence)");
+    for (index q = 0; q < lists; ++q)
+      for (index i = 0; i < each; ++i)
+        if (const std::int64_t n = v.entries.at(q, i); n < least)
+          fail_at(name, "lengths", q * each + i, to_text(n), to_text(least) + " or more");
+  }
+  void call(const call_options<T>& c, index count, const vector_view<const T>& weights) const {
+    sequence_checks<T>{name}.call(c, count, false);
+    optional("weights", weights, count);
+    for (index i = 0; i < weights.size; ++i)
+      if (!(weights[i] >= 0 && std::isfinite(weights[i])))
+        fail_at(name, "weights", i, to_text(weights[i]), "a finite number, 0 or more");
+  }
+  /// Outputs against each other and against the inputs.
+  void apart(std::initializer_list<extent> outputs, std::initializer_list<extent> inputs) const {
+    std::vector<extent> all(outputs);
+    all.insert(all.end(), inputs);
+    require_apart(name, all, outputs.size());
+  }
+};
+
+inline bool read_label(const char* name, index i, std::int64_t label) {
+  if (label != 0 && label != 1)
+    fail_at(name, "labels", i, to_text(label), "1 (desirable) or 0 (undesirable)");
+  return label == 1;
+}
+
+/// Means of what two classes have.
+class class_means {
+public:
+  void add(bool chosen, double reward, double log_probability) {
+    rewards_[chosen].add(reward);
+    logps_[chosen].add(log_probability);
+    ++count_[chosen];
+  }
+  void write(sequence_summary& to) const {
+    to.chosen = count_[1];
+    to.rejected = count_[0];
+    to.chosen_rewards = mean(rewards_[1], count_[1]);
+    to.rejected_rewards = mean(rewards_[0], count_[0]);
+    to.margins = to.chosen_rewards - to.rejected_rewards;
+    to.chosen_logps = mean(logps_[1], count_[1]);
+    to.rejected_logps = mean(logps_[0], count_[0]);
+    to.accuracies = std::numeric_limits<double>::quiet_NaN();
+  }
+
+private:
+  static double mean(const exact_sum& sum, index n) {
+    return n > 0 ? sum.value() / static_cast<double>(n) : std::numeric_limits<double>::quiet_NaN();
+  }
+  exact_sum rewards_[2], logps_[2];
+  index count_[2] = {};
+};
+
+/// Writes (or adds) a slope.
+template <class T> void put_slope(T& to, double slope, bool accumulate) {
+  to = static_cast<T>(accumulate ? static_cast<double>(to) + slope : slope);
+}
+
+/// The reduced value of link(i, x) = value and slope of sequence i, and the gradient with respect
+/// to the policy's log-probabilities, if there is memory for it. chosen(i): its class in the
+/// summary.
+template <class T, class Chosen, class Link>
+T reduce_points(const char* name, const sequence_scores<T>& in, const score_rule& rule,
+                reduction how, const vector_view<T>& gradient, const call_options<T>& call,
+                const sequence_report<T>& report, Chosen chosen, Link link) {
+  const index n = in.policy.size;
+  const sequence_call<T> checks{name};
+  checks.size("policy", in.policy, n);
+  if (rule.has_reference)
+    checks.reference("reference", in.reference, n);
+  checks.lengths(in.lengths, 1, n, rule.power != 0 || rule.per_token, 0);
+  checks.optional("gradient", gradient, n);
+  checks.call(call, n, in.weights);
+  checks.optional("rewards", report.rewards, n);
+  checks.apart({bytes_of(gradient), bytes_of(call.values), bytes_of(report.rewards)},
+               {bytes_of(in.policy), bytes_of(in.reference), bytes_of(in.weights),
+                bytes_of(call.row_weights), bytes_of(call.upstream)});
+
+  const auto length = [&](index i) { return in.lengths.given() ? in.lengths.of(i) : 1.0; };
+  const auto weight = [&](index i) { return length(i) == 0 ? 0 : weight_of(call, i); };
+  double share = 1;
+  if (how == reduction::mean) {
+    exact_sum all;
+    for (index i = 0; call.normaliser == 0 && i < n; ++i)
+      all.add(rule.per_token ? weight(i) * length(i) : weight(i));
+    const double denominator = call.normaliser != 0 ? call.normaliser : all.value();
+    share = denominator != 0 ? 1 / denominator : 0;
+  }
+
+  exact_sum total;
+  class_means means;
+  index empty = 0;
+  for (index i = 0; i < n; ++i) {
+    const double w = weight(i);
+    double value = 0, slope = 0, reward = 0;
+    empty += length(i) == 0;
+    if (w != 0) {
+      const double s = static_cast<double>(in.policy[i]);
+      const double per = rule.power == 0 ? 1 : std::pow(length(i), rule.power);
+      const double x = (rule.has_reference ? s - static_cast<double>(in.reference[i]) : s) / per;
+      const double factor = in.weights.data ? w * static_cast<double>(in.weights[i]) : w;
+      const links::outcome at = link(i, x);
+      value = links::times(factor, at.value);
+      slope = links::times(factor, at.slope) / per;
+      reward = rule.beta * x;
+      means.add(chosen(i), reward, s);
+    }
+    total.add(value);
+    const double scale = static_cast<double>(call.scale) * share * upstream_of(call, i);
+    if (gradient.data)
+      put_slope(gradient[i], links::times(scale, slope), call.accumulate);
+    if (call.values.data)
+      call.values[i] = static_cast<T>(value);
+    if (report.rewards.data)
+      report.rewards[i] = static_cast<T>(reward);
+  }
+  if (report.summary) {
+    *report.summary = {};
+    means.write(*report.summary);
+    report.summary->empty = empty;
+  }
+  return static_cast<T>(share == 0 ? 0 : total.value() * share);
+}
+
+inline double require_positive(const char* name, const char* what, double x) {
+  require(x > 0 && std::isfinite(x), name, what, x, "a finite number above 0");
+  return x;
+}
+inline double require_weight(const char* name, const char* what, double x) {
+  require(x >= 0 && std::isfinite(x), name, what, x, "a finite number, 0 or more");
+  return x;
+}
+
+} // namespace core
+
+} // namespace perdita::inline PERDITA_ABI
