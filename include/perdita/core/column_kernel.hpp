@@ -388,6 +388,11 @@ private:
       s.term[k] = folded([&](index i) { return lane(sums_, k, i)[p].folded(static_cast<int>(h)); });
     return s;
   }
+  template <index h> PERDITA_INLINE auto finishing(index p) const {
+    const index at = p * width + h * finish_rows;
+    return with_own(formula_, summary_of<h>(p), std::min(finish_rows, rows_ - at),
+                    [&](index i) { return first_ + at + i; });
+  }
   template <index h> static PERDITA_INLINE W half(const V& a) {
     W wide[halves];
     widen(a, wide);
@@ -400,7 +405,7 @@ private:
     const auto finish_half = [&](auto number) __attribute__((always_inline)) {
       constexpr index h = number();
       const index at = p * width + h * finish_rows;
-      const row_outcome<W> result = formula_.finish(summary_of<h>(p));
+      const row_outcome<W> result = formula_.finish(finishing<h>(p));
       add_values(select(half<h>(keep_[p]) == W(0), W(0), result.value * W::load(weight_ + at)), at,
                  block, totals);
       if (job_.report.any()) [[unlikely]]
@@ -457,7 +462,7 @@ private:
         numbers[count++] = first_ + at + i;
       }
     }
-    store_report(formula_, job_, summary_of<h>(p), numbers, lanes_of, half<h>(raw_target_[p]),
+    store_report(formula_, job_, finishing<h>(p), numbers, lanes_of, half<h>(raw_target_[p]),
                  half<h>(rivals_[p]), count);
   }
 

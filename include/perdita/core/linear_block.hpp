@@ -200,9 +200,11 @@ private:
       s.target_side = W::load(target_side_ + at);
       s.label_weight = W::load(label_weight_ + at);
       s.classes = W(static_cast<double>(job_.scores.cols));
-      const row_outcome<W> result = formula_.finish(s);
+      const auto row = with_own(formula_, s, std::min(finish_rows, count_ - at),
+                                [&](index i) { return rows_[at + i]; });
+      const row_outcome<W> result = formula_.finish(row);
       if (values && at < count_)
-        report(s, result.value, at, raw_target[h], rivals[h], *values);
+        report(row, result.value, at, raw_target[h], rivals[h], *values);
       shift[h] = s.shift;
       scale[h] = W::load(scale_ + at);
       factor[h] = Formula::linear ? result.image_scale * scale[h] : result.image_scale;
@@ -219,14 +221,15 @@ private:
     for (int k = 0; k < coefficients; ++k)
       to.coefficient[k] = narrow(c[k]);
   }
-  void report(const row_summary<statistic>& s, const W& value, index at, const W& raw_target,
-              const W& rivals, value_sum& values) const {
+  template <class Row>
+  void report(const Row& row, const W& value, index at, const W& raw_target, const W& rivals,
+              value_sum& values) const {
     static constexpr index each[finish_rows] = {0, 1, 2, 3, 4, 5, 6, 7};
     const index n = std::min(finish_rows, count_ - at);
     for (index i = 0; i < n; ++i)
       store_value(job_, rows_[at + i], lane(value, i), values);
     if (job_.report.any())
-      store_report(formula_, job_, s, rows_ + at, each, raw_target, rivals, n);
+      store_report(formula_, job_, row, rows_ + at, each, raw_target, rivals, n);
   }
 
   static double lane(const W& x, index i) {

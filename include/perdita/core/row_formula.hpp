@@ -13,6 +13,8 @@ namespace perdita::inline PERDITA_ABI::core {
 ///   finish(row)                 row_summary → row_outcome
 ///   slope(z, share, side, c)    ∂value/∂score, with share = image_scale e^{z - shift} and the
 ///                               outcome's coefficients c
+///   own(r)                      where there is one: a number of row r, which finish(row) and
+///                               report(row) get as row.own
 struct row_formula {
   static constexpr bool excludes_target = true; ///< the sums are over the rivals of the target
   static constexpr bool proportional = true;    ///< slope is share: nothing else is needed
@@ -24,6 +26,24 @@ struct row_formula {
   double label_weight(index) const { return 1; }
   template <class V> PERDITA_INLINE V score(const V& x) const { return x; }
 };
+
+template <class Row> struct own_summary : Row { pack<double> own; };
+
+/// The summary of rows row_of(i), i < n, with their own numbers where the formula has such.
+template <class Formula, class Row, class RowOf>
+PERDITA_INLINE auto with_own(const Formula& formula, const Row& row, index n, const RowOf& row_of) {
+  if constexpr (requires { formula.own(index{}); }) {
+    alignas(64) double own[finish_rows] = {};
+    for (index i = 0; i < n; ++i)
+      own[i] = formula.own(row_of(i));
+    own_summary<Row> result;
+    static_cast<Row&>(result) = row;
+    result.own = pack<double>::load(own);
+    return result;
+  } else {
+    return row;
+  }
+}
 
 /// A target among its rivals, from Σ e^{z_j − shift} over the rivals j ≠ y: with the log-odds
 /// against the target u = log Σ_{j≠y} e^{z_j} − z_y,

@@ -820,14 +820,15 @@ private:
     s.classes = W(static_cast<double>(cols_));
     for (int k = 0; k < statistic::terms; ++k)
       s.term[k] = W::load(in[6 + k]);
-    const row_outcome<W> result = formula_.finish(s);
+    const auto summary = with_own(formula_, s, count, [&](index i) { return numbers[i]; });
+    const row_outcome<W> result = formula_.finish(summary);
     result.value.store(out[0]);
     result.image_scale.store(out[1]);
     result.target_gradient.store(out[2]);
     for (int k = 0; k < coefficients; ++k)
       result.coefficient[k].store(out[3 + k]);
     if (job_.report.any())
-      store_report(formula_, job_, s, numbers, lane, W::load(in[5]), W::load(in[4]), count);
+      store_report(formula_, job_, summary, numbers, lane, W::load(in[5]), W::load(in[4]), count);
     for (index i = 0; i < count; ++i) {
       live_row& row = rows[i];
       store_value(job_, row.row, out[0][i], total);
