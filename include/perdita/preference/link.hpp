@@ -140,8 +140,8 @@ struct lrml {
     // k e^−t: the factors alone are 0 and inf
     const double image =
         std::exp(t < 0 ? times(1 / tau - 1, t) - softplus(t / tau) : -t - softplus(-t / tau));
-    return {times(rest, above) + image, -rest * sigmoid(-t) - image +
-                                            (times(rest, image) - times(k * rest, above)) / tau};
+    return {times(rest, above) + image,
+            -rest * sigmoid(-t) - image + (times(rest, image) - times(k * rest, above)) / tau};
   }
 };
 
