@@ -1,18 +1,23 @@
 // SPDX-License-Identifier: MIT
 
-// The similarity head, value and gradients, against the same loss by way of the whole matrix.
+// Losses of embeddings compared with embeddings, value and gradients: by the similarity head, by
+// blocks of anchors, and by way of the whole matrix.
 //
 //   build/bench/bench/bench_similarity --benchmark_filter='(info_nce|clip)/8192x1024/'
 //   PERDITA_BENCH_LARGE=1 ...    with 16384 and 32768 rows, which take minutes
 //
-// similarity/LOSS/ROWSxFEATURES/threads:N, LOSS being "info_nce" (rows only), "clip" (both
-// directions) or "nt_xent" (a matrix with itself, a partner for each row). Counters:
+// similarity/LOSS/ROWSxFEATURES/threads:N. By the head: "info_nce" (rows only), "clip" (both
+// directions), "nt_xent" (a matrix with itself, a partner for each row). By anchors:
+// "sup_con_pairs" (InfoNCE again), "sup_con_views" (NT-Xent again), "sup_con" (a matrix with
+// itself, eight of each label), "sig_lip", "circle" and "multi_similarity" (labels as for sup_con).
+// Counters:
 //
-//   x_peak          useful operations per second (8 N² D; nt_xent 4 N² D) ÷ those of multiply-adds
-//                   in registers, by as many threads
+//   x_peak          useful operations per second (8 N² D; nt_xent 4 N² D; anchors 6 N² D) ÷ those
+//   of
+//                   multiply-adds in registers, by as many threads
 //   x_materialised  time of normalising, making all scores, cross-entropy of rows (and of columns),
 //                   two more products and the projection, all from the library's blocks of products
-//                   ÷ ours; to 8192 rows, and not for nt_xent
+//                   ÷ ours; to 8192 rows, for InfoNCE and CLIP
 //   seconds         of one call
 //   scratch_bytes   of the workspace
 //   extra_bytes     growth of the peak of the resident memory during the first call
@@ -23,14 +28,17 @@
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
-#include <numeric>
 #include <string>
 #include <vector>
 
 #include <benchmark/benchmark.h>
 
+#include <perdita/circle.hpp>
 #include <perdita/cross_entropy.hpp>
+#include <perdita/multi_similarity.hpp>
+#include <perdita/sig_lip.hpp>
 #include <perdita/similarity.hpp>
+#include <perdita/sup_con.hpp>
 
 #include "support/limits.hpp"
 #include "support/linear_problem.hpp"
@@ -42,16 +50,12 @@
 namespace bench {
 namespace {
 
-enum class kind { info_nce, clip, nt_xent };
-const char* name(kind k) {
-  return k == kind::info_nce ? "info_nce" : k == kind::clip ? "clip" : "nt_xent";
-}
 constexpr float scale = 14;
 
 /// Embeddings of which each has a partner that is like it.
 struct embeddings {
   matrix x, y, d_x, d_y;
-  std::vector<std::int64_t> labels;
+  std::vector<std::int64_t> labels, partners, classes; ///< i; the row half the rows on; i/8
 
   embeddings(index n, index d) : x(n, d), y(n, d), d_x(n, d), d_y(n, d) {
     const random_numbers one{1}, other{2};
@@ -59,15 +63,71 @@ struct embeddings {
       x.data()[i] = one.normal(i);
       y.data()[i] = one.normal(i) + 2 * other.normal(i);
     }
-    labels.resize(static_cast<std::size_t>(n));
-    std::iota(labels.begin(), labels.end(), 0);
+    for (index i = 0; i < n; ++i) {
+      labels.push_back(i);
+      partners.push_back((i + n / 2) % n);
+      classes.push_back(i / 8);
+    }
   }
+};
+
+struct call {
+  perdita::executor run_on;
+  perdita::workspace* memory;
+};
+/// A loss, how many products of N²D multiplications and additions it needs, and what the whole
+/// matrix is to be compared for: nothing, rows, or rows and columns.
+struct subject {
+  enum pipeline { none, rows, both };
+  const char* name;
+  double products;
+  pipeline whole;
+  float (*run)(const embeddings&, const call&);
+};
+template <bool Both> float by_head(const embeddings& e, const call& c) {
+  const perdita::similarity head(perdita::cross_entropy<float>{}, {.scale = scale, .both = Both});
+  return head(e.x.read(), e.y.read(), e.d_x.view(), e.d_y.view(),
+              {.run_on = c.run_on, .memory = c.memory});
+}
+float within_head(const embeddings& e, const call& c) {
+  const perdita::similarity head(perdita::cross_entropy<float>{}, {.scale = scale});
+  return head.within(e.x.read(), e.partners, e.d_x.view(),
+                     {.run_on = c.run_on, .memory = c.memory});
+}
+template <class Loss> float by_labels(const Loss& loss, const embeddings& e, const call& c) {
+  return loss(e.x.read(), e.classes, e.d_x.view(), {.run_on = c.run_on, .memory = c.memory});
+}
+template <class Loss> float by_pairs(const Loss& loss, const embeddings& e, const call& c) {
+  return loss.pairs(e.x.read(), e.y.read(), e.d_x.view(), e.d_y.view(),
+                    {.run_on = c.run_on, .memory = c.memory});
+}
+const perdita::sup_con<float> sup_con({.temperature = 1.0 / scale});
+constexpr subject subjects[] = {
+    {"info_nce", 8, subject::rows, &by_head<false>},
+    {"clip", 8, subject::both, &by_head<true>},
+    {"nt_xent", 4, subject::none, &within_head},
+    {"sup_con_pairs", 6, subject::rows,
+     [](const embeddings& e, const call& c) { return by_pairs(sup_con, e, c); }},
+    {"sup_con_views", 6, subject::none,
+     [](const embeddings& e, const call& c) {
+       return sup_con.views(e.x.read(), 2, e.d_x.view(), {.run_on = c.run_on, .memory = c.memory});
+     }},
+    {"sup_con", 6, subject::none,
+     [](const embeddings& e, const call& c) { return by_labels(sup_con, e, c); }},
+    {"sig_lip", 6, subject::none,
+     [](const embeddings& e, const call& c) { return by_pairs(perdita::sig_lip<float>(), e, c); }},
+    {"circle", 6, subject::none,
+     [](const embeddings& e, const call& c) { return by_labels(perdita::circle<float>(), e, c); }},
+    {"multi_similarity", 6, subject::none,
+     [](const embeddings& e, const call& c) {
+       return by_labels(perdita::multi_similarity<float>(), e, c);
+     }},
 };
 
 class whole_matrix {
 public:
-  whole_matrix(const embeddings& e, kind k, const pool& run_on)
-      : e_(e), kind_(k), run_on_(run_on), products_(executor_), unit_x_(e.x.rows(), e.x.cols()),
+  whole_matrix(const embeddings& e, bool both, const pool& run_on)
+      : e_(e), both_(both), run_on_(run_on), products_(executor_), unit_x_(e.x.rows(), e.x.cols()),
         unit_y_(e.y.rows(), e.y.cols()), scores_(e.x.rows(), e.y.rows()),
         slopes_(e.x.rows(), e.y.rows()), d_x(e.x.rows(), e.x.cols()), d_y(e.y.rows(), e.y.cols()) {}
 
@@ -78,10 +138,9 @@ public:
     scale_all(scores_);
     perdita::call_options<float> call;
     call.run_on = run_on_;
-    const bool both = kind_ == kind::clip;
-    call.scale = both ? scale / 2 : scale;
+    call.scale = both_ ? scale / 2 : scale;
     float value = loss_(scores_.read(), e_.labels, slopes_.view(), call);
-    if (both) {
+    if (both_) {
       const index n = scores_.rows();
       const matrix_view<const float> columns(scores_.data(), n, n, 1, n);
       const matrix_view<float> to(slopes_.data(), n, n, 1, n);
@@ -135,7 +194,7 @@ private:
   }
 
   const embeddings& e_;
-  kind kind_;
+  bool both_;
   const pool& run_on_;
   perdita::executor executor_{run_on_};
   block_products products_;
@@ -156,30 +215,20 @@ double largest_difference(const matrix& a, const matrix& b) {
   return most / size;
 }
 
-void measure(benchmark::State& state, kind k, index n, index d, std::size_t threads_wanted) {
+void measure(benchmark::State& state, const subject& of, index n, index d,
+             std::size_t threads_wanted) {
   const embeddings e(n, d);
   const pool& run_on = threads(threads_wanted);
-  const perdita::similarity head(perdita::cross_entropy<float>{},
-                                 {.scale = static_cast<double>(scale), .both = k == kind::clip});
-  std::vector<std::int64_t> partners;
-  for (index i = 0; i < n; ++i)
-    partners.push_back((i + n / 2) % n);
   perdita::workspace memory;
-  perdita::call_options<float> call;
-  call.run_on = run_on;
-  call.memory = &memory;
   float value = 0;
-  const auto ours = [&] {
-    value = k == kind::nt_xent ? head.within(e.x.read(), partners, e.d_x.view(), call)
-                               : head(e.x.read(), e.y.read(), e.d_x.view(), e.d_y.view(), call);
-  };
+  const auto ours = [&] { value = of.run(e, {run_on, &memory}); };
   const double extra = growth_of_peak(ours);
   contestant one(ours, [&] { run_on.wake(); });
   contestant fastest([&] { peak::run(run_on); }, [&] { run_on.wake(); });
   std::unique_ptr<whole_matrix> all;
   std::unique_ptr<contestant> other;
-  if (k != kind::nt_xent && n <= 8192) {
-    all = std::make_unique<whole_matrix>(e, k, run_on);
+  if (of.whole != subject::none && n <= 8192) {
+    all = std::make_unique<whole_matrix>(e, of.whole == subject::both, run_on);
     const float expected = all->run();
     if (!(std::abs(value - expected) < 1e-5F * expected) ||
         !(largest_difference(all->d_x, e.d_x) < 1e-4) ||
@@ -196,8 +245,8 @@ void measure(benchmark::State& state, kind k, index n, index d, std::size_t thre
     compete(turns, {.least = n > 10000 ? 1U : 3U, .warm = true});
     state.SetIterationTime(one.seconds());
   }
-  const double operations = (k == kind::nt_xent ? 4.0 : 8.0) * static_cast<double>(n) *
-                            static_cast<double>(n) * static_cast<double>(d);
+  const double operations =
+      of.products * static_cast<double>(n) * static_cast<double>(n) * static_cast<double>(d);
   state.counters["x_peak"] =
       operations / one.seconds() / (peak::operations(threads_wanted) / fastest.seconds());
   state.counters["seconds"] = one.seconds();
@@ -216,14 +265,14 @@ void register_all() {
   if (std::getenv("PERDITA_BENCH_LARGE"))
     sizes.insert(sizes.end(), {{16384, 512}, {32768, 512}});
   const std::size_t most = processors().size() > 1 ? 2 : 1;
-  for (const kind k : {kind::info_nce, kind::clip, kind::nt_xent})
+  for (const subject& of : subjects)
     for (const size& s : sizes)
       for (std::size_t n = 1; n <= most; ++n)
         benchmark::RegisterBenchmark(
-            (std::string("similarity/") + name(k) + "/" + std::to_string(s.rows) + "x" +
+            (std::string("similarity/") + of.name + "/" + std::to_string(s.rows) + "x" +
              std::to_string(s.features) + "/threads:" + std::to_string(n))
                 .c_str(),
-            [=](benchmark::State& state) { measure(state, k, s.rows, s.features, n); })
+            [=](benchmark::State& state) { measure(state, of, s.rows, s.features, n); })
             ->UseManualTime()
             ->Iterations(1)
             ->Unit(benchmark::kMillisecond);

@@ -39,7 +39,7 @@ template <class T> struct list_scores {
   matrix_view<const T> policy;                  ///< log-probabilities, summed over the tokens
   matrix_view<const T> reference{};             ///< the same of the reference model; finite
   matrix_view<const T> previous{};              ///< of the previous iterate, for INPO; finite
-  token_lengths lengths{};                      ///< tokens, 1 or more, for averages
+  token_counts lengths{};                       ///< tokens, 1 or more, for averages
   vector_view<const std::int64_t> candidates{}; ///< how many of each list; none: all
   vector_view<const T> weights{};               ///< of lists, as those of sequence_scores
 };
@@ -315,8 +315,8 @@ public:
 
   rrhf() : rrhf(options{}) {}
   explicit(false) rrhf(const options& o) : options_(o) {
-    core::require_weight(name, "rank_weight", o.rank_weight);
-    core::require_weight(name, "nll_weight", o.nll_weight);
+    core::not_negative(name, "rank_weight", o.rank_weight);
+    core::not_negative(name, "nll_weight", o.nll_weight);
     core::require(std::isfinite(o.length_penalty), name, "length_penalty", o.length_penalty,
                   "a finite number");
     core::require_reduction(name, o.reduction);
@@ -365,7 +365,7 @@ public:
 
   plackett_luce_dpo() : plackett_luce_dpo(options{}) {}
   explicit(false) plackett_luce_dpo(const options& o) : options_(o) {
-    core::require_positive(name, "beta", o.beta);
+    core::positive(name, "beta", o.beta);
     core::require(o.places >= 0, name, "places", o.places, "0 or more");
     core::require_reduction(name, o.reduction);
   }
@@ -476,7 +476,7 @@ public:
 
   lipo() : lipo(options{}) {}
   explicit(false) lipo(const options& o) : options_(o) {
-    core::require_positive(name, "beta", o.beta);
+    core::positive(name, "beta", o.beta);
     const int kind = static_cast<int>(o.objective);
     core::require(kind >= 0 && kind <= static_cast<int>(list_objective::point_sigmoid), name,
                   "objective", kind, "one of list_objective");
@@ -556,8 +556,8 @@ public:
 
   exo_list() : exo_list(options{}) {}
   explicit(false) exo_list(const options& o) : options_(o) {
-    core::require_positive(name, "beta", o.beta);
-    core::require_positive(name, "reward_beta", o.reward_beta);
+    core::positive(name, "beta", o.beta);
+    core::positive(name, "reward_beta", o.reward_beta);
     core::require_reduction(name, o.reduction);
   }
   const options& settings() const { return options_; }
@@ -594,7 +594,7 @@ public:
 
   dno_list() : dno_list(options{}) {}
   explicit(false) dno_list(const options& o) : options_(o) {
-    core::require_positive(name, "eta", o.eta);
+    core::positive(name, "eta", o.eta);
     core::require_reduction(name, o.reduction);
   }
   const options& settings() const { return options_; }
@@ -636,7 +636,7 @@ public:
 
   inpo_list() : inpo_list(options{}) {}
   explicit(false) inpo_list(const options& o) : options_(o) {
-    core::require_positive(name, "eta", o.eta);
+    core::positive(name, "eta", o.eta);
     core::require(o.tau > 0 && o.tau <= o.eta, name, "tau", o.tau, "a number in (0, eta]");
     core::require_reduction(name, o.reduction);
   }
@@ -719,7 +719,7 @@ std::vector<rated_pair> make_pairs(matrix_view<const T> ratings,
   core::require(how == pairing::best_against_rest || how == pairing::best_against_worst ||
                     how == pairing::all,
                 name, "pairing", static_cast<int>(how), "one of those that are named");
-  core::require_weight(name, "least_gap", least_gap);
+  core::not_negative(name, "least_gap", least_gap);
   core::sequence_call<T>{name}.optional("candidates", candidates, ratings.rows);
   std::vector<rated_pair> pairs;
   for (index q = 0; q < ratings.rows; ++q) {

@@ -15,20 +15,10 @@
 #include <utility>
 #include <vector>
 
-#include "../core/sequences.hpp"
+#include "inputs.hpp"
 #include "link.hpp"
 
 namespace perdita::inline PERDITA_ABI {
-
-/// Numbers of tokens, integers of any type.
-struct token_counts {
-  core::integer_rows entries;
-
-  token_counts() = default;
-  template <core::labels_like V>
-  explicit(false) token_counts(V&& counts) : entries(core::as_vector(counts)) {}
-  bool given() const { return entries.data || entries.cols > 0; }
-};
 
 /// Pairs of a chosen and a rejected response to the same prompt, each by the log-probability of its
 /// tokens, summed. What is left out is not there: a loss that needs it says so.
@@ -380,7 +370,7 @@ private:
     return v.data ? static_cast<double>(v[i]) : otherwise;
   }
   static double number(const token_counts& counts, index i, double otherwise) {
-    return counts.given() ? static_cast<double>(counts.entries.at(0, i)) : otherwise;
+    return counts.given() ? counts.of(i) : otherwise;
   }
   static preference_pair gather(const preference_pairs<T>& p, index i, double weight) {
     preference_pair pair;
@@ -503,16 +493,6 @@ private:
 
 namespace core {
 
-/// An option that must be a finite number above 0.
-template <class T> double positive(const char* loss, const char* option, T x) {
-  require(x > 0 && std::isfinite(x), loss, option, x, "a finite number above 0");
-  return static_cast<double>(x);
-}
-/// An option that must be a finite number, 0 or more.
-template <class T> double not_negative(const char* loss, const char* option, T x) {
-  require(x >= 0 && std::isfinite(x), loss, option, x, "a finite number, 0 or more");
-  return static_cast<double>(x);
-}
 template <class T> double finite(const char* loss, const char* option, T x) {
   require(std::isfinite(x), loss, option, x, "a finite number");
   return static_cast<double>(x);

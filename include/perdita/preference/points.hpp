@@ -29,30 +29,16 @@
 #include <vector>
 
 #include "../core/sequences.hpp"
+#include "inputs.hpp"
 #include "link.hpp"
 
 namespace perdita::inline PERDITA_ABI {
-
-/// Numbers of tokens, integers of any type: of sequences, or of lists × candidates.
-struct token_lengths {
-  core::integer_rows entries;
-
-  token_lengths() = default;
-  template <core::labels_like V>
-  explicit(false) token_lengths(V&& counts) : entries(core::as_vector(counts)) {}
-  template <core::label_rows M>
-  requires(!core::labels_like<M>) explicit(false) token_lengths(M&& counts)
-      : entries(core::as_matrix(counts)) {}
-  bool given() const { return entries.data || entries.rows * entries.cols > 0; }
-  /// Of sequence i, or of candidate i of a list.
-  double of(index i, index list = 0) const { return static_cast<double>(entries.at(list, i)); }
-};
 
 /// What is known of N sequences.
 template <class T> struct sequence_scores {
   vector_view<const T> policy;      ///< log-probability, summed over the tokens
   vector_view<const T> reference{}; ///< the same of the reference model; finite
-  token_lengths lengths{};          ///< tokens that were summed over, 0 or more
+  token_counts lengths{};           ///< tokens that were summed over, 0 or more
   /// Factors of value and gradient that do not count in the mean's denominator (that is what
   /// call_options::row_weights are for): BCO's and WPO's.
   vector_view<const T> weights{};
@@ -122,7 +108,7 @@ template <class T> struct sequence_call {
       if (std::isinf(v[i]))
         fail_at(name, what, i, to_text(v[i]), "a finite number");
   }
-  void lengths(const token_lengths& v, index lists, index each, bool needed,
+  void lengths(const token_counts& v, index lists, index each, bool needed,
                std::int64_t least) const {
     if (!v.given()) {
       if (needed && lists * each > 0)
@@ -254,15 +240,6 @@ T reduce_points(const char* name, const sequence_scores<T>& in, const score_rule
     report.summary->empty = empty;
   }
   return static_cast<T>(share == 0 ? 0 : total.value() * share);
-}
-
-inline double require_positive(const char* name, const char* what, double x) {
-  require(x > 0 && std::isfinite(x), name, what, x, "a finite number above 0");
-  return x;
-}
-inline double require_weight(const char* name, const char* what, double x) {
-  require(x >= 0 && std::isfinite(x), name, what, x, "a finite number, 0 or more");
-  return x;
 }
 
 } // namespace core

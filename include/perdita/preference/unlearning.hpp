@@ -130,7 +130,7 @@ public:
   static constexpr const char* name = "npo";
   static constexpr bool chosen = false;
   explicit(false) npo(const npo_options& o = {}) : core::one_class_loss<npo, T, npo_options>(o) {
-    core::require_positive(name, "beta", o.beta);
+    core::positive(name, "beta", o.beta);
   }
 
 private:
@@ -165,7 +165,7 @@ public:
   static constexpr bool chosen = false;
   explicit(false) simnpo(const simnpo_options& o = {})
       : core::one_class_loss<simnpo, T, simnpo_options>(o) {
-    core::require_positive(name, "beta", o.beta);
+    core::positive(name, "beta", o.beta);
     core::require(std::isfinite(o.gamma), name, "gamma", o.gamma, "a finite number");
   }
 
@@ -200,7 +200,7 @@ public:
   static constexpr const char* name = "wga";
   static constexpr bool chosen = false;
   explicit(false) wga(const wga_options& o = {}) : core::one_class_loss<wga, T, wga_options>(o) {
-    core::require_weight(name, "beta", o.beta);
+    core::not_negative(name, "beta", o.beta);
   }
 
 private:
@@ -233,8 +233,8 @@ public:
   static constexpr bool chosen = false;
   explicit(false) satimp(const satimp_options& o = {})
       : core::one_class_loss<satimp, T, satimp_options>(o) {
-    core::require_weight(name, "beta1", o.beta1);
-    core::require_weight(name, "beta2", o.beta2);
+    core::not_negative(name, "beta1", o.beta1);
+    core::not_negative(name, "beta2", o.beta2);
   }
 
 private:
@@ -532,7 +532,7 @@ public:
 
   undial() : undial(options{}) {}
   explicit(false) undial(const options& o) : options_(o) {
-    core::require_weight(name, "beta", o.beta);
+    core::not_negative(name, "beta", o.beta);
     core::require_reduction(name, o.reduction);
   }
   const options& settings() const { return options_; }
@@ -629,7 +629,7 @@ struct retain_multiplier {
   /// Returns the new value. A loss of NaN leaves it.
   double update(double retain_loss, double level, double step) {
     core::require(std::isfinite(level), "retain_multiplier", "level", level, "a finite number");
-    core::require_weight("retain_multiplier", "step", step);
+    core::not_negative("retain_multiplier", "step", step);
     core::require(value >= 0, "retain_multiplier", "value", value, "0 or more");
     const double next = value + step * (retain_loss - level);
     if (next == next)
@@ -682,9 +682,9 @@ public:
 
   explicit(false) retaining(Forget forget) : retaining(std::move(forget), options{}) {}
   retaining(Forget forget, const options& o) : forget_(std::move(forget)), options_(o) {
-    core::require_weight(name, "forget_weight", o.forget_weight);
-    core::require_weight(name, "retain_weight", o.retain_weight);
-    core::require_weight(name, "kl_weight", o.kl_weight);
+    core::not_negative(name, "forget_weight", o.forget_weight);
+    core::not_negative(name, "retain_weight", o.retain_weight);
+    core::not_negative(name, "kl_weight", o.kl_weight);
   }
   const options& settings() const { return options_; }
 
@@ -789,9 +789,9 @@ public:
 
   c_advul() : c_advul(options{}) {}
   explicit(false) c_advul(const options& o) : options_(o) {
-    core::require_weight(name, "away_weight", o.away_weight);
-    core::require_weight(name, "toward_weight", o.toward_weight);
-    core::require_weight(name, "utility_weight", o.utility_weight);
+    core::not_negative(name, "away_weight", o.away_weight);
+    core::not_negative(name, "toward_weight", o.toward_weight);
+    core::not_negative(name, "utility_weight", o.utility_weight);
     core::require(std::isfinite(o.away_cutoff), name, "away_cutoff", o.away_cutoff,
                   "a finite number");
     core::require(std::isfinite(o.toward_cutoff), name, "toward_cutoff", o.toward_cutoff,
@@ -874,7 +874,7 @@ public:
 
   c_advipo() : c_advipo(options{}) {}
   explicit(false) c_advipo(const options& o) : options_(o) {
-    core::require_positive(name, "beta", o.beta);
+    core::positive(name, "beta", o.beta);
     core::require(o.away_cutoff == o.away_cutoff, name, "away_cutoff", o.away_cutoff, "a number");
     core::require(o.toward_cutoff == o.toward_cutoff, name, "toward_cutoff", o.toward_cutoff,
                   "a number");

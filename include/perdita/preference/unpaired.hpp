@@ -117,9 +117,9 @@ public:
 
 protected:
   kto(const options& o, const char* called) : options_(o), called_(called) {
-    core::require_positive(called, "beta", o.beta);
-    core::require_weight(called, "desirable_weight", o.desirable_weight);
-    core::require_weight(called, "undesirable_weight", o.undesirable_weight);
+    core::positive(called, "beta", o.beta);
+    core::not_negative(called, "desirable_weight", o.desirable_weight);
+    core::not_negative(called, "undesirable_weight", o.undesirable_weight);
     core::require_reduction(called, o.reduction);
   }
 
@@ -160,7 +160,7 @@ struct bco_state {
   /// Takes a batch in: before the loss of that batch, and only in training. Empty: no change.
   template <class T> void update(const sequence_scores<T>& scores, double beta) {
     const char* const name = "bco_state";
-    core::require_positive(name, "beta", beta);
+    core::positive(name, "beta", beta);
     const index n = scores.policy.size;
     const core::sequence_call<T> checks{name};
     checks.size("policy", scores.policy, n);
@@ -229,7 +229,7 @@ public:
 
   bco() : bco(options{}) {}
   explicit(false) bco(const options& o) : options_(o) {
-    core::require_positive(name, "beta", o.beta);
+    core::positive(name, "beta", o.beta);
     core::require_reduction(name, o.reduction);
   }
   const options& settings() const { return options_; }
@@ -270,7 +270,7 @@ public:
 
   sppo_points() : sppo_points(options{}) {}
   explicit(false) sppo_points(const options& o) : options_(o) {
-    core::require_positive(name, "beta", o.beta);
+    core::positive(name, "beta", o.beta);
     core::require_reduction(name, o.reduction);
   }
   const options& settings() const { return options_; }
