@@ -20,9 +20,11 @@
 /// anything is written.
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <limits>
 #include <numbers>
+#include <type_traits>
 
 #include "core/element_kernel.hpp"
 #include "core/math.hpp"
@@ -45,81 +47,113 @@ struct mse_formula : element_formula {
   }
 };
 
+/// A factor 1/c, without a division and in range for any c: a power of two and a number near 1. For
+/// c = 0, something huge.
+template <class T> struct inverse_of {
+  T c, power, rest;
+
+  explicit inverse_of(T option) : c(option) {
+    using limits = std::numeric_limits<T>;
+    const int exponent = c > 0 ? std::ilogb(c) : limits::min_exponent;
+    power = std::ldexp(T(1), -std::clamp(exponent, limits::min_exponent, limits::max_exponent - 2));
+    rest = std::min(limits::max(), 1 / (c * power));
+  }
+  template <class V> PERDITA_INLINE V times(const V& x) const { return x * V(rest) * V(power); }
+};
+
+/// With s = r/β clipped to [−1, 1]:  s (r − s β/2)
 template <class T> struct smooth_l1_formula : element_formula {
-  T beta;
+  inverse_of<T> beta;
   template <class V> PERDITA_INLINE element_outcome<V> operator()(const V& x, const V& t) const {
-    const V r = x - t, size = abs(r), share = r / V(beta);
-    const auto inside = size < V(beta);
-    return {select(inside, size * abs(share) * V(T(0.5)), size - V(beta * T(0.5))),
-            select(inside, share, with_sign_of(r, V(1))),
-            unless_nan(r, select(inside, V(1) / V(beta), V(0)))};
+    const V r = x - t, slope = min(V(1), max(V(-1), beta.times(r)));
+    return {slope * fnma(V(beta.c * T(0.5)), slope, r), slope,
+            unless_nan(r, select(abs(r) < V(beta.c), V(1) / V(beta.c), V(0)))};
   }
 };
 
+/// With s = r clipped to [−δ, δ]:  s (r − s/2)
 template <class T> struct huber_formula : element_formula {
   T delta;
   template <class V> PERDITA_INLINE element_outcome<V> operator()(const V& x, const V& t) const {
-    const V r = x - t, size = abs(r);
-    const auto inside = size <= V(delta);
-    return {select(inside, r * r * V(T(0.5)), V(delta) * (size - V(delta * T(0.5)))),
-            select(inside, r, with_sign_of(r, V(delta))),
-            unless_nan(r, select(inside, V(1), V(0)))};
+    const V r = x - t, slope = min(V(delta), max(V(-delta), r));
+    return {slope * fnma(V(T(0.5)), slope, r), slope,
+            unless_nan(r, select(abs(r) <= V(delta), V(1), V(0)))};
   }
 };
 
 /// u = |r|/c without its square, which could overflow: `ratio` is u or, where u > 1, 1/u.
 template <class V> struct folded_ratio {
-  V u, ratio, square, sum; ///< ratio² and 1 + ratio²
+  V ratio, square, sum; ///< ratio² and 1 + ratio²
   pack_mask<typename V::value_type> above;
 
-  PERDITA_INLINE folded_ratio(const V& size, const V& c) : u(size / c), above(u > V(1)) {
-    ratio = select(above, V(1) / u, u);
+  PERDITA_INLINE explicit folded_ratio(const V& u) : above(u > V(1)) {
+    ratio = min(V(1) / u, u);
     square = ratio * ratio;
     sum = square + V(1);
   }
-  /// log(1 + u²)
-  PERDITA_INLINE V log_sum() const {
-    const V most(typename V::value_type(0x1p40)); // its square is finite, and 1 vanishes beside it
-    const V l = log(u);
-    const V inside = min(most, u);
-    return select(u > most, l + l, log1p(inside * inside));
-  }
 };
 
-/// With s = √(1 + u²):  δ² (s − 1) = δ |r| u/(1 + s),  r/s,  1/s³.
+/// A number beside whose square 1 vanishes, and which has a finite one.
+template <class T> inline constexpr T beyond_one = T(0x1p60);
+
+/// With s = √(1 + u²):  δ² (s − 1) = δ |r| u/(1 + s),  r/s,  1/s³; one division for both.
 template <class T> struct pseudo_huber_formula : element_formula {
-  T delta;
+  inverse_of<T> delta;
   template <class V> PERDITA_INLINE element_outcome<V> operator()(const V& x, const V& t) const {
     const V r = x - t, size = abs(r), one(1);
-    const folded_ratio<V> f(size, V(delta));
-    const V root = sqrt(f.sum);                   // s, or s/u
-    const V top = select(f.above, one, f.ratio);  // u, or u/u
-    const V unit = select(f.above, f.ratio, one); // 1, or 1/u
-    const V inverse = unit / root;                // 1/s
-    return {V(delta) * (size * (top / (unit + root))), with_sign_of(r, V(delta) * (top / root)),
-            inverse * inverse * inverse};
+    const V u = min(V(beyond_one<T>), delta.times(size)); // beyond it u/s is 1
+    const V root = sqrt(fma(u, u, one)), next = root + one, share = u / (root * next);
+    const V inverse = share * next; // u/s
+    return {V(delta.c) * (size * (share * root)), with_sign_bit(V(delta.c) * inverse, r, size),
+            bend(delta.times(size), root)};
+  }
+
+private:
+  template <class V> static PERDITA_INLINE V bend(const V& u, const V& root) {
+    const V inverse = V(1) / select(u > V(beyond_one<T>), u, root);
+    return inverse * inverse * inverse;
   }
 };
 
-/// With E = e^−|r| − 1, which keeps the digits of a small r:
-/// log cosh r = log(1 + E²/(2 (1 + E))),  tanh |r| = −E (2 + E)/(1 + e^−2|r|).
+/// With p = e^−2|r|:  |r| − log 2 + log(1 + p) but for a small r,  (1 − p)/(1 + p),  4p/(1 + p)².
 template <class T> struct log_cosh_formula : element_formula {
   template <class V> PERDITA_INLINE element_outcome<V> operator()(const V& x, const V& t) const {
-    const V r = x - t, size = abs(r), one(1), two(2);
-    const auto inside = size < one;
-    const V e = expm1(-size), power = exp(-size), square = power * power, sum = square + one;
-    const V excess = e * e / (power * two);
-    const V rest = select(inside, V(0), size - V(std::numbers::ln2_v<T>));
-    return {rest + log1p(select(inside, excess, square)), with_sign_of(r, -e * (e + two) / sum),
-            V(4) * square / (sum * sum)};
+    const V r = x - t, size = abs(r), one(1);
+    const V lack = one_minus_exp_minus(size + size), sum = V(2) - lack;
+    const V square = size * size;
+    const V inner = square * detail::polynomial(square, square * square, series<T>());
+    const V outer = size - V(std::numbers::ln2_v<T>) + log1p_of_share(one - lack);
+    const V power = exp_minus(size + size), whole = one + power;
+    return {select(size < V(T(0.55)), inner, outer), with_sign_bit(lack / sum, r, size),
+            V(4) * power / (whole * whole)};
+  }
+
+private:
+  /// log(cosh x)/x², in x², on |x| ≤ 0.55: 2^-26 and 2^-57 of it
+  template <class S> static constexpr auto series() {
+    if constexpr (std::is_same_v<S, float>)
+      return std::array<float, 5>{0.5F, -0x1.5554dap-4F, 0x1.6be286p-6F, -0x1.b255ccp-8F,
+                                  0x1.c0f74p-10F};
+    else
+      return std::array<double, 11>{0.5,
+                                    -0x1.5555555555526p-4,
+                                    0x1.6c16c16c10a62p-6,
+                                    -0x1.ba1ba1b525bd1p-8,
+                                    0x1.1ea5d292c9ec7p-9,
+                                    -0x1.833d5bc975716p-11,
+                                    0x1.0d0660d5bdbfbp-12,
+                                    -0x1.7d2644d9b0571p-14,
+                                    0x1.0ef3c49c207cp-15,
+                                    -0x1.671d04fe6f0bdp-17,
+                                    0x1.4746c6e186322p-19};
   }
 };
 
 template <class T> struct quantile_formula : element_formula {
   T tau;
   template <class V> PERDITA_INLINE element_outcome<V> operator()(const V& x, const V& t) const {
-    const V r = x - t, weight = select(r > V(0), V(1 - tau), V(tau));
-    return {weight * abs(r), with_sign_of(r, weight), unless_nan(r, V(0))};
+    const V r = x - t, slope = select(r > V(0), V(1 - tau), select(r < V(0), V(-tau), r));
+    return {slope * r, slope, unless_nan(r, V(0))};
   }
 };
 
@@ -131,25 +165,34 @@ template <class T> struct expectile_formula : element_formula {
   }
 };
 
-/// With q = u² or, where u > 1, 1/u²:  (1 − u²)/(1 + u²)² is (1 − q)/(1 + q)² or −q times that.
+/// With u = |r|/c:  (c²/2) log(1 + u²),  c u/(1 + u²); where u is huge, c² log u and c/u. With q =
+/// u² or, where u > 1, 1/u²:  (1 − u²)/(1 + u²)² is (1 − q)/(1 + q)² or −q times that.
 template <class T> struct cauchy_formula : element_formula {
-  T c;
+  inverse_of<T> c;
   template <class V> PERDITA_INLINE element_outcome<V> operator()(const V& x, const V& t) const {
-    const V r = x - t, one(1);
-    const folded_ratio<V> f(abs(r), V(c));
-    const V numerator = (one - f.ratio) * (one + f.ratio);
-    return {V(c) * (V(c * T(0.5)) * f.log_sum()), with_sign_of(r, V(c) * (f.ratio / f.sum)),
-            select(f.above, -(f.square * numerator), numerator) / (f.sum * f.sum)};
+    const V r = x - t, size = abs(r), u = c.times(size), one(1);
+    const auto huge = u > V(beyond_one<T>);
+    const V square = select(huge, u, u * u), top = select(huge, one, u);
+    const V half = select(huge, V(c.c), V(c.c * T(0.5)));
+    return {V(c.c) * (half * log1p_of_positive(square)),
+            with_sign_bit(V(c.c) * (top / (one + square)), r, size), bend(u)};
+  }
+
+private:
+  template <class V> static PERDITA_INLINE V bend(const V& u) {
+    const folded_ratio<V> f(u);
+    const V numerator = (V(1) - f.ratio) * (V(1) + f.ratio);
+    return select(f.above, -(f.square * numerator), numerator) / (f.sum * f.sum);
   }
 };
 
 template <class T> struct tukey_biweight_formula : element_formula {
-  T c;
+  inverse_of<T> c;
   template <class V> PERDITA_INLINE element_outcome<V> operator()(const V& x, const V& t) const {
-    const V r = x - t, one(1), most(c * (c / 6));
-    const V size = abs(r), u = size / V(c), square = u * u;
-    const auto inside = size < V(c), outside = size >= V(c);
-    const V left = (V(c) - size) / V(c) * (one + u);           // 1 − u²
+    const V r = x - t, one(1), most(c.c * (c.c / 6));
+    const V size = abs(r), u = c.times(size), square = u * u;
+    const auto inside = size < V(c.c), outside = size >= V(c.c);
+    const V left = c.times(V(c.c) - size) * (one + u);         // 1 − u²
     const V cubic = fma(square - V(3), square, V(3)) * square; // 1 − (1 − u²)³
     const V bent = left * fnma(V(5), square, one);
     return {select(outside, most, most * cubic),
@@ -159,15 +202,15 @@ template <class T> struct tukey_biweight_formula : element_formula {
 
 /// With v = 1/(1 + u²):  (c²/2)(1 − v),  r v²,  (1 − 3u²) v³; by 1/u where u > 1.
 template <class T> struct geman_mcclure_formula : element_formula {
-  T c;
+  inverse_of<T> c;
   template <class V> PERDITA_INLINE element_outcome<V> operator()(const V& x, const V& t) const {
-    const V r = x - t, one(1), three(3);
-    const folded_ratio<V> f(abs(r), V(c));
+    const V r = x - t, size = abs(r), one(1), three(3);
+    const folded_ratio<V> f(c.times(size));
     const V v = one / f.sum, q = f.square;
-    const V top = select(f.above, one, q), steep = select(f.above, q * f.ratio, f.ratio);
+    const V top = select(f.above, one, q), steep = select(f.above, q, one) * f.ratio;
     const V bent = select(f.above, q * q * (q - three), fnma(three, q, one));
-    return {V(c) * (V(c * T(0.5)) * (top * v)), with_sign_of(r, V(c) * (steep * v * v)),
-            bent * v * v * v};
+    return {V(c.c) * (V(c.c * T(0.5)) * (top * v)),
+            with_sign_bit(V(c.c) * (steep * v * v), r, size), bent * v * v * v};
   }
 };
 
@@ -316,7 +359,7 @@ public:
 
 private:
   friend core::element_access;
-  core::smooth_l1_formula<T> formula() const { return {{}, options_.beta}; }
+  core::smooth_l1_formula<T> formula() const { return {{}, core::inverse_of<T>(options_.beta)}; }
   options options_;
 };
 
@@ -385,7 +428,9 @@ public:
 
 private:
   friend core::element_access;
-  core::pseudo_huber_formula<T> formula() const { return {{}, options_.delta}; }
+  core::pseudo_huber_formula<T> formula() const {
+    return {{}, core::inverse_of<T>(options_.delta)};
+  }
   options options_;
 };
 
@@ -508,7 +553,7 @@ public:
 
 private:
   friend core::element_access;
-  core::cauchy_formula<T> formula() const { return {{}, options_.c}; }
+  core::cauchy_formula<T> formula() const { return {{}, core::inverse_of<T>(options_.c)}; }
   options options_;
 };
 
@@ -544,7 +589,7 @@ public:
 
 private:
   friend core::element_access;
-  core::tukey_biweight_formula<T> formula() const { return {{}, options_.c}; }
+  core::tukey_biweight_formula<T> formula() const { return {{}, core::inverse_of<T>(options_.c)}; }
   options options_;
 };
 
@@ -578,7 +623,7 @@ public:
 
 private:
   friend core::element_access;
-  core::geman_mcclure_formula<T> formula() const { return {{}, options_.c}; }
+  core::geman_mcclure_formula<T> formula() const { return {{}, core::inverse_of<T>(options_.c)}; }
   options options_;
 };
 

@@ -60,30 +60,26 @@ template <class T, class Function> struct margin_formula : element_formula {
   }
 };
 
-/// Both tails of the logistic function from one exponential, e^−|m|.
+/// e = e^−|m| and what it makes of the logistic function.
 template <class V> struct logistic_tails {
-  V e, above, below; ///< 1/(1 + e^−m) and 1/(1 + e^m)
+  V e, sum; ///< and 1 + e
+  pack_mask<typename V::value_type> positive;
 
   PERDITA_INLINE explicit logistic_tails(const V& m)
-      : e(detail::exp_from(-abs(m), V(detail::constants_of<V>::least_exp))) {
-    const V large = V(1) / (V(1) + e), small = e * large;
-    const auto positive = m > V(0);
-    above = select(positive, large, small);
-    below = select(positive, small, large);
-  }
-  /// log(1 + e), as in softplus()
-  PERDITA_INLINE V log_sum() const {
-    using T = typename V::value_type;
-    const auto large = e >= V(T(0.5));
-    const V f = select(large, fma(e, V(T(0.5)), V(T(-0.5))), e); // exact
-    return detail::log_from(select(large, V(1), V(0)), f, V(0));
+      : e(exp_minus(abs(m))), sum(e + V(1)), positive(m > V(0)) {}
+  /// 1/(1 + e^m)
+  PERDITA_INLINE V below() const { return select(positive, e, V(1)) / sum; }
+  /// e^m/(1 + e^m)²
+  PERDITA_INLINE V product() const {
+    const V large = V(1) / sum;
+    return e * large * large;
   }
 };
 
 struct logistic_function {
   template <class V> PERDITA_INLINE margin_outcome<V> operator()(const V& m) const {
     const logistic_tails<V> s(m);
-    return {max(V(0), -m) + s.log_sum(), -s.below, s.above * s.below};
+    return {max(V(0), -m) + log1p_of_share(s.e), -s.below(), s.product()};
   }
 };
 
@@ -104,10 +100,9 @@ struct squared_hinge_function {
 template <class T> struct smoothed_hinge_function {
   T gamma;
   template <class V> PERDITA_INLINE margin_outcome<V> operator()(const V& m) const {
-    const V miss = max(V(0), V(1) - m), share = miss / V(gamma);
+    const V miss = max(V(0), V(1) - m), share = min(V(1), miss / V(gamma));
     const auto bent = miss < V(gamma);
-    return {select(bent, miss * share * V(T(0.5)), miss - V(gamma * T(0.5))),
-            unless_nan(m, select(bent, -share, V(-1))),
+    return {share * fnma(V(gamma * T(0.5)), share, miss), -share,
             unless_nan(m, select(bent & (miss > V(0)), V(1) / V(gamma), V(0)))};
   }
 };
@@ -130,7 +125,7 @@ struct modified_huber_function {
   template <class V> PERDITA_INLINE margin_outcome<V> operator()(const V& m) const {
     const V miss = max(V(0), V(1) - m);
     const auto bent = m >= V(-1);
-    return {select(bent, miss * miss, V(-4) * m), unless_nan(m, select(bent, V(-2) * miss, V(-4))),
+    return {select(bent, miss * miss, V(-4) * m), max(V(-4), V(-2) * miss),
             unless_nan(m, select(bent & (miss > V(0)), V(2), V(0)))};
   }
 };
@@ -139,44 +134,42 @@ struct modified_huber_function {
 struct savage_function {
   template <class V> PERDITA_INLINE margin_outcome<V> operator()(const V& m) const {
     const logistic_tails<V> s(m + m);
-    const V square = s.below * s.below, steep = square * s.above;
-    return {square, V(-4) * steep, V(8) * steep * fnma(V(3), s.below, V(2))};
+    const V large = V(1) / s.sum, small = s.e * large;
+    const V below = select(s.positive, small, large), steep = below * (large * small);
+    return {below * below, V(-4) * steep, V(8) * steep * fnma(V(3), below, V(2))};
   }
 };
 
 template <class T> struct arctangent_constants;
-/// (atan(z)/z − 1)/z², in z², on |z| ≤ tan(π/8): interpolated at Chebyshev's nodes, 2^-28 and 2^-57
-/// of atan(z).
+/// (atan(w)/w − 1)/w², in w², on |w| ≤ 1: minimax fits (Remez), 2^-25 and 2^-54 of atan(w).
 template <> struct arctangent_constants<float> {
-  static constexpr std::array<float, 5> c{-0x1.555554p-2F, 0x1.999730p-3F, -0x1.242032p-3F,
-                                          0x1.b80feap-4F, -0x1.084476p-4F};
+  static constexpr std::array<float, 9> c{-0x1.55553ep-2F, 0x1.9991fep-3F,  -0x1.2421b4p-3F,
+                                          0x1.c099f6p-4F,  -0x1.583478p-4F, 0x1.dac98ep-5F,
+                                          -0x1.fed0aep-6F, 0x1.65a598p-7F,  -0x1.d62e86p-10F};
 };
 template <> struct arctangent_constants<double> {
-  static constexpr std::array<double, 11> c{
-      -0x1.5555555555555p-2, 0x1.999999999934bp-3, -0x1.2492492436180p-3, 0x1.c71c7185386f1p-4,
-      -0x1.745d0b27da190p-4, 0x1.3b1262f3a2b5bp-4, -0x1.10fa76aa9b02cp-4, 0x1.dfe637a48099bp-5,
-      -0x1.a0993ef875d4ap-5, 0x1.4161b24be475bp-5, -0x1.3a2f1cc1ba3c4p-6};
+  static constexpr std::array<double, 20> c{
+      -0x1.5555555555526p-2, 0x1.999999999554ap-3,  -0x1.249249237e2adp-3,  0x1.c71c717f95d98p-4,
+      -0x1.745d11ab04e4dp-4, 0x1.3b136676a234ap-4,  -0x1.110e5020fb216p-4,  0x1.e1bb9b446a4d9p-5,
+      -0x1.ae5e44b82a1a8p-5, 0x1.82da4559e3f87p-5,  -0x1.59a2959780ddbp-5,  0x1.2c2ba1a219742p-5,
+      -0x1.e9f1c9c9b68dep-6, 0x1.68330cc073cdep-6,  -0x1.c77e23df1a296p-7,  0x1.d7a0fcdd9b4b6p-8,
+      -0x1.7a217d28e9acfp-9, 0x1.b3d9b0b1c674fp-11, -0x1.3f1a5d1fc7ca9p-13, 0x1.bbc1ee9fbbf36p-17};
 };
 
-/// With a = 2 atan(m) − 1 and q = m² or, where |m| > 1, 1/m²:
-/// a²,  4a/(1 + m²),  (8 − 8 m a)/(1 + m²)².
+/// With a = 2 atan(m) − 1:  a²,  4a/(1 + m²),  (8 − 8 m a)/(1 + m²)²; atan m = π/2 − atan(1/m)
+/// brings it to |m| ≤ 1.
 struct tangent_function {
   template <class V> PERDITA_INLINE margin_outcome<V> operator()(const V& m) const {
     using T = typename V::value_type;
     const V size = abs(m), one(1);
-    const auto outside = size > one;
-    const V w = select(outside, one / size, size);
-    // atan w = π/4 + atan((w − 1)/(w + 1)) brings it to |z| ≤ tan(π/8)
-    const auto far = w > V(T(0.41421356237309505));
-    const V z = select(far, (w - one) / (w + one), w), z2 = z * z;
-    const V rest = detail::polynomial(z2, z2 * z2, arctangent_constants<T>::c);
-    const V near = fma(z * z2, rest, z);
-    const V angle = select(far, near + V(std::numbers::pi_v<T> / 4), near);
-    const V all = select(outside, V(std::numbers::pi_v<T> / 2) - angle, angle);
-    const V a = with_sign_of(m, all + all) - one;
+    const V w = min(one / size, size), w2 = w * w;
+    const V rest = detail::polynomial(w2, w2 * w2, arctangent_constants<T>::c);
+    const V angle = fma(w * w2, rest, w);
+    const V all = select(size > one, V(std::numbers::pi_v<T> / 2) - angle, angle);
+    const V a = with_sign_bit(all + all, m, size) - one;
 
-    const V q = w * w, v = one / (one + q);                                   // of 1/(1 + m²)
-    const V share = select(outside, q * v, v), lean = with_sign_of(m, w * v); // m/(1 + m²)
+    const V share = one / fma(size, size, one);            // 1/(1 + m²)
+    const V lean = with_sign_bit(w / (one + w2), m, size); // m/(1 + m²)
     return {a * a, V(4) * a * share, V(8) * share * fnma(lean, a, share)};
   }
 };
@@ -187,14 +180,17 @@ struct unhinged_function {
   }
 };
 
-/// With L = log(1 + e^−|x|):  ℓ = p t (L + [−x]₊) + (1 − t)(L + [x]₊), terms of one sign.
+/// With L = log(1 + e^−|x|), and for x > 0 (else with p t and 1 − t exchanged, and the slope's
+/// sign): (p t + 1 − t) L + (1 − t) |x|,  (1 − t − p t e^−|x|)/(1 + e^−|x|).
 struct bce_formula_base : element_formula {
   template <class V>
   PERDITA_INLINE element_outcome<V> from(const V& x, const V& t, const V& weight) const {
     const logistic_tails<V> s(x);
-    const V hit = weight * t, miss = V(1) - t, l = s.log_sum(), zero(0);
-    return {weighted(hit, max(zero, -x) + l) + weighted(miss, max(zero, x) + l),
-            miss * s.above - hit * s.below, (miss + hit) * (s.above * s.below)};
+    const V hit = weight * t, miss = V(1) - t, all = miss + hit;
+    const V wrong = select(s.positive, miss, hit), right = select(s.positive, hit, miss);
+    const V size = fnma(right, s.e, wrong) / s.sum;
+    return {all * log1p_of_share(s.e) + weighted(wrong, abs(x)), select(s.positive, size, -size),
+            all * s.product()};
   }
 };
 template <class T> struct bce_formula : bce_formula_base {

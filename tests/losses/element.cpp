@@ -5,8 +5,10 @@
 #include <perdita/element.hpp>
 
 #include <Eigen/Core>
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 #include <string>
 #include <vector>
@@ -686,6 +688,96 @@ TEMPLATE_TEST_CASE("element traversal: the same bits for any number of threads",
   const one_thread_executor reversed(task_order::reversed);
   CHECK(loss(x, t, many, {.run_on = reversed}) == value);
   CHECK(loss(x, t, many) == value);
+}
+
+namespace {
+
+/// Numbers that start `offset` after a start of a line, and what lies around them.
+template <class T> struct line_block {
+  static constexpr std::size_t line = 64 / sizeof(T);
+  std::vector<T> memory;
+  T* data;
+  perdita::index size;
+
+  line_block(std::size_t count, std::size_t offset)
+      : memory(count + 3 * line, T(9)), size(static_cast<perdita::index>(count)) {
+    const auto beyond = reinterpret_cast<std::uintptr_t>(memory.data()) % 64 / sizeof(T);
+    data = memory.data() + (line - beyond) % line + offset;
+  }
+  perdita::vector_view<T> view() const { return {data, size}; }
+  bool holds(const std::vector<T>& expected) const {
+    const auto others = std::count(memory.begin(), memory.end(), T(9));
+    return std::memcmp(data, expected.data(), expected.size() * sizeof(T)) == 0 &&
+           others == static_cast<std::ptrdiff_t>(3 * line) +
+                         std::count(expected.begin(), expected.end(), T(9));
+  }
+};
+
+} // namespace
+
+TEMPLATE_TEST_CASE("element traversal: gradients that go past the caches are the same bits",
+                   "[element][threads]", float, double) {
+  using T = TestType;
+  const std::size_t size = (std::size_t{4} << 20) / sizeof(T) + 1237;
+  const auto tile_x = random_vector<T>(4999, 31), tile_t = random_vector<T>(4999, 32);
+  std::vector<T> x(size), t(size), v(size);
+  for (std::size_t i = 0; i < size; ++i) {
+    x[i] = tile_x[i % 4999];
+    t[i] = tile_t[7 * i % 4999];
+    v[i] = T(0.5) + std::abs(tile_t[3 * i % 4999]);
+  }
+  const auto loss = a_loss<T>(reduction::mean);
+  auto in_place = x; // nothing streams into what it reads
+  const T value = loss(in_place, t, in_place, {.scale = 1e6});
+  const threads_executor pool(3, task_order::shuffled);
+  for (const std::size_t offset : {0U, 1U, 4U, 7U}) {
+    CAPTURE(offset);
+    const line_block<T> g(size, offset);
+    CHECK(loss(x, t, g.view(), {.scale = 1e6, .run_on = pool}) == value);
+    CHECK(g.holds(in_place));
+  }
+  // Two gradients at once, which start at different places of a line.
+  const perdita::gaussian_nll<T> gaussian({.reduction = reduction::sum});
+  auto of_mean = x, of_variance = v;
+  const T both = gaussian(of_mean, t, of_variance, of_mean, of_variance);
+  for (const std::size_t offset : {0U, 3U}) {
+    const line_block<T> g(size, 0), h(size, offset);
+    CHECK(gaussian(x, t, v, g.view(), h.view()) == both);
+    CHECK(g.holds(of_mean));
+    CHECK(h.holds(of_variance));
+  }
+}
+
+TEST_CASE("element traversal: what goes past the caches", "[element]") {
+  using perdita::core::as_elements;
+  const perdita::core::huber_formula<float> formula{{}, 2};
+  const perdita::index size = (perdita::index{1} << 20) + 1;
+  std::vector<float> x(2 * static_cast<std::size_t>(size)), t(x.size()), g(x.size());
+  const auto view = [](std::vector<float>& m, perdita::index n, perdita::index stride = 1) {
+    return perdita::vector_view<float>(m.data(), n, stride);
+  };
+  const auto streams = [&](auto in, auto targets, auto out, auto change) {
+    perdita::core::element_job<float> job("huber", perdita::core::element_function<float>(formula));
+    job.in[0] = perdita::core::element_array<float>(as_elements(in));
+    job.in[1] = perdita::core::element_array<float>(as_elements(targets));
+    job.out[0] = perdita::core::element_array<float, true>(as_elements(out));
+    change(job);
+    job.settle();
+    return job.streaming;
+  };
+  const auto as_it_is = [](auto&) {};
+  CHECK(streams(view(x, size), view(t, size), view(g, size), as_it_is));
+  CHECK_FALSE(streams(view(x, size - 1), view(t, size - 1), view(g, size - 1), as_it_is));
+  CHECK_FALSE(streams(view(x, size), view(t, size), view(x, size), as_it_is));
+  CHECK_FALSE(streams(view(x, size), view(t, size), view(t, size), as_it_is));
+  CHECK_FALSE(streams(view(x, size), view(t, size), view(g, size, 2), as_it_is));
+  CHECK_FALSE(streams(view(x, size), view(t, size), view(g, size),
+                      [](auto& job) { job.accumulate = true; }));
+  CHECK_FALSE(streams(view(x, size), view(t, size), view(g, size),
+                      [](auto& job) { job.second_order = true; }));
+  CHECK_FALSE(streams(view(x, size), view(t, size), view(g, size), [](auto& job) {
+    job.out[0] = {}; // the value only
+  }));
 }
 
 TEST_CASE("element traversal: bad input is refused, and nothing written", "[element]") {

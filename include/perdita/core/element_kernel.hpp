@@ -14,6 +14,7 @@
 #include <cmath>
 #include <concepts>
 #include <cstddef>
+#include <cstdint>
 #include <cstdlib>
 #include <string>
 #include <type_traits>
@@ -113,6 +114,10 @@ struct element_formula {
 template <class V> PERDITA_INLINE V with_sign_of(const V& x, const V& a) {
   return select(x > V(0), a, select(x < V(0), -a, x));
 }
+/// a >= 0 with the sign bit of x, whose absolute value is `size`.
+template <class V> PERDITA_INLINE V with_sign_bit(const V& a, const V& x, const V& size) {
+  return from_bits(as_bits(a) + (as_bits(x) + -as_bits(size)));
+}
 /// c; NaN where x is.
 template <class V> PERDITA_INLINE V unless_nan(const V& x, const V& c) {
   return select(is_nan(x), x, c);
@@ -121,10 +126,11 @@ template <class V> PERDITA_INLINE V unless_nan(const V& x, const V& c) {
 /// A piece of a call, side by side: whole packs. Null for what is not wanted.
 template <class T> struct element_chunk {
   const T* in[3] = {};
-  T* value = nullptr; ///< where they go apart, instead of into the sum
-  T* slope[2] = {};
-  T* curvature[2] = {};
-  T factor = 1; ///< of slopes and curvatures
+  T* value = nullptr;     ///< where they go apart, instead of into the sum
+  T* out[2] = {};         ///< slopes or curvatures
+  T factor = 1;           ///< of these
+  bool streaming = false; ///< past the caches: `out` is aligned to 64 bytes
+  index ahead = 0;        ///< how far ahead inputs are asked for
   index size = 0;
 };
 
@@ -140,9 +146,10 @@ PERDITA_INLINE auto evaluate_pack(const Formula& f, const element_chunk<T>& c, i
     return f(x, V::load(c.in[1] + i), V::load(c.in[2] + i));
 }
 
-/// A formula's one loop. What is wanted is asked for every pack, and always answered alike: that
-/// takes next to no time, where a loop for each case would take a compiler several times as long.
-template <class Formula, class T>
+/// A formula's loop, for slopes or for curvatures, of which the other costs nothing. What else is
+/// wanted is asked for every pack, and always answered alike: that takes next to no time, where a
+/// loop for each case would take a compiler several times as long.
+template <bool SecondOrder, class Formula, class T>
 void run_formula(const void* formula, const element_chunk<T>& chunk, wide_lanes<T>& total) {
   using V = pack<T>;
   // Copies: a compiler must take what it stores for a part of anything that it has an address of.
@@ -151,21 +158,23 @@ void run_formula(const void* formula, const element_chunk<T>& chunk, wide_lanes<
   wide_lanes<T> sum = total;
   const V factor(c.factor);
   const auto put = [&](T * to, index i, const V& a) __attribute__((always_inline)) {
-    if (to)
+    if (to && c.streaming)
+      (a * factor).stream(to + i);
+    else if (to)
       (a * factor).store(to + i);
   };
   for (index i = 0; i < c.size; i += static_cast<index>(lanes<T>)) {
+    if (c.ahead)
+      for (int k = 0; k < Formula::inputs; ++k)
+        prefetch(c.in[k] + i + c.ahead);
     const auto out = evaluate_pack(f, c, i);
     if (c.value)
       out.value.store(c.value + i);
     else
       sum.add(out.value);
-    put(c.slope[0], i, out.slope);
-    put(c.curvature[0], i, out.curvature);
-    if constexpr (Formula::slopes == 2) {
-      put(c.slope[1], i, out.second_slope);
-      put(c.curvature[1], i, out.second_curvature);
-    }
+    put(c.out[0], i, SecondOrder ? out.curvature : out.slope);
+    if constexpr (Formula::slopes == 2)
+      put(c.out[1], i, SecondOrder ? out.second_curvature : out.second_slope);
   }
   total = sum;
 }
@@ -174,14 +183,13 @@ void run_formula(const void* formula, const element_chunk<T>& chunk, wide_lanes<
 template <class T> struct element_function {
   const void* formula;
   int inputs, slopes;
-  void (*call)(const void*, const element_chunk<T>&, wide_lanes<T>&);
+  void (*first_order)(const void*, const element_chunk<T>&, wide_lanes<T>&);
+  void (*second_order)(const void*, const element_chunk<T>&, wide_lanes<T>&);
 
   template <class Formula>
   explicit element_function(const Formula& f)
       : formula(&f), inputs(Formula::inputs), slopes(Formula::slopes),
-        call(&run_formula<Formula, T>) {}
-  void operator()(const element_chunk<T>& chunk, wide_lanes<T>& sum) const {
-    call(formula, chunk, sum);
+        first_order(&run_formula<false, Formula, T>), second_order(&run_formula<true, Formula, T>) {
   }
 };
 
@@ -289,6 +297,7 @@ template <class T> struct element_job {
   index size = 0;
   bool fused = false;        ///< the formula's own loop does it all
   bool side_by_side = false; ///< and without buffers
+  bool streaming = false;    ///< the slopes go past the caches
 
   template <class F> void each_array(F f) {
     for (auto& a : in)
@@ -319,7 +328,57 @@ template <class T> struct element_job {
       a.flatten();
       side_by_side &= a.is_side_by_side();
     });
+    streaming = fused && side_by_side && outputs > 0 && !is_in_place() &&
+                exceeds_caches(size * static_cast<index>(sizeof(T)));
   }
+
+private:
+  /// check_overlap() has seen to it that what does not start alike is apart.
+  bool is_in_place() const {
+    for (const auto& a : in)
+      for (const auto& b : out)
+        if (a && b && static_cast<const void*>(a.memory().data) == b.memory().data)
+          return true;
+    return false;
+  }
+};
+
+/// Sends numbers, by way of a buffer, past the caches to where they lie, whole lines at a time.
+template <class T> class line_writer {
+  using V = pack<T>;
+  static constexpr index width = static_cast<index>(lanes<T>);
+
+public:
+  static index buffer_size(index most) { return most + width; }
+  line_writer() = default;
+  line_writer(T* to, T* buffer) : to_(to), buffer_(buffer) {}
+
+  bool is_aligned() const { return before_line() == 0; }
+  T* target() const { return to_; }
+  /// Where the next numbers go.
+  T* buffer() const { return buffer_ + kept_; }
+  /// Takes n numbers from there.
+  void write(index n) {
+    index at = std::min(kept_ + n, before_line());
+    std::copy_n(buffer_, at, to_);
+    const index end = kept_ + n;
+    for (; at + width <= end; at += width)
+      V::load(buffer_ + at).stream(to_ + at);
+    kept_ = end - at;
+    std::copy_n(buffer_ + at, kept_, buffer_);
+    to_ += at;
+  }
+  void finish() { std::copy_n(buffer_, kept_, to_); }
+
+private:
+  /// Numbers before the next start of a line.
+  index before_line() const {
+    const auto beyond = reinterpret_cast<std::uintptr_t>(to_) % 64;
+    return static_cast<index>((64 - beyond) % 64 / sizeof(T));
+  }
+
+  T *to_ = nullptr, *buffer_ = nullptr;
+  index kept_ = 0; ///< numbers in the buffer, fewer than a line
 };
 
 /// Runs a job by blocks of chunks, which are the rows that run_blocks() shares out.
@@ -329,6 +388,7 @@ template <class T> class element_kernel {
 
 public:
   static constexpr index chunk = 512;
+  static constexpr index ahead = 1024;
   static index rows_per_sum(const row_job<T>&) { return 64; }
   static index rows_per_task(const row_job<T>&, std::size_t) { return 64; }
 
@@ -338,7 +398,7 @@ public:
     for (T*& p : in_)
       p = take();
     for (T*& p : out_)
-      p = take();
+      p = memory.take<T>(static_cast<std::size_t>(line_writer<T>::buffer_size(chunk)));
     value_ = take();
     weight_ = take();
     upstream_ = take();
@@ -355,7 +415,9 @@ public:
     for (index at = first_chunk * chunk; at < last;) {
       const index left = last - at, most = job_.fused && job_.side_by_side ? left : chunk;
       const index n = std::min(left, most), whole = job_.fused ? n / width * width : 0;
-      if (whole > 0)
+      if (whole > 0 && job_.streaming)
+        run_streamed(at, whole);
+      else if (whole > 0)
         run_fused(at, whole);
       if (whole < n)
         run_parts(at + whole, n - whole);
@@ -364,7 +426,10 @@ public:
     for (int p = 0; p < wide_lanes<T>::parts; ++p)
       total->add(sum_.folded(p));
   }
-  void drain() {}
+  void drain() {
+    if (job_.streaming)
+      stream_fence();
+  }
 
 private:
   element_chunk<T> gather(index first, index n) const {
@@ -380,19 +445,44 @@ private:
     element_chunk<T> c = gather(first, n);
     const int outputs = job_.out[0] ? job_.function.slopes : 0;
     for (int k = 0; k < outputs; ++k)
-      c.slope[k] = place(job_.out[k], first, n, out_[k]);
-    job_.function(c, sum_);
+      c.out[k] = place(job_.out[k], first, n, out_[k]);
+    job_.function.first_order(job_.function.formula, c, sum_);
     for (int k = 0; k < outputs; ++k)
-      if (c.slope[k] == out_[k])
+      if (c.out[k] == out_[k])
         job_.out[k].write(first, n, out_[k]);
+  }
+
+  /// Slopes that do not start at a line are made in buffers.
+  void run_streamed(index first, index n) {
+    const int outputs = job_.function.slopes;
+    line_writer<T> lines[2];
+    bool aligned = true;
+    for (int k = 0; k < outputs; ++k) {
+      lines[k] = line_writer<T>(job_.out[k].in_place(first, n), out_[k]);
+      aligned &= lines[k].is_aligned();
+    }
+    const index step = aligned ? n : chunk;
+    for (index at = 0; at < n; at += step) {
+      element_chunk<T> c = gather(first + at, std::min(step, n - at));
+      c.streaming = aligned;
+      c.ahead = ahead;
+      for (int k = 0; k < outputs; ++k)
+        c.out[k] = aligned ? lines[k].target() : lines[k].buffer();
+      job_.function.first_order(job_.function.formula, c, sum_);
+      for (int k = 0; k < outputs && !aligned; ++k)
+        lines[k].write(c.size);
+    }
+    for (int k = 0; k < outputs; ++k)
+      lines[k].finish();
   }
 
   void run_parts(index first, index n) {
     element_chunk<T> c = gather(first, n);
     c.value = value_;
     for (int k = 0; k < 2; ++k)
-      (job_.second_order ? c.curvature : c.slope)[k] = job_.out[k] ? out_[k] : nullptr;
-    job_.function(c, sum_);
+      c.out[k] = job_.out[k] ? out_[k] : nullptr;
+    const auto& f = job_.function;
+    (job_.second_order ? f.second_order : f.first_order)(f.formula, c, sum_);
     const T* const weight = look(job_.weights, first, n, weight_);
     add_values(weight, first, n);
     const T* const upstream = look(job_.upstream, first, n, upstream_);
