@@ -77,6 +77,7 @@
 #include "robust.hpp"
 #include "robust_log_loss.hpp"
 #include "scoring.hpp"
+#include "sequence.hpp"
 #include "set_order.hpp"
 #include "similarity.hpp"
 #include "smile.hpp"
