@@ -288,13 +288,16 @@ int main(int argc, char** argv) try {
   chart_line one{"recall@1", {}}, ten{"recall@10", {}};
   const auto report = [&](int epoch, double loss) {
     const auto found = m.find(p, train, held_out);
-    std::printf("%5d %7.3f %7.1f %8.1f %% %9.1f %%\n", epoch, loss, m.scale(), found.at_1,
+    char text[16] = "-";
+    if (epoch > 0)
+      std::snprintf(text, sizeof text, "%.3f", loss);
+    std::printf("%5d %7s %7.1f %8.1f %% %9.1f %%\n", epoch, text, m.scale(), found.at_1,
                 found.at_10);
     std::fflush(stdout);
     one.values.push_back(found.at_1);
     ten.values.push_back(found.at_10);
   };
-  report(0, std::nan(""));
+  report(0, 0);
   for (int epoch = 1; epoch <= s.epochs; ++epoch) {
     double loss = 0;
     int steps = 0;
@@ -304,7 +307,7 @@ int main(int argc, char** argv) try {
   }
   if (!s.figure.empty()) {
     write_chart(s.figure, "Halves of paragraphs that find each other, %, of those held out",
-                "epoch + 1", {one, ten}, 0, 100, 10);
+                "before, and after each epoch", {one, ten}, 0, 40, 5);
     std::printf("%s\n", s.figure.c_str());
   }
   return 0;
