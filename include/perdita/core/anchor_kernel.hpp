@@ -50,12 +50,17 @@ template <class T> struct anchor_row {
   T* scores;          ///< cosines, products or squared distances; slopes are to take their place
   const T* relation;  ///< 1: belongs to the anchor, -1: does not, 0: to be left out
   const double* note; ///< of all anchors, where the formula takes notes
+  const double* total = nullptr; ///< Σ of the anchors' weights times their notes
+  const double* share = nullptr; ///< of all anchors, where the formula is mutual
+  bool alone = false;            ///< the candidates are the anchors
+  T* room = nullptr;             ///< for as many numbers as scores, where the formula wants it
 };
 
 /// What a formula makes of it.
 struct anchor_outcome {
   double value = 0;
   bool counts = true;   ///< otherwise all of this, and the slopes, are taken for 0
+  double terms = 1;     ///< how often the anchor's weight counts in the mean's denominator
   double extra[2] = {}; ///< derivatives by options, which are added up as the values are
 };
 
@@ -71,9 +76,16 @@ struct anchor_outcome {
 ///
 /// writes down as many numbers for each anchor; row() then finds those of all, one anchor after the
 /// other, behind anchor_row::note.
+///
+/// The value of an anchor may depend on the comparisons of others, by their notes: a formula that
+/// is mutual makes slopes of Σ_i share_i value_i, also for anchors of weight 0 and so of share 0
+/// where the candidates are the anchors.
 struct anchor_formula {
   static constexpr bool distances = false; ///< the scores are squared distances
   static constexpr index notes = 0;
+  static constexpr bool mutual = false;
+  static constexpr bool wants_room = false; ///< for gradients
+  bool takes_notes() const { return true; } ///< if there are any
 };
 
 /// What one call asks of the kernel.
@@ -120,13 +132,8 @@ public:
   double run() {
     prepare();
     if constexpr (Formula::notes > 0)
-      for_blocks([this](index first, index n) {
-        compare(first, n);
-        for_each(n, [&, this](const worker& w, index i) {
-          anchor_row<T> row = row_of_block(w, first, i);
-          formula_.note(row, notes_ + (first + i) * Formula::notes);
-        });
-      });
+      if (formula_.takes_notes())
+        take_notes();
     for_blocks([this](index first, index n) {
       compare(first, n);
       for_each(n, [&, this](const worker& w, index i) { judge(w, first, i); });
@@ -144,6 +151,7 @@ private:
     T* panels;   // an operand in panels
     T* buffer;   // rows that do not lie as they should
     T* relation; // of one anchor
+    T* room;     // for a formula
   };
 
   static index whole(index n) { return (n + width - 1) / width * width; }
@@ -165,6 +173,8 @@ private:
     for (double*& p : extra_)
       p = memory_.take<double>(size(Gradient ? anchors_ : 0));
     notes_ = memory_.take<double>(size(anchors_ * Formula::notes));
+    totals_ = memory_.take<double>(size(Formula::notes));
+    shares_ = memory_.take<double>(size(Formula::mutual ? anchors_ : 0));
     numbers_ = memory_.take<index>(size(anchors_));
     if constexpr (Formula::distances) {
       square_x_ = memory_.take<double>(size(anchors_));
@@ -181,6 +191,7 @@ private:
       w.panels = memory_.take<T>(size(Gradient ? columns * terms : 0));
       w.buffer = memory_.take<T>(size(std::max(2 * depth_, strip * depth_step)));
       w.relation = memory_.take<T>(size(padded_));
+      w.room = memory_.take<T>(size(Gradient && Formula::wants_room ? padded_ : 0));
       if (real)
         new (&all_workers_[i]) worker(w);
     }
@@ -204,8 +215,11 @@ private:
   }
 
   void prepare() {
-    for (index r = 0; r < anchors_; ++r)
+    for (index r = 0; r < anchors_; ++r) {
       numbers_[r] = r;
+      if constexpr (Formula::mutual)
+        shares_[r] = share_of(r);
+    }
     start(x_, square_x_, pull_x_);
     if (!job_.alone)
       start(y_, square_y_, pull_y_);
@@ -304,27 +318,52 @@ private:
     if (job_.alone)
       w.relation[anchor] = 0;
     std::fill(w.relation + candidates_, w.relation + padded_, T(0));
-    return {anchor, padded_, scores_ + i * stride_, w.relation, notes_};
+    return {anchor,     padded_, scores_ + i * stride_, w.relation, notes_, totals_, shares_,
+            job_.alone, w.room};
+  }
+  double weight_of(index anchor) const {
+    return job_.weights.data ? static_cast<double>(job_.weights[anchor]) : 1;
+  }
+  /// ∂(what is minimised, times the mean's denominator)/∂(value of the anchor)
+  double share_of(index anchor) const {
+    const double share = weight_of(anchor) * static_cast<double>(job_.scale);
+    return job_.upstream.data ? share * static_cast<double>(job_.upstream[anchor]) : share;
+  }
+
+  void take_notes() {
+    for_blocks([this](index first, index n) {
+      compare(first, n);
+      for_each(n, [&, this](const worker& w, index i) {
+        const anchor_row<T> row = row_of_block(w, first, i);
+        formula_.note(row, notes_ + (first + i) * Formula::notes);
+      });
+    });
+    for (index k = 0; k < Formula::notes; ++k) {
+      exact_sum sum;
+      for (index r = 0; r < anchors_; ++r)
+        if (const double weight = weight_of(r); weight != 0)
+          sum.add(weight * notes_[r * Formula::notes + k]);
+      totals_[k] = sum.value();
+    }
   }
 
   void judge(const worker& w, index first, index i) {
     const anchor_row<T> row = row_of_block(w, first, i);
-    const double weight = job_.weights.data ? static_cast<double>(job_.weights[row.anchor]) : 1;
+    const double weight = weight_of(row.anchor);
     anchor_outcome outcome;
     outcome.counts = false;
-    if (weight != 0)
+    if (weight != 0 || (Gradient && Formula::mutual && job_.alone))
       outcome = formula_.template row<Gradient>(row);
-    values_[row.anchor] = outcome.counts ? weight * outcome.value : 0;
-    weights_[row.anchor] = outcome.counts ? weight : 0;
+    const bool valued = outcome.counts && weight != 0;
+    values_[row.anchor] = valued ? weight * outcome.value : 0;
+    weights_[row.anchor] = valued ? weight * outcome.terms : 0;
     if (job_.values.data)
       job_.values[row.anchor] = static_cast<T>(values_[row.anchor]);
     if constexpr (Gradient) {
-      double share = outcome.counts ? weight * static_cast<double>(job_.scale) : 0;
-      if (job_.upstream.data)
-        share *= static_cast<double>(job_.upstream[row.anchor]);
-      finish_slopes(row, share);
+      const double share = valued ? share_of(row.anchor) : 0;
+      finish_slopes(row, Formula::mutual ? (outcome.counts ? 1 : 0) : share);
       for (int k = 0; k < 2; ++k)
-        extra_[k][row.anchor] = outcome.counts ? share * outcome.extra[k] : 0;
+        extra_[k][row.anchor] = valued ? share * outcome.extra[k] : 0;
     }
   }
   /// From slopes of what the formula saw to those of products.
@@ -430,7 +469,8 @@ private:
   index stride_; // from row to row of a block: not a power of two, for the caches' sake
   index block_, workers_;
   compared_rows<T> x_, y_; // the same ones where embeddings are compared with themselves
-  double *values_ = nullptr, *weights_ = nullptr, *extra_[2] = {}, *notes_ = nullptr;
+  double *values_ = nullptr, *weights_ = nullptr, *extra_[2] = {};
+  double *notes_ = nullptr, *totals_ = nullptr, *shares_ = nullptr;
   index* numbers_ = nullptr;
   double *square_x_ = nullptr, *square_y_ = nullptr; // of what is compared
   double *pull_x_ = nullptr, *pull_y_ = nullptr; // Σ of a row's, or a column's, slopes, doubled

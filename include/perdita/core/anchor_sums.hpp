@@ -3,6 +3,7 @@
 
 /// Sums over some of an anchor's comparisons, of which losses of anchors are made.
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
@@ -99,5 +100,49 @@ private:
   T top_;
   double sum_;
 };
+
+/// Whether a comparison that counts is not a finite number. The slopes are NaN then.
+template <bool Gradient, class T> bool spoilt(const anchor_row<T>& row) {
+  using V = pack<T>;
+  V wrong(0);
+  for (index j = 0; j < row.size; j += static_cast<index>(lanes<T>)) {
+    const V x = V::load(row.scores + j);
+    wrong += select(V::load(row.relation + j) == V(0), V(0), x - x);
+  }
+  if (!any(is_nan(wrong)))
+    return false;
+  if constexpr (Gradient)
+    std::fill_n(row.scores, row.size, std::numeric_limits<T>::quiet_NaN());
+  return true;
+}
+/// The outcome of such a row.
+inline anchor_outcome spoilt_outcome() { return {std::numeric_limits<double>::quiet_NaN()}; }
+
+/// Distances instead of their squares.
+template <class T> void take_roots(const anchor_row<T>& row) {
+  using V = pack<T>;
+  for (index j = 0; j < row.size; j += static_cast<index>(lanes<T>))
+    sqrt(V::load(row.scores + j)).store(row.scores + j);
+}
+/// A slope by the square of a distance from that by the distance: 0 where the distance is.
+template <class T> PERDITA_INLINE pack<T> slope_of_square(const pack<T>& slope, const pack<T>& d) {
+  return select(d == pack<T>(0), pack<T>(0), slope / (d + d));
+}
+
+/// The first of those chosen whose score is this one.
+template <class T, class Chosen>
+index first_with(const anchor_row<T>& row, Chosen chosen, T score) {
+  using V = pack<T>;
+  constexpr auto width = static_cast<index>(lanes<T>);
+  for (index j = 0; j < row.size; j += width) {
+    const auto found = chosen(V::load(row.relation + j)) & (V::load(row.scores + j) == V(score));
+    if (!any(found))
+      continue;
+    T hit[lanes<T>];
+    select(found, V(1), V(0)).store(hit);
+    return j + (std::find(hit, hit + width, T(1)) - hit);
+  }
+  return -1;
+}
 
 } // namespace perdita::inline PERDITA_ABI::core
