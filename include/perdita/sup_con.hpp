@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 
 #include "core/anchor_loss.hpp"
@@ -18,6 +19,19 @@ struct sup_con_options {
   perdita::reduction reduction = reduction::mean; ///< of the anchors with a positive
   /// Where given, ∂value/∂τ goes there if gradients are asked for.
   double* d_temperature = nullptr;
+  /// One τ per anchor, instead of the one above, and where ∂value/∂τ_i of each go.
+  vector_view<const double> temperatures{};
+  vector_view<double> d_temperatures{};
+};
+
+/// A filter for MoCo: queries are compared with a matrix of their own keys, which come first, and
+/// then a queue; the keys of other queries are left out.
+struct own_key_only {
+  index keys;
+  template <class T> void operator()(index query, T* relation, index n) const {
+    for (index j = 0; j < std::min(keys, n); ++j)
+      relation[j] = j == query ? T(1) : T(0);
+  }
 };
 
 namespace core {
@@ -25,13 +39,13 @@ namespace core {
 /// u = log Σ_n e^{S_n} − log Σ_p e^{S_p} is all that the rivals matter: nothing cancels where the
 /// positives are sure of themselves.
 struct sup_con_formula : anchor_formula {
-  double rate; ///< 1/τ
-  bool inside;
-
-  sup_con_formula(double temperature, bool in) : rate(1 / temperature), inside(in) {}
+  double temperature;
+  bool inside = false;
+  vector_view<const double> temperatures{}; ///< of each anchor, where given
 
   template <bool Gradient, class T> anchor_outcome row(const anchor_row<T>& row) const {
     using V = pack<T>;
+    const double rate = 1 / (temperatures.data ? temperatures[row.anchor] : temperature);
     const chosen_scores<T> own(row, belonging{});
     if (own.count == 0)
       return {0, false};
@@ -47,17 +61,12 @@ struct sup_con_formula : anchor_formula {
       const V of_positive = positive.factor((inside ? -odds.miss : odds.hit) * rate);
       const V even(static_cast<T>(inside ? 0 : rate / count));
       const V single(static_cast<T>(-odds.miss * rate));
-      lane_sums<T, 1> along;
-      for (index j = 0; j < row.size; j += static_cast<index>(lanes<T>)) {
-        const V x = V::load(row.scores + j), relation = V::load(row.relation + j);
-        const V pulled = own.count == 1 ? single : positive.images(x) * of_positive - even;
-        const V slope = select(relation > V(0), pulled,
-                               select(relation < V(0), negative.images(x) * of_negative, V(0)));
-        along.some[0] += select(slope == V(0), V(0), slope * x);
-        along.count_pack();
-        slope.store(row.scores + j);
-      }
-      out.extra[0] = -rate * along.total(0); // ∂/∂τ of S/τ
+      const double along = put_slopes(
+          row, [&](const V& x, const V& relation) __attribute__((always_inline)) {
+            const V pulled = own.count == 1 ? single : positive.images(x) * of_positive - even;
+            return select(relation > V(0), pulled, negative.images(x) * of_negative);
+          });
+      out.extra[0] = -rate * along; // ∂/∂τ of S/τ
     }
     return out;
   }
@@ -78,10 +87,13 @@ struct sup_con_formula : anchor_formula {
 ///
 ///   loss.pairs(x, y, d_x, d_y)   is InfoNCE
 ///   loss.views(v, 2, d_v)        NT-Xent
+///   loss.pairs(q, keys_then_queue, d_q, {.filter = own_key_only{keys}})   MoCo
 ///
+/// MoCo's keys are best written where the queue will have them, before its rest: nothing is copied.
 /// (perdita::similarity makes both, too, and both directions of CLIP: in less memory, but a third
-/// slower where gradients are asked for). See anchor_loss for calls, shapes, special values and
-/// errors. All embeddings equal: log(|A|) each. Throws where τ is not above 0.
+/// slower where gradients are asked for). `temperatures` gives each anchor its own τ. See
+/// anchor_loss for calls, shapes, special values and errors. All embeddings equal: log(|A|) each.
+/// Throws where a τ is not above 0.
 ///
 /// Source: Khosla et al., "Supervised contrastive learning", 2020 (equations 2 and 3, without their
 /// factor τ/τ_base, which is 1 by default); van den Oord, Li, Vinyals 2018; Chen et al. 2020.
@@ -92,8 +104,7 @@ public:
 
   sup_con() : sup_con(options{}) {}
   explicit sup_con(const options& o) : options_(o) {
-    core::require(o.temperature > 0 && std::isfinite(o.temperature), name, "temperature",
-                  o.temperature, "a finite number above 0");
+    core::require_temperature(name, o.temperature);
     core::require_reduction(name, o.reduction);
   }
   const options& settings() const { return options_; }
@@ -101,9 +112,24 @@ public:
 private:
   friend core::anchor_access;
   core::sup_con_formula formula() const {
-    return {options_.temperature, options_.mean == positives_mean::inside};
+    return {
+        {}, options_.temperature, options_.mean == positives_mean::inside, options_.temperatures};
   }
-  void set_extra(core::anchor_job<T>& job) const { job.extra[0] = options_.d_temperature; }
+  void set_extra(core::anchor_job<T>& job) const {
+    const auto& o = options_;
+    const auto per_anchor = [&](const char* what, const auto& v) {
+      if (v.data || v.size > 0)
+        core::require(v.data && v.size == job.x.rows, name, what, v.size, "one number per anchor");
+    };
+    per_anchor("temperatures", o.temperatures);
+    per_anchor("d_temperatures", o.d_temperatures);
+    for (index i = 0; i < o.temperatures.size; ++i)
+      if (!(o.temperatures[i] > 0) || !std::isfinite(o.temperatures[i]))
+        core::fail_at(name, "temperatures", i, core::to_text(o.temperatures[i]),
+                      "a finite number above 0");
+    job.extra[0] = o.d_temperature;
+    job.each = o.d_temperatures;
+  }
 
   options options_;
 };

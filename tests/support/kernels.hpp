@@ -17,6 +17,10 @@
   how double run_linear<true>(const __VA_ARGS__&, const row_job<T>&, const linear_job<T>&,         \
                               const executor&, workspace*, const row_record*);
 
+#define PERDITA_TEST_ANCHORS(how, T)                                                               \
+  how double run_anchors<T>(const anchor_function<T>&, const anchor_job<T>&, bool,                 \
+                            const executor&, workspace*);
+
 #define PERDITA_TEST_ROW_KERNELS(how, T)                                                           \
   PERDITA_TEST_ROWS(how, T, cross_entropy_formula<T, log_sum_exp>)                                 \
   PERDITA_TEST_ROWS(how, T, cross_entropy_formula<T, log_sum_exp_and_total>)                       \
@@ -35,6 +39,8 @@
 namespace perdita::inline PERDITA_ABI::core {
 PERDITA_TEST_ROW_KERNELS(extern template, float)
 PERDITA_TEST_ROW_KERNELS(extern template, double)
+PERDITA_TEST_ANCHORS(extern template, float)
+PERDITA_TEST_ANCHORS(extern template, double)
 PERDITA_TEST_LINEAR_KERNELS(extern template, float)
 PERDITA_TEST_LINEAR_KERNELS(extern template, double)
 } // namespace perdita::inline PERDITA_ABI::core

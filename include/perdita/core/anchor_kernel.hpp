@@ -75,7 +75,13 @@ struct anchor_outcome {
 ///   template <class T> void note(const anchor_row<T>&, double* to) const
 ///
 /// writes down as many numbers for each anchor; row() then finds those of all, one anchor after the
-/// other, behind anchor_row::note.
+/// other, behind anchor_row::note. In between, where there is such a function,
+///
+///   template <class Weight>
+///   void combine(double* notes, index anchors, Weight weight, bool alone) const
+///
+/// may make what it likes of all notes: this is how anchors are coupled. weight(i) is an anchor's;
+/// `alone` says that each pair has been seen from both sides.
 ///
 /// The value of an anchor may depend on the comparisons of others, by their notes: a formula that
 /// is mutual makes slopes of Σ_i share_i value_i, also for anchors of weight 0 and so of share 0
@@ -88,24 +94,69 @@ struct anchor_formula {
   bool takes_notes() const { return true; } ///< if there are any
 };
 
+/// The weight of each anchor, 1 where none are given.
+template <class T> struct anchor_weights {
+  vector_view<const T> given;
+  double operator()(index anchor) const {
+    return given.data ? static_cast<double>(given[anchor]) : 1;
+  }
+};
+
+/// Any formula, which is not copied: all of them share one traversal.
+template <class T> struct anchor_function {
+  const void* formula;
+  bool distances, mutual, wants_room;
+  index notes;
+  anchor_outcome (*value)(const void*, const anchor_row<T>&);
+  anchor_outcome (*slopes)(const void*, const anchor_row<T>&);
+  void (*note)(const void*, const anchor_row<T>&, double*);
+  void (*combine)(const void*, double*, index, const anchor_weights<T>&, bool);
+
+  template <class Formula>
+  explicit anchor_function(const Formula& f)
+      : formula(&f), distances(Formula::distances), mutual(Formula::mutual),
+        wants_room(Formula::wants_room), notes(f.takes_notes() ? Formula::notes : 0),
+        value([](const void* p, const anchor_row<T>& row) {
+          return static_cast<const Formula*>(p)->template row<false>(row);
+        }),
+        slopes([](const void* p, const anchor_row<T>& row) {
+          return static_cast<const Formula*>(p)->template row<true>(row);
+        }),
+        note([]([[maybe_unused]] const void* p, [[maybe_unused]] const anchor_row<T>& row,
+                [[maybe_unused]] double* to) {
+          if constexpr (Formula::notes > 0)
+            static_cast<const Formula*>(p)->note(row, to);
+        }),
+        combine([]([[maybe_unused]] const void* p, [[maybe_unused]] double* notes_of_all,
+                   [[maybe_unused]] index anchors, [[maybe_unused]] const anchor_weights<T>& weight,
+                   [[maybe_unused]] bool alone) {
+          if constexpr (requires(const Formula& g) {
+                          g.combine(notes_of_all, anchors, weight, alone);
+                        })
+            static_cast<const Formula*>(p)->combine(notes_of_all, anchors, weight, alone);
+        }) {}
+};
+
 /// What one call asks of the kernel.
 template <class T> struct anchor_job {
   const char* name = "";
   matrix_data<T> x, y;
-  matrix_data<T, true> d_x, d_y;
+  matrix_data<T, true> d_x, d_y; ///< d_y without data: only that of x is wanted
   bool normalise = true, accumulate = false;
   bool alone = false;                             ///< y is x: an anchor is not compared with itself
   const T *label_x = nullptr, *label_y = nullptr; ///< numbers that are equal or not
   relation_filter<T> filter;
-  vector_view<const T> weights, upstream;
+  anchor_weights<T> weight;
+  vector_view<const T> upstream;
   vector_view<T> values;
-  double* extra[2] = {}; ///< where the sums of anchor_outcome::extra go, if anywhere
-  T scale = 1;           ///< of gradients
-  double normaliser = 0; ///< 0: the weights of the anchors that count, if `mean`
+  double* extra[2] = {};    ///< where the sums of anchor_outcome::extra go, if anywhere
+  vector_view<double> each; ///< where each anchor's extra[0] goes, if anywhere
+  T scale = 1;              ///< of gradients
+  double normaliser = 0;    ///< 0: the weights of the anchors that count, if `mean`
   bool mean = true;
 };
 
-template <class Formula, class T, bool Gradient> class anchor_kernel {
+template <class T> class anchor_kernel {
   using V = pack<T>;
   static constexpr auto width = static_cast<index>(lanes<T>);
   static constexpr index strip = 48; // candidates whose comparisons, or gradients, are one task
@@ -116,11 +167,12 @@ template <class Formula, class T, bool Gradient> class anchor_kernel {
   static constexpr index most_anchors = 128;
 
 public:
-  anchor_kernel(const Formula& formula, const anchor_job<T>& job, const executor& run_on,
-                std::byte* scratch)
-      : formula_(formula), job_(job), run_on_(run_on), memory_(scratch), depth_(job.x.cols),
-        anchors_(job.x.rows), candidates_(job.y.rows), padded_(whole(candidates_)),
-        stride_(padded_ + 16), block_(block_of()),
+  anchor_kernel(const anchor_function<T>& function, const anchor_job<T>& job, bool gradient,
+                const executor& run_on, std::byte* scratch)
+      : function_(function), job_(job), gradient_(gradient), run_on_(run_on), memory_(scratch),
+        depth_(job.x.cols), anchors_(job.x.rows), candidates_(job.y.rows),
+        padded_(whole(candidates_)), stride_(padded_ + 16), block_(block_of()),
+        to_candidates_(job.alone || job.d_y.data != nullptr),
         workers_(std::min(static_cast<index>(run_on.concurrency()),
                           std::max(block_, parts(candidates_, strip)))),
         x_{job.x, job.d_x, job.normalise, job.accumulate}, y_{job.y, job.d_y, job.normalise,
@@ -131,16 +183,15 @@ public:
 
   double run() {
     prepare();
-    if constexpr (Formula::notes > 0)
-      if (formula_.takes_notes())
-        take_notes();
+    if (function_.notes > 0)
+      take_notes();
     for_blocks([this](index first, index n) {
       compare(first, n);
       for_each(n, [&, this](const worker& w, index i) { judge(w, first, i); });
-      if constexpr (Gradient) {
+      if (gradient_)
         add_to_anchors(first, n);
+      if (gradient_ && to_candidates_)
         add_to_candidates(first, n);
-      }
     });
     return settle();
   }
@@ -163,20 +214,20 @@ private:
 
   void lay_out(bool real) {
     const auto size = [](index n) { return static_cast<std::size_t>(n); };
-    x_.lay_out(memory_, Gradient);
+    x_.lay_out(memory_, gradient_);
     if (job_.alone)
       y_ = x_;
     else
-      y_.lay_out(memory_, Gradient);
+      y_.lay_out(memory_, gradient_ && to_candidates_);
     values_ = memory_.take<double>(size(anchors_));
     weights_ = memory_.take<double>(size(anchors_));
     for (double*& p : extra_)
-      p = memory_.take<double>(size(Gradient ? anchors_ : 0));
-    notes_ = memory_.take<double>(size(anchors_ * Formula::notes));
-    totals_ = memory_.take<double>(size(Formula::notes));
-    shares_ = memory_.take<double>(size(Formula::mutual ? anchors_ : 0));
+      p = memory_.take<double>(size(gradient_ ? anchors_ : 0));
+    notes_ = memory_.take<double>(size(anchors_ * function_.notes));
+    totals_ = memory_.take<double>(size(function_.notes));
+    shares_ = memory_.take<double>(size(function_.mutual ? anchors_ : 0));
     numbers_ = memory_.take<index>(size(anchors_));
-    if constexpr (Formula::distances) {
+    if (function_.distances) {
       square_x_ = memory_.take<double>(size(anchors_));
       square_y_ = job_.alone ? square_x_ : memory_.take<double>(size(candidates_));
       pull_x_ = memory_.take<double>(size(anchors_));
@@ -188,10 +239,10 @@ private:
     for (index i = 0; i < workers_; ++i) {
       worker w{};
       w.tile = memory_.take<T>(size(strip * block_));
-      w.panels = memory_.take<T>(size(Gradient ? columns * terms : 0));
+      w.panels = memory_.take<T>(size(gradient_ ? columns * terms : 0));
       w.buffer = memory_.take<T>(size(std::max(2 * depth_, strip * depth_step)));
       w.relation = memory_.take<T>(size(padded_));
-      w.room = memory_.take<T>(size(Gradient && Formula::wants_room ? padded_ : 0));
+      w.room = memory_.take<T>(size(gradient_ && function_.wants_room ? padded_ : 0));
       if (real)
         new (&all_workers_[i]) worker(w);
     }
@@ -217,20 +268,19 @@ private:
   void prepare() {
     for (index r = 0; r < anchors_; ++r) {
       numbers_[r] = r;
-      if constexpr (Formula::mutual)
+      if (function_.mutual)
         shares_[r] = share_of(r);
     }
     start(x_, square_x_, pull_x_);
     if (!job_.alone)
       start(y_, square_y_, pull_y_);
   }
-  void start(const compared_rows<T>& of, [[maybe_unused]] double* squares,
-             [[maybe_unused]] double* pulls) const {
+  void start(const compared_rows<T>& of, double* squares, double* pulls) const {
     for_rows(of.rows(), [&](const worker& w, index r) {
       of.find_factor(r, w.buffer);
-      if constexpr (Gradient)
+      if (of.places)
         of.clear(r);
-      if constexpr (Formula::distances) {
+      if (function_.distances) {
         const T* row = row_of(of.x, r, 0, of.cols(), w.buffer);
         squares[r] = wide_dot(row, row, of.cols(), static_cast<double>(of.factor[r]));
         pulls[r] = 0;
@@ -271,7 +321,7 @@ private:
                                             : load_first(y_.factor + j, candidates_ - j, V(0));
       (V::load(row + j) * (factor * by)).store(row + j);
     }
-    if constexpr (Formula::distances)
+    if (function_.distances)
       measure(w, anchor, row);
   }
   /// Squared distances from products. Those of near neighbours are made anew: there the difference
@@ -321,50 +371,48 @@ private:
     return {anchor,     padded_, scores_ + i * stride_, w.relation, notes_, totals_, shares_,
             job_.alone, w.room};
   }
-  double weight_of(index anchor) const {
-    return job_.weights.data ? static_cast<double>(job_.weights[anchor]) : 1;
-  }
   /// ∂(what is minimised, times the mean's denominator)/∂(value of the anchor)
   double share_of(index anchor) const {
-    const double share = weight_of(anchor) * static_cast<double>(job_.scale);
+    const double share = job_.weight(anchor) * static_cast<double>(job_.scale);
     return job_.upstream.data ? share * static_cast<double>(job_.upstream[anchor]) : share;
   }
 
   void take_notes() {
-    for_blocks([this](index first, index n) {
+    const index notes = function_.notes;
+    for_blocks([this, notes](index first, index n) {
       compare(first, n);
       for_each(n, [&, this](const worker& w, index i) {
-        const anchor_row<T> row = row_of_block(w, first, i);
-        formula_.note(row, notes_ + (first + i) * Formula::notes);
+        function_.note(function_.formula, row_of_block(w, first, i), notes_ + (first + i) * notes);
       });
     });
-    for (index k = 0; k < Formula::notes; ++k) {
+    function_.combine(function_.formula, notes_, anchors_, job_.weight, job_.alone);
+    for (index k = 0; k < notes; ++k) {
       exact_sum sum;
       for (index r = 0; r < anchors_; ++r)
-        if (const double weight = weight_of(r); weight != 0)
-          sum.add(weight * notes_[r * Formula::notes + k]);
+        if (const double weight = job_.weight(r); weight != 0)
+          sum.add(weight * notes_[r * notes + k]);
       totals_[k] = sum.value();
     }
   }
 
   void judge(const worker& w, index first, index i) {
     const anchor_row<T> row = row_of_block(w, first, i);
-    const double weight = weight_of(row.anchor);
+    const double weight = job_.weight(row.anchor);
     anchor_outcome outcome;
     outcome.counts = false;
-    if (weight != 0 || (Gradient && Formula::mutual && job_.alone))
-      outcome = formula_.template row<Gradient>(row);
+    if (weight != 0 || (gradient_ && function_.mutual && job_.alone))
+      outcome = (gradient_ ? function_.slopes : function_.value)(function_.formula, row);
     const bool valued = outcome.counts && weight != 0;
     values_[row.anchor] = valued ? weight * outcome.value : 0;
     weights_[row.anchor] = valued ? weight * outcome.terms : 0;
     if (job_.values.data)
       job_.values[row.anchor] = static_cast<T>(values_[row.anchor]);
-    if constexpr (Gradient) {
-      const double share = valued ? share_of(row.anchor) : 0;
-      finish_slopes(row, Formula::mutual ? (outcome.counts ? 1 : 0) : share);
-      for (int k = 0; k < 2; ++k)
-        extra_[k][row.anchor] = valued ? share * outcome.extra[k] : 0;
-    }
+    if (!gradient_)
+      return;
+    const double share = valued ? share_of(row.anchor) : 0;
+    finish_slopes(row, function_.mutual ? (outcome.counts ? 1 : 0) : share);
+    for (int k = 0; k < 2; ++k)
+      extra_[k][row.anchor] = valued ? share * outcome.extra[k] : 0;
   }
   /// From slopes of what the formula saw to those of products.
   void finish_slopes(const anchor_row<T>& row, double share) const {
@@ -374,11 +422,11 @@ private:
     for (index j = 0; j < row.size; j += width) {
       const V left_out(V::load(row.relation + j));
       V slope = select((left_out == V(0)) | none, V(0), V::load(row.scores + j) * factor);
-      if constexpr (Formula::distances)
+      if (function_.distances)
         slope = slope * V(-2);
       slope.store(row.scores + j);
     }
-    if constexpr (Formula::distances) {
+    if (function_.distances) {
       wide_lanes<T> sum;
       sum.clear();
       for (index j = 0; j < row.size; j += width)
@@ -412,7 +460,7 @@ private:
       for (index a = 0; a < n; a += width)
         copy_transposed(scores_ + a * stride_ + from, stride_, std::min(width, n - a), count,
                         w.tile + a, block_);
-      if constexpr (Formula::distances)
+      if (function_.distances)
         for (index j = 0; j < count; ++j)
           for (index a = 0; a < n; ++a)
             pull_y_[from + j] -= static_cast<double>(w.tile[j * block_ + a]);
@@ -439,19 +487,21 @@ private:
       const double all = job_.normaliser != 0 ? job_.normaliser : sum_of(weights_);
       share = all != 0 ? 1 / all : 0;
     }
-    if constexpr (Gradient) {
+    if (gradient_) {
       settle_rows(x_, share, pull_x_);
-      if (!job_.alone)
+      if (!job_.alone && to_candidates_)
         settle_rows(y_, share, pull_y_);
       for (int k = 0; k < 2; ++k)
         if (job_.extra[k])
           *job_.extra[k] = share * sum_of(extra_[k]);
+      for (index r = 0; r < job_.each.size; ++r)
+        job_.each[r] = share * extra_[0][r];
     }
     return share == 0 ? 0 : sum_of(values_) * share;
   }
   void settle_rows(const compared_rows<T>& of, double share, const double* pulls) const {
     for_rows(of.rows(), [&](const worker& w, index r) {
-      of.settle(r, share, Formula::distances ? pulls[r] : 0, w.buffer);
+      of.settle(r, share, function_.distances ? pulls[r] : 0, w.buffer);
     });
   }
   double sum_of(const double* x) const {
@@ -461,13 +511,16 @@ private:
     return sum.value();
   }
 
-  const Formula& formula_;
+  const anchor_function<T>& function_;
   const anchor_job<T>& job_;
+  bool gradient_;
   const executor& run_on_;
   carver memory_;
   index depth_, anchors_, candidates_, padded_;
   index stride_; // from row to row of a block: not a power of two, for the caches' sake
-  index block_, workers_;
+  index block_;
+  bool to_candidates_; // go gradients as well
+  index workers_;
   compared_rows<T> x_, y_; // the same ones where embeddings are compared with themselves
   double *values_ = nullptr, *weights_ = nullptr, *extra_[2] = {};
   double *notes_ = nullptr, *totals_ = nullptr, *shares_ = nullptr;
@@ -479,13 +532,13 @@ private:
   worker* all_workers_ = nullptr;
 };
 
-template <bool Gradient, class Formula, class T>
-double run_anchors(const Formula& formula, const anchor_job<T>& job, const executor& run_on,
-                   workspace* memory) {
-  using kernel = anchor_kernel<Formula, T, Gradient>;
+template <class T>
+double run_anchors(const anchor_function<T>& function, const anchor_job<T>& job, bool gradient,
+                   const executor& run_on, workspace* memory) {
+  using kernel = anchor_kernel<T>;
   workspace own;
-  const auto bytes = kernel(formula, job, run_on, nullptr).scratch_bytes();
-  return kernel(formula, job, run_on, (memory ? *memory : own).request(bytes)).run();
+  const auto bytes = kernel(function, job, gradient, run_on, nullptr).scratch_bytes();
+  return kernel(function, job, gradient, run_on, (memory ? *memory : own).request(bytes)).run();
 }
 
 } // namespace core

@@ -42,6 +42,11 @@ struct anchor_access {
       loss.set_extra(job);
   }
 };
+
+inline void require_temperature(const char* name, double temperature) {
+  require(temperature > 0 && std::isfinite(temperature), name, "temperature", temperature,
+          "a finite number above 0");
+}
 } // namespace core
 
 /// Base of every loss of anchors, each of which is compared with all candidates. Derived declares
@@ -60,6 +65,8 @@ struct anchor_access {
 ///                                             views, then all second, …
 ///   loss(x, y, labels_x, labels_y, d_x, d_y)  x with y
 ///   loss.pairs(x, y, d_x, d_y)                the same: y_i, and no other, belongs to x_i
+///
+/// Without d_y, in the last two, only the gradient of x is made, a third faster.
 ///
 /// Shapes: x rows × features, y columns × features, of T (or 16-bit storage where T is float), any
 /// strides; labels one per row, of any integral type and value.
@@ -98,6 +105,12 @@ public:
                        const anchor_options<T>& call = {}) const {
     return run<true>(x, y, labels_x, labels_y, d_x, d_y, call, false);
   }
+  template <class X, class Y, core::labels_like L, core::labels_like M, class DX>
+  requires core::scores_like<X, T> && core::scores_like<Y, T> && core::gradient_like<DX, T>
+      T operator()(X&& x, Y&& y, L&& labels_x, M&& labels_y, DX&& d_x,
+                   const anchor_options<T>& call = {}) const {
+    return run<true, false>(x, y, labels_x, labels_y, d_x, none_, call, false);
+  }
 
   template <class X, class Y>
   requires core::scores_like<X, T> && core::scores_like<Y, T>
@@ -108,6 +121,10 @@ public:
       core::gradient_like<DY, T>
           T pairs(X&& x, Y&& y, DX&& d_x, DY&& d_y, const anchor_options<T>& call = {})
   const { return run<true>(x, y, numbers{}, numbers{}, d_x, d_y, call, false); }
+  template <class X, class Y, class DX>
+  requires core::scores_like<X, T> && core::scores_like<Y, T> && core::gradient_like<DX, T>
+      T pairs(X&& x, Y&& y, DX&& d_x, const anchor_options<T>& call = {})
+  const { return run<true, false>(x, y, numbers{}, numbers{}, d_x, none_, call, false); }
 
   template <class X>
   requires core::scores_like<X, T> T views(X&& x, index n, const anchor_options<T>& call = {})
@@ -169,7 +186,7 @@ private:
     if (!data && elements > 0) [[unlikely]]
       core::fail(Derived::name, what, "null", "a pointer to memory");
   }
-  template <bool Gradient>
+  template <bool Gradient, bool Both>
   static void check_shapes(const core::anchor_job<T>& job, const anchor_options<T>& call) {
     check("columns of y", job.y.cols, job.x.cols);
     check_memory("x", job.x.data, job.x.rows * job.x.cols);
@@ -197,16 +214,16 @@ private:
         check_memory(std::string("gradient of ") + side, d.data, x.rows * x.cols);
       };
       fits("x", job.d_x, job.x);
-      if (!job.alone)
+      if (Both && !job.alone)
         fits("y", job.d_y, job.y);
       const core::extent all[] = {core::bytes_of(job.d_x),
-                                  job.alone ? core::extent{0, 0} : core::bytes_of(job.d_y),
+                                  !Both || job.alone ? core::extent{0, 0} : core::bytes_of(job.d_y),
                                   core::bytes_of(job.x), core::bytes_of(job.y)};
       core::require_apart(Derived::name, all, 2);
     }
   }
 
-  template <bool Gradient, class X, class Y, class L, class M, class DX, class DY>
+  template <bool Gradient, bool Both = true, class X, class Y, class L, class M, class DX, class DY>
   T run(X& x, Y& y, const L& labels_x, const M& labels_y, DX& d_x, DY& d_y,
         const anchor_options<T>& call, bool alone) const {
     core::anchor_job<T> job;
@@ -219,14 +236,14 @@ private:
     job.normalise = self().settings().normalise;
     job.accumulate = call.accumulate;
     job.filter = call.filter;
-    job.weights = call.row_weights;
+    job.weight = {call.row_weights};
     job.upstream = call.upstream;
     job.values = call.values;
     job.scale = call.scale;
     job.normaliser = call.normaliser;
     job.mean = self().settings().reduction == reduction::mean;
     core::anchor_access::set_extra(self(), job);
-    check_shapes<Gradient>(job, call);
+    check_shapes<Gradient, Both>(job, call);
     check_labels(alone ? "labels" : "labels of x", labels_x, job.x.rows);
     if (!alone)
       check_labels("labels of y", labels_y, job.y.rows);
@@ -241,7 +258,8 @@ private:
     job.label_x = label;
     job.label_y = alone ? label : label + job.x.rows;
     const auto formula = core::anchor_access::formula(self());
-    return static_cast<T>(core::run_anchors<Gradient>(formula, job, call.run_on, call.memory));
+    return static_cast<T>(core::run_anchors<T>(core::anchor_function<T>(formula), job, Gradient,
+                                               call.run_on, call.memory));
   }
 };
 

@@ -24,6 +24,11 @@ struct rivalling {
     return relation < V(0);
   }
 };
+struct compared {
+  template <class V> PERDITA_INLINE auto operator()(const V& relation) const {
+    return !(relation == V(0));
+  }
+};
 
 /// f(score, mask of those chosen, index of the first) for each pack of a row.
 template <class T, class Chosen, class F>
@@ -59,44 +64,50 @@ template <class T> struct chosen_scores {
   }
 };
 
-/// log Σ e^{rate · x} over those chosen, and their shares of that sum.
-template <class T> class chosen_images {
+/// A logit that is a multiple of the score.
+template <class T> struct scaled {
+  pack<T> rate;
+
+  scaled(double r) : rate(static_cast<T>(r)) {}
+  PERDITA_INLINE pack<T> operator()(const pack<T>& x) const { return x * rate; }
+};
+
+/// log Σ e^{logit(x)} over those chosen, and their shares of that sum.
+template <class T, class Logit = scaled<T>> class chosen_images {
   using V = pack<T>;
 
 public:
   template <class Chosen>
-  chosen_images(const anchor_row<T>& row, Chosen chosen, double rate)
-      : rate_(static_cast<T>(rate)) {
+  chosen_images(const anchor_row<T>& row, Chosen chosen, const Logit& logit) : logit_(logit) {
     constexpr T nothing = -std::numeric_limits<T>::infinity();
     V most(nothing);
     for_chosen(
         row, chosen, [&](const V& x, const auto& mask, index) __attribute__((always_inline)) {
-          most = max(select(mask, x * rate_, V(nothing)), most);
+          most = max(select(mask, logit_(x), V(nothing)), most);
         });
-    top_ = max_lanes(most);
-    const V shift(top_ == nothing ? T(0) : top_);
+    const T largest = max_lanes(most);
+    top_ = largest == nothing ? T(0) : largest; // -inf − -inf would be NaN
+    const V shift(top_);
     lane_sums<T, 1> sum;
     for_chosen(
         row, chosen, [&](const V& x, const auto& mask, index) __attribute__((always_inline)) {
-          sum.some[0] += select(mask, exp_shifted(x * rate_ - shift), V(0));
+          sum.some[0] += select(mask, exp_shifted(logit_(x) - shift), V(0));
           sum.count_pack();
         });
     sum_ = sum.total(0);
   }
   /// -inf of none; NaN where one of them is.
-  double log() const {
-    if (sum_ != sum_)
-      return sum_;
-    return sum_ == 0 ? -std::numeric_limits<double>::infinity()
-                     : static_cast<double>(top_) + std::log(sum_);
-  }
+  double log() const { return static_cast<double>(top_) + log_above(); }
+  bool none() const { return sum_ == 0; }
+  T top() const { return top_; }                      ///< the largest logit; 0 of none
+  double log_above() const { return std::log(sum_); } ///< log() − top()
   /// A factor for images(): `share` divided by the sum.
   V factor(double share) const { return V(static_cast<T>(sum_ == 0 ? 0 : share / sum_)); }
-  /// e^{rate x − top} of those chosen; anything of others.
-  PERDITA_INLINE V images(const V& x) const { return exp_shifted(x * rate_ - V(top_)); }
+  /// e^{logit(x) − top} of those chosen; anything of others.
+  PERDITA_INLINE V images(const V& x) const { return exp_shifted(logit_(x) - V(top_)); }
 
 private:
-  V rate_;
+  Logit logit_;
   T top_;
   double sum_;
 };
@@ -143,6 +154,47 @@ index first_with(const anchor_row<T>& row, Chosen chosen, T score) {
     return j + (std::find(hit, hit + width, T(1)) - hit);
   }
   return -1;
+}
+
+/// Puts f(score, relation) in the place of each score, 0 where nothing is compared, and returns
+/// Σ slope · score.
+template <class T, class F> PERDITA_INLINE double put_slopes(const anchor_row<T>& row, F f) {
+  using V = pack<T>;
+  lane_sums<T, 1> along;
+  for (index j = 0; j < row.size; j += static_cast<index>(lanes<T>)) {
+    const V x = V::load(row.scores + j), relation = V::load(row.relation + j);
+    const V slope = select(relation == V(0), V(0), f(x, relation));
+    along.some[0] += select(slope == V(0), V(0), slope * x);
+    along.count_pack();
+    slope.store(row.scores + j);
+  }
+  return along.total(0);
+}
+
+/// Those chosen whose scores `out` picks get the score `to`, of which no sum of images takes notice
+/// (∓inf): as if they were not there.
+template <class T, class Chosen, class Out>
+PERDITA_INLINE void drop(const anchor_row<T>& row, Chosen chosen, T to, Out out) {
+  using V = pack<T>;
+  for_chosen(
+      row, chosen, [&](const V& x, const auto& mask, index j) __attribute__((always_inline)) {
+        select(mask & out(x), V(to), x).store(row.scores + j);
+      });
+}
+
+/// log Σ_i weight(i) e^{x_i}, x_i being notes[i · stride].
+template <class Weight>
+double weighted_log_sum(const double* notes, index n, index stride, Weight weight) {
+  double top = -std::numeric_limits<double>::infinity(), sum = 0;
+  for (index i = 0; i < n; ++i)
+    if (weight(i) != 0 && notes[i * stride] > top)
+      top = notes[i * stride];
+  if (top == -std::numeric_limits<double>::infinity())
+    top = 0;
+  for (index i = 0; i < n; ++i)
+    if (weight(i) != 0)
+      sum += weight(i) * std::exp(notes[i * stride] - top);
+  return top + std::log(sum);
 }
 
 } // namespace perdita::inline PERDITA_ABI::core
