@@ -31,6 +31,7 @@
 #include "feasible.hpp"
 #include "fenchel_young.hpp"
 #include "gaussian_kl.hpp"
+#include "global_contrastive.hpp"
 #include "h_calibration.hpp"
 #include "hard_contrastive.hpp"
 #include "hyperbolic.hpp"
