@@ -60,8 +60,8 @@ template <class T> struct anchor_row {
 struct anchor_outcome {
   double value = 0;
   bool counts = true;   ///< otherwise all of this, and the slopes, are taken for 0
-  double terms = 1;     ///< how often the anchor's weight counts in the mean's denominator
   double extra[2] = {}; ///< derivatives by options, which are added up as the values are
+  double terms = 1;     ///< how often the anchor's weight counts in the mean's denominator
 };
 
 /// Base of formulas of anchors. They have
