@@ -753,8 +753,8 @@ TEST_CASE("element traversal: what goes past the caches", "[element]") {
   const perdita::core::huber_formula<float> formula{{}, 2};
   const perdita::index size = (perdita::index{1} << 20) + 1;
   std::vector<float> x(2 * static_cast<std::size_t>(size)), t(x.size()), g(x.size());
-  const auto view = [](std::vector<float>& m, perdita::index n, perdita::index stride = 1) {
-    return perdita::vector_view<float>(m.data(), n, stride);
+  const auto view = [](std::vector<float>& m, perdita::index count, perdita::index stride = 1) {
+    return perdita::vector_view<float>(m.data(), count, stride);
   };
   const auto streams = [&](auto in, auto targets, auto out, auto change) {
     perdita::core::element_job<float> job("huber", perdita::core::element_function<float>(formula));

@@ -4,11 +4,12 @@
 /// Losses of one prediction and one target, element by element: the traversal, and the call
 /// operators of every such loss.
 ///
-/// What differs between losses is a formula, called once for every few thousand elements; all else
-/// is compiled once. Where the elements lie side by side, the formula's loop reads predictions and
-/// targets, adds the values up in double and writes the gradient, and nothing else happens. What
-/// is strided, of another type, weighted or at the end is taken a chunk at a time by way of
-/// buffers that stay in cache. Elements keep their lanes either way, so bits do not differ.
+/// What differs between losses is a formula, called for some hundred elements or more at a time;
+/// all else is compiled once. Where the elements lie side by side, the formula's loop reads
+/// predictions and targets, adds the values up in double and writes the gradient (past the caches
+/// if it is too large for them), and nothing else happens. What is strided, of another type,
+/// weighted or at the end is taken a chunk at a time by way of buffers that stay in cache. Elements
+/// keep their lanes either way, so bits do not differ.
 
 #include <algorithm>
 #include <cmath>
@@ -281,6 +282,12 @@ private:
   bool direct_ = false;
 };
 
+/// Numbers from here to the next start of a cache line, of 64 bytes.
+template <class T> index numbers_before_line(const T* p) {
+  const auto beyond = reinterpret_cast<std::uintptr_t>(p) % 64;
+  return static_cast<index>((64 - beyond) % 64 / sizeof(T));
+}
+
 /// What one call asks of the kernel.
 template <class T> struct element_job {
   element_job(const char* loss, const element_function<T>& f) : name(loss), function(f) {}
@@ -298,6 +305,7 @@ template <class T> struct element_job {
   bool fused = false;        ///< the formula's own loop does it all
   bool side_by_side = false; ///< and without buffers
   bool streaming = false;    ///< the slopes go past the caches
+  bool on_lines = false;     ///< and start at cache lines
 
   template <class F> void each_array(F f) {
     for (auto& a : in)
@@ -330,6 +338,9 @@ template <class T> struct element_job {
     });
     streaming = fused && side_by_side && outputs > 0 && !is_in_place() &&
                 exceeds_caches(size * static_cast<index>(sizeof(T)));
+    on_lines = true;
+    for (const auto& a : out)
+      on_lines &= !a || numbers_before_line(a.memory().data) == 0;
   }
 
 private:
@@ -353,13 +364,11 @@ public:
   line_writer() = default;
   line_writer(T* to, T* buffer) : to_(to), buffer_(buffer) {}
 
-  bool is_aligned() const { return before_line() == 0; }
-  T* target() const { return to_; }
   /// Where the next numbers go.
   T* buffer() const { return buffer_ + kept_; }
   /// Takes n numbers from there.
   void write(index n) {
-    index at = std::min(kept_ + n, before_line());
+    index at = std::min(kept_ + n, numbers_before_line(to_));
     std::copy_n(buffer_, at, to_);
     const index end = kept_ + n;
     for (; at + width <= end; at += width)
@@ -371,12 +380,6 @@ public:
   void finish() { std::copy_n(buffer_, kept_, to_); }
 
 private:
-  /// Numbers before the next start of a line.
-  index before_line() const {
-    const auto beyond = reinterpret_cast<std::uintptr_t>(to_) % 64;
-    return static_cast<index>((64 - beyond) % 64 / sizeof(T));
-  }
-
   T *to_ = nullptr, *buffer_ = nullptr;
   index kept_ = 0; ///< numbers in the buffer, fewer than a line
 };
@@ -415,8 +418,8 @@ public:
     for (index at = first_chunk * chunk; at < last;) {
       const index left = last - at, most = job_.fused && job_.side_by_side ? left : chunk;
       const index n = std::min(left, most), whole = job_.fused ? n / width * width : 0;
-      if (whole > 0 && job_.streaming)
-        run_streamed(at, whole);
+      if (whole > 0 && job_.streaming && !job_.on_lines)
+        run_by_lines(at, whole);
       else if (whole > 0)
         run_fused(at, whole);
       if (whole < n)
@@ -432,6 +435,11 @@ public:
   }
 
 private:
+  void evaluate(const element_chunk<T>& c) {
+    const auto& f = job_.function;
+    (job_.second_order ? f.second_order : f.first_order)(f.formula, c, sum_);
+  }
+
   element_chunk<T> gather(index first, index n) const {
     element_chunk<T> c;
     c.factor = job_.factor;
@@ -443,33 +451,30 @@ private:
 
   void run_fused(index first, index n) {
     element_chunk<T> c = gather(first, n);
+    c.streaming = job_.streaming;
+    c.ahead = job_.streaming ? ahead : 0;
     const int outputs = job_.out[0] ? job_.function.slopes : 0;
     for (int k = 0; k < outputs; ++k)
       c.out[k] = place(job_.out[k], first, n, out_[k]);
-    job_.function.first_order(job_.function.formula, c, sum_);
+    evaluate(c);
     for (int k = 0; k < outputs; ++k)
       if (c.out[k] == out_[k])
         job_.out[k].write(first, n, out_[k]);
   }
 
-  /// Slopes that do not start at a line are made in buffers.
-  void run_streamed(index first, index n) {
+  /// Slopes that are to be streamed and do not start at lines are made in buffers.
+  void run_by_lines(index first, index n) {
     const int outputs = job_.function.slopes;
     line_writer<T> lines[2];
-    bool aligned = true;
-    for (int k = 0; k < outputs; ++k) {
+    for (int k = 0; k < outputs; ++k)
       lines[k] = line_writer<T>(job_.out[k].in_place(first, n), out_[k]);
-      aligned &= lines[k].is_aligned();
-    }
-    const index step = aligned ? n : chunk;
-    for (index at = 0; at < n; at += step) {
-      element_chunk<T> c = gather(first + at, std::min(step, n - at));
-      c.streaming = aligned;
+    for (index at = 0; at < n; at += chunk) {
+      element_chunk<T> c = gather(first + at, std::min(chunk, n - at));
       c.ahead = ahead;
       for (int k = 0; k < outputs; ++k)
-        c.out[k] = aligned ? lines[k].target() : lines[k].buffer();
-      job_.function.first_order(job_.function.formula, c, sum_);
-      for (int k = 0; k < outputs && !aligned; ++k)
+        c.out[k] = lines[k].buffer();
+      evaluate(c);
+      for (int k = 0; k < outputs; ++k)
         lines[k].write(c.size);
     }
     for (int k = 0; k < outputs; ++k)
@@ -481,8 +486,7 @@ private:
     c.value = value_;
     for (int k = 0; k < 2; ++k)
       c.out[k] = job_.out[k] ? out_[k] : nullptr;
-    const auto& f = job_.function;
-    (job_.second_order ? f.second_order : f.first_order)(f.formula, c, sum_);
+    evaluate(c);
     const T* const weight = look(job_.weights, first, n, weight_);
     add_values(weight, first, n);
     const T* const upstream = look(job_.upstream, first, n, upstream_);

@@ -46,10 +46,10 @@ template <> struct constants<float> {
   static constexpr std::array<float, 8> log{0x1.5555a4p-2F,  -0x1.00004p-2F, 0x1.9969bp-3F,
                                             -0x1.54efdcp-3F, 0x1.28847ap-3F, -0x1.0d8a9p-3F,
                                             0x1.ac90ecp-4F,  -0x1.714118p-5F};
-  /// (log(1 + x) - x) / x^2 on [0, 1]
-  static constexpr std::array<float, 9> log1p{-0x1.ffffd2p-2F, 0x1.554dfp-2F,   -0x1.ff26e2p-3F,
-                                              0x1.935ca8p-3F,  -0x1.3a7a9cp-3F, 0x1.b57a1ap-4F,
-                                              -0x1.d863ccp-5F, 0x1.4b08e6p-6F,  -0x1.b2f6bcp-9F};
+  /// (log(1 + x) - x) / x^2, in x - 1, on [0, 1]
+  static constexpr std::array<float, 9> log1p{-0x1.3a37a0p-2F, 0x1.d1bc48p-4F,  -0x1.75638cp-5F,
+                                              0x1.34863ap-6F,  -0x1.3b6836p-7F, -0x1.791eb8p-11F,
+                                              -0x1.2bd05ep-7F, -0x1.9fb552p-8F, -0x1.b2f58cp-9F};
   /// (tanh(x) - x) / x^3, in x^2, on |x| <= 0.55
   static constexpr std::array<float, 5> tanh{-0x1.55554ap-2F, 0x1.110d14p-3F, -0x1.b92538p-5F,
                                              0x1.592052p-6F, -0x1.9a83fcp-8F};
@@ -230,7 +230,8 @@ template <class T> PERDITA_INLINE pack<T> exp(const pack<T>& x) {
   return select(x <= C::greatest_exp, y, x + std::numeric_limits<T>::infinity());
 }
 
-/// e^-x for x >= 0: what exp(-x) is, to the bit, in less time.
+/// e^-x for x >= 0: what exp(-x) is, in less time. Error: 1.1 ulp. inf gives 0. To the bit, but
+/// without FMA only where no product is subnormal (x <= 60; double 650).
 template <class T> PERDITA_INLINE pack<T> exp_minus(const pack<T>& x) {
   using V = pack<T>;
   using C = detail::constants<T>;
@@ -240,7 +241,7 @@ template <class T> PERDITA_INLINE pack<T> exp_minus(const pack<T>& x) {
   return fma_unless_less(V(-C::least_exp), x, minus_power, lack, power);
 }
 
-/// 1 - e^-x for x >= 0, as -expm1(-x). Error: float 1.8 ulp, double 2.4 ulp. inf gives 1.
+/// 1 - e^-x for x >= 0: what -expm1(-x) is, to the bit, in less time. Error: 1.3 ulp. inf gives 1.
 template <class T> PERDITA_INLINE pack<T> one_minus_exp_minus(const pack<T>& x) {
   using V = pack<T>;
   using C = detail::constants<T>;
@@ -289,12 +290,12 @@ template <class T> PERDITA_INLINE pack<T> log1p(const pack<T>& x) {
   return detail::log_ends(x, -1, select(abs(x) < C::tiny, x, y));
 }
 
-/// log(1 + x) for 0 <= x <= 1. Error: float 2.6 ulp, double 0.9 ulp.
+/// log(1 + x) for 0 <= x <= 1. Error: float 1.5 ulp, double 0.9 ulp.
 template <class T> PERDITA_INLINE pack<T> log1p_of_share(const pack<T>& x) {
   using V = pack<T>;
   if constexpr (std::is_same_v<T, float>) {
-    const V x2 = x * x;
-    return fma(x2, detail::polynomial(x, x2, detail::constants<T>::log1p), x);
+    const V less = x - 1; // <= 0, where nearly all terms are too: nothing cancels
+    return fma(x * x, detail::polynomial(less, less * less, detail::constants<T>::log1p), x);
   } else {
     const auto large = x >= 0.5;
     const V f = select(large, fma(x, V(0.5), V(-0.5)), x); // exact
@@ -302,7 +303,7 @@ template <class T> PERDITA_INLINE pack<T> log1p_of_share(const pack<T>& x) {
   }
 }
 
-/// log(1 + x) for x >= 0. Error: float 1.5 ulp, double 1.5 ulp. inf gives inf.
+/// log(1 + x) for x >= 0. Error: float 1.3 ulp, double 0.9 ulp. inf gives inf.
 template <class T> PERDITA_INLINE pack<T> log1p_of_positive(const pack<T>& x) {
   using V = pack<T>;
   using C = detail::constants<T>;
@@ -312,7 +313,7 @@ template <class T> PERDITA_INLINE pack<T> log1p_of_positive(const pack<T>& x) {
   const V k = from_bits(exponent + std::bit_cast<bits_of<T>>(C::magic)) - C::magic;
   // 4/2^k, as 1/2^k can be subnormal
   const V scale = from_bits(-shift_left<C::mantissa>(exponent) + std::bit_cast<bits_of<T>>(T(4)));
-  const V f = fma(x * 0.25, scale, fma(scale, V(0.25), V(-1)));
+  const V f = fma(x * scale, V(0.25), fma(scale, V(0.25), V(-1)));
   V y;
   if constexpr (std::is_same_v<T, float>) {
     const V f2 = f * f;
