@@ -39,10 +39,9 @@ std::size_t at(index n) { return static_cast<std::size_t>(n); }
 template <class T> struct model {
   index features, classes;
   std::vector<T> hidden, weights, bias, scores;
-  model(index rows, index d, index v, std::uint64_t seed)
-      : features(d), classes(v) {
+  model(index rows, index d, index v, std::uint64_t seed) : features(d), classes(v) {
     random_numbers random(seed);
-    const auto fill = [&](std::vector<T> &x, index n, double spread) {
+    const auto fill = [&](std::vector<T>& x, index n, double spread) {
       for (index i = 0; i < n; ++i)
         x.push_back(static_cast<T>(spread * random.normal()));
     };
@@ -51,18 +50,10 @@ template <class T> struct model {
     fill(bias, v, 1);
     fill(scores, rows * v, 3);
   }
-  index rows() const {
-    return static_cast<index>(hidden.size()) / std::max<index>(features, 1);
-  }
-  auto x() const {
-    return matrix_view<const T>(hidden.data(), rows(), features);
-  }
-  auto a() const {
-    return matrix_view<const T>(weights.data(), classes, features);
-  }
-  auto z() const {
-    return matrix_view<const T>(scores.data(), rows(), classes);
-  }
+  index rows() const { return static_cast<index>(hidden.size()) / std::max<index>(features, 1); }
+  auto x() const { return matrix_view<const T>(hidden.data(), rows(), features); }
+  auto a() const { return matrix_view<const T>(weights.data(), classes, features); }
+  auto z() const { return matrix_view<const T>(scores.data(), rows(), classes); }
 };
 
 /// Ragged sequences, some tokens of which do not count.
@@ -72,23 +63,19 @@ template <class T> struct tokens {
   std::vector<int> labels;
   std::vector<T> token_weights, log_p;
 
-  tokens(const std::vector<int> &lengths, index d, index v, std::uint64_t seed)
-      : policy(total(lengths), d, v, seed),
-        reference(total(lengths), d + 2, v, seed + 1) {
+  tokens(const std::vector<int>& lengths, index d, index v, std::uint64_t seed)
+      : policy(total(lengths), d, v, seed), reference(total(lengths), d + 2, v, seed + 1) {
     for (const int n : lengths)
       offsets.push_back(offsets.back() + n);
     random_numbers random(seed + 2);
     for (index t = 0; t < rows(); ++t) {
       const bool prompt = random.below(4) == 0;
-      labels.push_back(
-          prompt ? -100
-                 : static_cast<int>(random.below(static_cast<unsigned>(v))));
-      token_weights.push_back(
-          static_cast<T>(random.below(5) == 0 ? 0 : random.uniform(-0.5, 1.5)));
+      labels.push_back(prompt ? -100 : static_cast<int>(random.below(static_cast<unsigned>(v))));
+      token_weights.push_back(static_cast<T>(random.below(5) == 0 ? 0 : random.uniform(-0.5, 1.5)));
       log_p.push_back(static_cast<T>(-8 * random.uniform(0, 1)));
     }
   }
-  static index total(const std::vector<int> &lengths) {
+  static index total(const std::vector<int>& lengths) {
     index n = 0;
     for (const int k : lengths)
       n += k;
@@ -100,8 +87,7 @@ template <class T> struct tokens {
 };
 
 enum class source { log_probabilities, scores, hidden };
-constexpr source all_sources[] = {source::log_probabilities, source::scores,
-                                  source::hidden};
+constexpr source all_sources[] = {source::log_probabilities, source::scores, source::hidden};
 
 // ---- what is right
 
@@ -111,22 +97,20 @@ struct prediction {
   wide factor; ///< W_t
 };
 template <class T>
-std::vector<prediction> predictions(const tokens<T> &p,
-                                    const sequence_options &o, bool weighed,
-                                    std::vector<index> &counts) {
+std::vector<prediction> predictions(const tokens<T>& p, const sequence_options& o, bool weighed,
+                                    std::vector<index>& counts) {
   std::vector<prediction> all;
   counts.assign(at(p.sequences()), 0);
   for (index s = 0; s < p.sequences(); ++s) {
     std::vector<prediction> mine;
-    for (index token = p.offsets[at(s)]; token < p.offsets[at(s + 1)];
-         ++token) {
+    for (index token = p.offsets[at(s)]; token < p.offsets[at(s + 1)]; ++token) {
       const index row = o.shift ? token - 1 : token;
       const wide w = weighed ? wide(p.token_weights[at(token)]) : wide(1);
       if (row >= p.offsets[at(s)] && p.labels[at(token)] != -100 && w != 0)
         mine.push_back({row, token, s, w});
     }
     counts[at(s)] = static_cast<index>(mine.size());
-    for (prediction &x : mine) {
+    for (prediction& x : mine) {
       if (o.average)
         x.factor = x.factor / static_cast<double>(mine.size());
       all.push_back(x);
@@ -143,19 +127,18 @@ struct wide_row {
   wide log_p(index k) const { return z[at(k)] - lse; }
   wide entropy() const {
     wide sum = 0;
-    for (const wide &x : z)
+    for (const wide& x : z)
       sum -= exp(wide(x - lse)) * (x - lse);
     return sum;
   }
-  wide divergence_from(const wide_row &q) const {
+  wide divergence_from(const wide_row& q) const {
     wide sum = 0;
     for (std::size_t j = 0; j < z.size(); ++j)
       sum += exp(wide(z[j] - lse)) * ((z[j] - lse) - (q.z[j] - q.lse));
     return sum;
   }
 };
-template <class T>
-wide_row row_of(const model<T> &m, source from, index row, double temperature) {
+template <class T> wide_row row_of(const model<T>& m, source from, index row, double temperature) {
   wide_row r;
   for (index k = 0; k < m.classes; ++k) {
     wide z = 0, size = 0;
@@ -166,8 +149,8 @@ wide_row row_of(const model<T> &m, source from, index row, double temperature) {
       z = m.bias[at(k)];
       size = size_of(z);
       for (index d = 0; d < m.features; ++d) {
-        const wide part = wide(m.hidden[at(row * m.features + d)]) *
-                          wide(m.weights[at(k * m.features + d)]);
+        const wide part =
+            wide(m.hidden[at(row * m.features + d)]) * wide(m.weights[at(k * m.features + d)]);
         z += part;
         size += size_of(part);
       }
@@ -187,14 +170,14 @@ template <class T> struct answer {
   std::vector<std::int64_t> counts;
   std::vector<T> d_first, d_weights,
       d_bias; // of log-probabilities, scores or hidden states
-  bool operator==(const answer &) const = default;
+  bool operator==(const answer&) const = default;
 };
 
 template <class T>
-answer<T> ask(const tokens<T> &p, source from, const sequence_options &o,
-              const std::vector<double> &d_scores, sequence_call<T> call,
-              const sequence_layout &layout, bool by_products,
-              const sequence_gradient<T> &how = {}, T before = 7) {
+answer<T> ask(const tokens<T>& p, source from, const sequence_options& o,
+              const std::vector<double>& d_scores, sequence_call<T> call,
+              const sequence_layout& layout, bool by_products, const sequence_gradient<T>& how = {},
+              T before = 7) {
   const perdita::sequence_head<T> head(o);
   answer<T> a;
   const auto rows = at(layout.rows());
@@ -204,8 +187,7 @@ answer<T> ask(const tokens<T> &p, source from, const sequence_options &o,
   a.log_p.assign(rows, 7);
   call.target_log_probability = a.log_p;
   if (by_products && from != source::log_probabilities) {
-    for (auto *v :
-         {&a.lse, &a.entropy, &a.reverse, &a.forward, &a.of_reference})
+    for (auto* v : {&a.lse, &a.entropy, &a.reverse, &a.forward, &a.of_reference})
       v->assign(rows, 7);
     call.log_sum_exp = a.lse;
     call.entropy = a.entropy;
@@ -216,30 +198,25 @@ answer<T> ask(const tokens<T> &p, source from, const sequence_options &o,
     if (from == source::scores)
       call.reference = perdita::reference_model<T>(p.reference.z());
     else
-      call.reference = perdita::reference_model<T>(
-          p.reference.x(), affine(of_reference, p.reference.bias));
+      call.reference =
+          perdita::reference_model<T>(p.reference.x(), affine(of_reference, p.reference.bias));
   }
   const index classes = p.policy.classes, features = p.policy.features;
   if (from == source::log_probabilities) {
     a.d_first.assign(rows, before);
-    head.scores(p.log_p, p.labels, layout, a.scores, call)
-        .backward(d_scores, a.d_first, how);
+    head.scores(p.log_p, p.labels, layout, a.scores, call).backward(d_scores, a.d_first, how);
   } else if (from == source::scores) {
     a.d_first.assign(p.policy.scores.size(), before);
     head.scores(p.policy.z(), p.labels, layout, a.scores, call)
-        .backward(d_scores,
-                  matrix_view<T>(a.d_first.data(), layout.rows(), classes),
-                  how);
+        .backward(d_scores, matrix_view<T>(a.d_first.data(), layout.rows(), classes), how);
   } else {
     a.d_first.assign(p.policy.hidden.size(), before);
     a.d_weights.assign(p.policy.weights.size(), before);
     a.d_bias.assign(p.policy.bias.size(), before);
     matrix_view<T> d_weights(a.d_weights.data(), classes, features);
     const auto a_view = p.policy.a();
-    head.scores(p.policy.x(), affine(a_view, p.policy.bias), p.labels, layout,
-                a.scores, call)
-        .backward(d_scores,
-                  matrix_view<T>(a.d_first.data(), layout.rows(), features),
+    head.scores(p.policy.x(), affine(a_view, p.policy.bias), p.labels, layout, a.scores, call)
+        .backward(d_scores, matrix_view<T>(a.d_first.data(), layout.rows(), features),
                   affine(d_weights, a.d_bias), how);
   }
   return a;
@@ -254,24 +231,20 @@ std::vector<double> some_slopes(index n, std::uint64_t seed) {
 }
 
 /// The same text in rows of equal length; what is between must not be read.
-template <class T>
-tokens<T> pad(const tokens<T> &p, index steps, std::vector<int> &lengths) {
+template <class T> tokens<T> pad(const tokens<T>& p, index steps, std::vector<int>& lengths) {
   tokens<T> q = p;
   const index rows = p.sequences() * steps;
-  const auto spread = [&](const auto &from, auto &to, index width,
-                          auto filler) {
+  const auto spread = [&](const auto& from, auto& to, index width, auto filler) {
     to.assign(at(rows * width), filler);
     for (index s = 0; s < p.sequences(); ++s)
       std::copy(from.begin() + p.offsets[at(s)] * width,
-                from.begin() + p.offsets[at(s + 1)] * width,
-                to.begin() + s * steps * width);
+                from.begin() + p.offsets[at(s + 1)] * width, to.begin() + s * steps * width);
   };
   const T poison = static_cast<T>(nan_d);
   spread(p.labels, q.labels, 1, 1000000);
   spread(p.token_weights, q.token_weights, 1, poison);
   spread(p.log_p, q.log_p, 1, poison);
-  for (const auto &[from, to] :
-       {std::pair(&p.policy, &q.policy), {&p.reference, &q.reference}}) {
+  for (const auto& [from, to] : {std::pair(&p.policy, &q.policy), {&p.reference, &q.reference}}) {
     spread(from->hidden, to->hidden, from->features, poison);
     spread(from->scores, to->scores, from->classes, poison);
   }
@@ -282,8 +255,8 @@ tokens<T> pad(const tokens<T> &p, index steps, std::vector<int> &lengths) {
 }
 
 template <class T>
-void check(const tokens<T> &p, source from, const sequence_options &o,
-           bool weighed, error_judge &of_values, error_judge &of_slopes) {
+void check(const tokens<T>& p, source from, const sequence_options& o, bool weighed,
+           error_judge& of_values, error_judge& of_slopes) {
   const wide epsilon = std::numeric_limits<T>::epsilon();
   const double allowed = 4;
   std::vector<index> counts;
@@ -300,14 +273,13 @@ void check(const tokens<T> &p, source from, const sequence_options &o,
   auto u_first = d_first, u_weights = d_weights, u_bias = d_bias;
   std::vector<bool> counted(at(p.rows()), false);
   const index v = p.policy.classes, d = p.policy.features;
-  for (const prediction &x : predicted) {
+  for (const prediction& x : predicted) {
     const auto r = at(x.row);
     counted[r] = true;
     const wide c = x.factor * d_scores[at(x.sequence)];
     if (from == source::log_probabilities) {
       score[at(x.sequence)] += x.factor * p.log_p[r];
-      unit[at(x.sequence)] +=
-          size_of(wide(x.factor * p.log_p[r])) * wide(0x1p-52) / epsilon;
+      unit[at(x.sequence)] += size_of(wide(x.factor * p.log_p[r])) * wide(0x1p-52) / epsilon;
       d_first[r] = c;
       u_first[r] = size_of(c);
       CHECK(a.log_p[r] == p.log_p[r]);
@@ -320,23 +292,20 @@ void check(const tokens<T> &p, source from, const sequence_options &o,
     const wide reach = 1 + z.size; // a score's error, over ε: that of log p
     score[at(x.sequence)] += x.factor * lp;
     unit[at(x.sequence)] += size_of(x.factor) * (size_of(lp) + z.size);
-    of_values.within(size_of(wide(a.log_p[r] - lp)), allowed,
-                     epsilon * (size_of(lp) + reach));
+    of_values.within(size_of(wide(a.log_p[r] - lp)), allowed, epsilon * (size_of(lp) + reach));
     of_values.within(size_of(wide(a.lse[r] - z.lse)), allowed, epsilon * reach);
-    of_values.within(size_of(wide(a.entropy[r] - z.entropy())), allowed,
-                     epsilon * reach * 2);
+    of_values.within(size_of(wide(a.entropy[r] - z.entropy())), allowed, epsilon * reach * 2);
     const wide both = reach + q.size;
-    of_values.within(size_of(wide(a.reverse[r] - z.divergence_from(q))),
-                     allowed, epsilon * both * (2 + z.divergence_from(q)));
-    of_values.within(size_of(wide(a.forward[r] - q.divergence_from(z))),
-                     allowed, epsilon * both * (2 + q.divergence_from(z)));
+    of_values.within(size_of(wide(a.reverse[r] - z.divergence_from(q))), allowed,
+                     epsilon * both * (2 + z.divergence_from(q)));
+    of_values.within(size_of(wide(a.forward[r] - q.divergence_from(z))), allowed,
+                     epsilon * both * (2 + q.divergence_from(z)));
     of_values.within(size_of(wide(a.of_reference[r] - q.log_p(y))), allowed,
                      epsilon * (size_of(q.log_p(y)) + 1 + q.size));
     for (index k = 0; k < v; ++k) {
       const wide share = exp(wide(z.z[at(k)] - z.lse)), hit = k == y ? 1 : 0;
       const wide g = c * (hit - share) / o.temperature;
-      const wide u = size_of(c) * (share * reach + size_of(wide(hit - share))) /
-                     o.temperature;
+      const wide u = size_of(c) * (share * reach + size_of(wide(hit - share))) / o.temperature;
       if (from == source::scores) {
         d_first[at(x.row * v + k)] = g;
         u_first[at(x.row * v + k)] = u;
@@ -345,8 +314,7 @@ void check(const tokens<T> &p, source from, const sequence_options &o,
       d_bias[at(k)] += g;
       u_bias[at(k)] += u;
       for (index i = 0; i < d; ++i) {
-        const wide in = p.policy.hidden[at(x.row * d + i)],
-                   w = p.policy.weights[at(k * d + i)];
+        const wide in = p.policy.hidden[at(x.row * d + i)], w = p.policy.weights[at(k * d + i)];
         d_first[at(x.row * d + i)] += g * w;
         u_first[at(x.row * d + i)] += u * size_of(w);
         d_weights[at(k * d + i)] += g * in;
@@ -355,62 +323,51 @@ void check(const tokens<T> &p, source from, const sequence_options &o,
     }
   }
   for (std::size_t s = 0; s < score.size(); ++s) {
-    of_values.within(size_of(wide(a.scores[s] - score[s])), allowed,
-                     epsilon * unit[s]);
+    of_values.within(size_of(wide(a.scores[s] - score[s])), allowed, epsilon * unit[s]);
     CHECK(a.counts[s] == counts[s]);
     if (counts[s] == 0)
       CHECK(a.scores[s] == 0);
   }
-  const auto judge = [&](const std::vector<T> &got, const auto &right,
-                         const auto &units) {
+  const auto judge = [&](const std::vector<T>& got, const auto& right, const auto& units) {
     for (std::size_t i = 0; i < got.size(); ++i)
-      of_slopes.within(size_of(wide(got[i] - right[i])), allowed,
-                       epsilon * units[i]);
+      of_slopes.within(size_of(wide(got[i] - right[i])), allowed, epsilon * units[i]);
   };
   judge(a.d_first, d_first, u_first);
   judge(a.d_weights, d_weights, u_weights);
   judge(a.d_bias, d_bias, u_bias);
   for (std::size_t r = 0; r < counted.size(); ++r)
     if (!counted[r])
-      for (const auto *of : {&a.log_p, &a.lse, &a.entropy, &a.reverse,
-                             &a.forward, &a.of_reference})
+      for (const auto* of : {&a.log_p, &a.lse, &a.entropy, &a.reverse, &a.forward, &a.of_reference})
         if (!of->empty())
           CHECK((*of)[r] == 0);
 }
 
 } // namespace
 
-TEMPLATE_TEST_CASE(
-    "sequence_head: scores, by-products and gradients against the formula",
-    "[sequence]", float, double) {
+TEMPLATE_TEST_CASE("sequence_head: scores, by-products and gradients against the formula",
+                   "[sequence]", float, double) {
   using T = TestType;
   const tokens<T> p({7, 1, 12, 0, 5, 2}, 5, 11, 3);
-  const char *const names[] = {"of log-probabilities", "of scores",
-                               "of hidden states"};
+  const char* const names[] = {"of log-probabilities", "of scores", "of hidden states"};
   for (const source from : all_sources) {
     error_judge of_values, of_slopes;
     for (const bool shift : {true, false})
       for (const bool average : {false, true})
         for (const bool weighed : {false, true})
           for (const double temperature : {1.0, 1.75}) {
-            INFO(static_cast<int>(from)
-                 << shift << average << weighed << temperature);
-            check(p, from,
-                  {.average = average,
-                   .shift = shift,
-                   .temperature = temperature},
+            INFO(static_cast<int>(from) << shift << average << weighed << temperature);
+            check(p, from, {.average = average, .shift = shift, .temperature = temperature},
                   weighed, of_values, of_slopes);
             REQUIRE(of_values.all_within());
             REQUIRE(of_slopes.all_within());
           }
-    report_accuracy<T>("sequence_head", names[static_cast<int>(from)],
-                       in_epsilons_of_terms, of_values, of_slopes);
+    report_accuracy<T>("sequence_head", names[static_cast<int>(from)], in_epsilons_of_terms,
+                       of_values, of_slopes);
   }
 }
 
-TEMPLATE_TEST_CASE(
-    "sequence_head: more rows and classes than a block and a piece",
-    "[sequence]", float, double) {
+TEMPLATE_TEST_CASE("sequence_head: more rows and classes than a block and a piece", "[sequence]",
+                   float, double) {
   using T = TestType;
   tokens<T> p({90, 130, 75, 40}, 3, 140, 8);
   error_judge of_values, of_slopes;
@@ -418,24 +375,20 @@ TEMPLATE_TEST_CASE(
     check(p, from, {.average = true}, false, of_values, of_slopes);
   CHECK(of_values.all_within());
   CHECK(of_slopes.all_within());
-  for (auto *m :
-       {&p.policy,
-        &p.reference}) // sums that must move to another shift, and matter
+  for (auto* m : {&p.policy, &p.reference}) // sums that must move to another shift, and matter
     for (index k = 0; k < 140; ++k)
       m->bias[at(k)] += static_cast<T>(17 * (k / 64));
   error_judge of_far_slopes;
   check(p, source::hidden, {.average = true}, false, of_values, of_far_slopes);
   CHECK(of_values.all_within());
-  CHECK(of_far_slopes.share() <=
-        4); // scores of up to 40, whose rounding the slopes have
+  CHECK(of_far_slopes.share() <= 4); // scores of up to 40, whose rounding the slopes have
 }
 
 TEST_CASE("sequence_head: the gradient of a loss that couples the batch, by "
           "differences",
           "[sequence]") {
   tokens<double> p({4, 6, 3, 5}, 3, 7, 21);
-  std::fill(p.labels.begin() + p.offsets[2] + 1,
-            p.labels.begin() + p.offsets[3], 2);
+  std::fill(p.labels.begin() + p.offsets[2] + 1, p.labels.begin() + p.offsets[3], 2);
   const perdita::sequence_head<double> head({.average = true});
   // softplus(s1 − s0) + softplus(s3 − s2) + the product of all
   const auto loss = [](std::span<const double> s, std::span<double> d) {
@@ -457,19 +410,18 @@ TEST_CASE("sequence_head: the gradient of a loss that couples the batch, by "
       d_hidden(p.policy.hidden.size()), d_weights(p.policy.weights.size()),
       d_bias(p.policy.bias.size());
   const auto value = [&](source from) {
-    matrix_view<double> dx(d_hidden.data(), p.rows(), d),
-        da(d_weights.data(), v, d);
+    matrix_view<double> dx(d_hidden.data(), p.rows(), d), da(d_weights.data(), v, d);
     const auto a = p.policy.a();
     if (from == source::log_probabilities)
       return head(loss, p.log_p, p.labels, p.layout(), d_log_p, call);
     if (from == source::scores)
       return head(loss, p.policy.z(), p.labels, p.layout(),
                   matrix_view<double>(d_scores.data(), p.rows(), v), call);
-    return head(loss, p.policy.x(), affine(a, p.policy.bias), p.labels,
-                p.layout(), dx, affine(da, d_bias), call);
+    return head(loss, p.policy.x(), affine(a, p.policy.bias), p.labels, p.layout(), dx,
+                affine(da, d_bias), call);
   };
-  const auto compare = [&](source from, std::vector<double> &input,
-                           const std::vector<double> &slopes) {
+  const auto compare = [&](source from, std::vector<double>& input,
+                           const std::vector<double>& slopes) {
     value(from);
     const std::vector<double> found = slopes;
     double size = 0, worst = 0;
@@ -479,9 +431,7 @@ TEST_CASE("sequence_head: the gradient of a loss that couples the batch, by "
         input[i] = before + by;
         return value(from);
       };
-      const double slope =
-          (8 * (moved(h) - moved(-h)) - (moved(2 * h) - moved(-2 * h))) /
-          (12 * h);
+      const double slope = (8 * (moved(h) - moved(-h)) - (moved(2 * h) - moved(-2 * h))) / (12 * h);
       input[i] = before;
       size = std::max(size, std::fabs(slope));
       worst = worse(worst, std::fabs(slope - found[i]));
@@ -496,12 +446,10 @@ TEST_CASE("sequence_head: the gradient of a loss that couples the batch, by "
   compare(source::hidden, p.policy.bias, d_bias);
 }
 
-TEST_CASE("sequence_head: gradients of divergences, by differences",
-          "[sequence]") {
+TEST_CASE("sequence_head: gradients of divergences, by differences", "[sequence]") {
   tokens<double> p({4, 3, 5}, 3, 6, 33);
   const perdita::sequence_head<double> head({.temperature = 1.5});
-  const std::vector<double> d_scores = some_slopes(3, 1),
-                            k = some_slopes(p.rows(), 2),
+  const std::vector<double> d_scores = some_slopes(3, 1), k = some_slopes(p.rows(), 2),
                             m = some_slopes(p.rows(), 3);
   std::vector<double> scores(3), reverse(k.size()), forward(k.size());
   sequence_call<double> call;
@@ -510,14 +458,11 @@ TEST_CASE("sequence_head: gradients of divergences, by differences",
   call.forward_kl = forward;
   std::vector<double> slopes(p.policy.scores.size());
   const auto value = [&] {
-    const auto pass =
-        head.scores(p.policy.z(), p.labels, p.layout(), scores, call);
+    const auto pass = head.scores(p.policy.z(), p.labels, p.layout(), scores, call);
     sequence_gradient<double> how{.scale = 2};
     how.d_forward_kl = k;
     how.d_reverse_kl = m;
-    pass.backward(
-        d_scores,
-        matrix_view<double>(slopes.data(), p.rows(), p.policy.classes), how);
+    pass.backward(d_scores, matrix_view<double>(slopes.data(), p.rows(), p.policy.classes), how);
     double sum = 0;
     for (std::size_t i = 0; i < 3; ++i)
       sum += 2 * d_scores[i] * scores[i];
@@ -528,23 +473,20 @@ TEST_CASE("sequence_head: gradients of divergences, by differences",
   value();
   const std::vector<double> found = slopes;
   for (std::size_t i = 0; i < found.size(); ++i) {
-    double &x = p.policy.scores[i];
+    double& x = p.policy.scores[i];
     const double before = x, h = 1e-4;
     const auto moved = [&](double by) {
       x = before + by;
       return value();
     };
-    const double slope =
-        (8 * (moved(h) - moved(-h)) - (moved(2 * h) - moved(-2 * h))) /
-        (12 * h);
+    const double slope = (8 * (moved(h) - moved(-h)) - (moved(2 * h) - moved(-2 * h))) / (12 * h);
     x = before;
     REQUIRE(std::fabs(slope - found[i]) < 1e-9);
   }
 }
 
-TEMPLATE_TEST_CASE(
-    "sequence_head: ragged or padded, on any threads, the same bits",
-    "[sequence]", float, double) {
+TEMPLATE_TEST_CASE("sequence_head: ragged or padded, on any threads, the same bits", "[sequence]",
+                   float, double) {
   using T = TestType;
   const tokens<T> p({90, 0, 130, 1, 75}, 4, 70, 12);
   std::vector<int> lengths;
@@ -556,24 +498,23 @@ TEMPLATE_TEST_CASE(
     for (const bool by_products : {false, true}) {
       sequence_call<T> call;
       call.token_weights = p.token_weights;
-      const auto expected = ask<T>(p, from, {.average = true}, d_scores, call,
-                                   p.layout(), by_products);
+      const auto expected =
+          ask<T>(p, from, {.average = true}, d_scores, call, p.layout(), by_products);
       for (const std::size_t threads : {1U, 2U, 3U, 4U}) {
         const threads_executor run_on(threads, task_order::shuffled);
         call.run_on = run_on;
-        CHECK(ask<T>(p, from, {.average = true}, d_scores, call, p.layout(),
-                     by_products) == expected);
+        CHECK(ask<T>(p, from, {.average = true}, d_scores, call, p.layout(), by_products) ==
+              expected);
       }
       call = {};
       call.token_weights = padded.token_weights;
-      const auto other = ask<T>(padded, from, {.average = true}, d_scores, call,
-                                rows_lie, by_products);
+      const auto other =
+          ask<T>(padded, from, {.average = true}, d_scores, call, rows_lie, by_products);
       CHECK(other.scores == expected.scores);
       CHECK(other.counts == expected.counts);
       CHECK(other.d_weights == expected.d_weights);
       CHECK(other.d_bias == expected.d_bias);
-      const auto compare = [&](const std::vector<T> &ragged,
-                               const std::vector<T> &wide_rows) {
+      const auto compare = [&](const std::vector<T>& ragged, const std::vector<T>& wide_rows) {
         const index width = static_cast<index>(ragged.size()) / p.rows();
         std::vector<bool> right;
         for (index s = 0; s < p.sequences(); ++s)
@@ -581,9 +522,7 @@ TEMPLATE_TEST_CASE(
             for (index i = 0; i < width; ++i)
               right.push_back(
                   wide_rows[at((s * steps + t) * width + i)] ==
-                  (t < lengths[at(s)]
-                       ? ragged[at((p.offsets[at(s)] + t) * width + i)]
-                       : T(0)));
+                  (t < lengths[at(s)] ? ragged[at((p.offsets[at(s)] + t) * width + i)] : T(0)));
         CHECK(std::find(right.begin(), right.end(), false) == right.end());
       };
       compare(expected.d_first, other.d_first);
@@ -594,17 +533,15 @@ TEMPLATE_TEST_CASE(
     }
 }
 
-TEMPLATE_TEST_CASE("sequence_head: gradients are scaled and added",
-                   "[sequence]", float, double) {
+TEMPLATE_TEST_CASE("sequence_head: gradients are scaled and added", "[sequence]", float, double) {
   using T = TestType;
   const tokens<T> p({6, 9}, 4, 9, 17);
   const std::vector<double> d_scores{0.5, -2};
   for (const source from : all_sources) {
-    const auto once =
-        ask<T>(p, from, {}, d_scores, {}, p.layout(), false, {}, T(0));
+    const auto once = ask<T>(p, from, {}, d_scores, {}, p.layout(), false, {}, T(0));
     const auto more = ask<T>(p, from, {}, d_scores, {}, p.layout(), false,
                              {.accumulate = true, .scale = 4}, T(1));
-    const auto compare = [&](const std::vector<T> &a, const std::vector<T> &b) {
+    const auto compare = [&](const std::vector<T>& a, const std::vector<T>& b) {
       for (std::size_t i = 0; i < a.size(); ++i)
         CHECK(std::fabs(static_cast<double>(b[i] - (1 + 4 * a[i]))) <=
               16 * static_cast<double>(std::numeric_limits<T>::epsilon()) *
@@ -616,8 +553,8 @@ TEMPLATE_TEST_CASE("sequence_head: gradients are scaled and added",
   }
 }
 
-TEMPLATE_TEST_CASE("sequence_head: sequences without a token that counts",
-                   "[sequence]", float, double) {
+TEMPLATE_TEST_CASE("sequence_head: sequences without a token that counts", "[sequence]", float,
+                   double) {
   using T = TestType;
   tokens<T> p({5, 1, 0, 6}, 4, 9, 4);
   for (int t = p.offsets[0]; t < p.offsets[1]; ++t)
@@ -626,16 +563,12 @@ TEMPLATE_TEST_CASE("sequence_head: sequences without a token that counts",
   const std::vector<double> d_scores{nan_d, nan_d, inf, 1};
   for (const source from : all_sources)
     for (const bool average : {false, true}) {
-      auto a =
-          ask<T>(p, from, {.average = average}, d_scores, {}, p.layout(), true);
-      CHECK((a.counts[0] == 0 && a.counts[1] == 0 && a.counts[2] == 0 &&
-             a.counts[3] > 0));
-      CHECK((a.scores[0] == 0 && a.scores[1] == 0 && a.scores[2] == 0 &&
-             a.scores[3] < 0));
+      auto a = ask<T>(p, from, {.average = average}, d_scores, {}, p.layout(), true);
+      CHECK((a.counts[0] == 0 && a.counts[1] == 0 && a.counts[2] == 0 && a.counts[3] > 0));
+      CHECK((a.scores[0] == 0 && a.scores[1] == 0 && a.scores[2] == 0 && a.scores[3] < 0));
       const auto width = a.d_first.size() / at(p.rows());
       for (std::size_t i = 0; i < a.d_first.size(); ++i)
-        CHECK(
-            (i < 6 * width ? a.d_first[i] == 0 : std::isfinite(a.d_first[i])));
+        CHECK((i < 6 * width ? a.d_first[i] == 0 : std::isfinite(a.d_first[i])));
       CHECK(*std::max_element(a.d_first.begin(), a.d_first.end()) > 0);
 
       tokens<T> masked = p;
@@ -645,21 +578,17 @@ TEMPLATE_TEST_CASE("sequence_head: sequences without a token that counts",
         const std::vector<T> nothing(at(p.rows()), T(0));
         if (by_weights)
           call.token_weights = nothing;
-        const tokens<T> &q = by_weights ? p : masked;
-        a = ask(q, from, {.average = average}, d_scores, call, q.layout(),
-                true);
+        const tokens<T>& q = by_weights ? p : masked;
+        a = ask(q, from, {.average = average}, d_scores, call, q.layout(), true);
         CHECK(a.scores == std::vector<double>(4, 0));
         CHECK(a.counts == std::vector<std::int64_t>(4, 0));
-        for (const auto *of :
-             {&a.d_first, &a.d_weights, &a.d_bias, &a.log_p, &a.reverse})
-          CHECK(std::count(of->begin(), of->end(), T(0)) ==
-                static_cast<index>(of->size()));
+        for (const auto* of : {&a.d_first, &a.d_weights, &a.d_bias, &a.log_p, &a.reverse})
+          CHECK(std::count(of->begin(), of->end(), T(0)) == static_cast<index>(of->size()));
       }
     }
 }
 
-TEST_CASE("sequence_head: no sequences, and sequences of no rows",
-          "[sequence]") {
+TEST_CASE("sequence_head: no sequences, and sequences of no rows", "[sequence]") {
   const tokens<float> p({}, 4, 9, 4), q({0, 0}, 4, 9, 4);
   for (const source from : all_sources) {
     CHECK(ask<float>(p, from, {}, {}, {}, p.layout(), true).scores.empty());
@@ -690,8 +619,7 @@ TEST_CASE("sequence_head: averaged lengths in a published loss", "[sequence]") {
   std::vector<double> sums(2);
   const std::vector<int> offsets{0, 6, 15};
   const auto layout = sequence_layout::ragged(offsets);
-  perdita::sequence_head<double>({.shift = false})
-      .scores(log_p, labels, layout, sums);
+  perdita::sequence_head<double>({.shift = false}).scores(log_p, labels, layout, sums);
   CHECK(std::fabs(sums[0] + 12) < 1e-14);
   CHECK(std::fabs(sums[1] + 20) < 1e-14);
   const perdita::sequence_head<double> head({.average = true, .shift = false});
@@ -702,21 +630,19 @@ TEST_CASE("sequence_head: averaged lengths in a published loss", "[sequence]") {
   }
 }
 
-TEMPLATE_TEST_CASE("sequence_head: what is not finite stays in its sequence",
-                   "[sequence]", float, double) {
+TEMPLATE_TEST_CASE("sequence_head: what is not finite stays in its sequence", "[sequence]", float,
+                   double) {
   using T = TestType;
   tokens<T> p({4, 4, 4}, 3, 6, 6);
   std::fill(p.labels.begin(), p.labels.end(), 2);
-  p.policy.scores[at(1 * 6 + 2)] =
-      static_cast<T>(-inf); // row 1 cannot say token 2
+  p.policy.scores[at(1 * 6 + 2)] = static_cast<T>(-inf); // row 1 cannot say token 2
   p.policy.scores[at(5 * 6 + 2)] = static_cast<T>(nan_d);
   p.policy.hidden[at(5 * 3)] = static_cast<T>(nan_d);
   p.log_p[1] = static_cast<T>(-inf);
   p.log_p[5] = static_cast<T>(nan_d);
   for (const source from : all_sources) {
     const auto a = ask<T>(p, from, {}, {1, 1, 1}, {}, p.layout(), false);
-    CHECK((from == source::hidden ? std::isfinite(a.scores[0])
-                                  : a.scores[0] == -inf));
+    CHECK((from == source::hidden ? std::isfinite(a.scores[0]) : a.scores[0] == -inf));
     CHECK(std::isnan(a.scores[1]));
     CHECK(std::isfinite(a.scores[2]));
     const auto width = a.d_first.size() / 12;
@@ -749,28 +675,24 @@ TEST_CASE("sequence_head: going back leaves the by-products", "[sequence]") {
   }
 }
 
-TEMPLATE_TEST_CASE("sequence_head: divergences where classes are masked",
-                   "[sequence]", float, double) {
+TEMPLATE_TEST_CASE("sequence_head: divergences where classes are masked", "[sequence]", float,
+                   double) {
   using T = TestType;
   tokens<T> p({4, 3}, 3, 9, 18);
   std::fill(p.labels.begin(), p.labels.end(), 1);
-  for (const int masked :
-       {0, 1, 2, 3}) { // for none, the policy, its reference, both
-    for (auto *m : {&p.policy, &p.reference}) {
+  for (const int masked : {0, 1, 2, 3}) { // for none, the policy, its reference, both
+    for (auto* m : {&p.policy, &p.reference}) {
       const bool mine = masked == 3 || masked == (m == &p.policy ? 1 : 2);
       m->bias[5] = mine ? static_cast<T>(-inf) : T(0);
       for (index r = 0; r < p.rows(); ++r)
         for (index k = 0; k < 9; ++k)
-          m->scores[at(r * 9 + k)] =
-              static_cast<T>(row_of(*m, source::hidden, r, 1).z[at(k)]);
+          m->scores[at(r * 9 + k)] = static_cast<T>(row_of(*m, source::hidden, r, 1).z[at(k)]);
     }
     const auto a = ask<T>(p, source::hidden, {}, {1, 1}, {}, p.layout(), true),
                b = ask<T>(p, source::scores, {}, {1, 1}, {}, p.layout(), true);
-    const double near =
-        64 * static_cast<double>(std::numeric_limits<T>::epsilon());
+    const double near = 64 * static_cast<double>(std::numeric_limits<T>::epsilon());
     const auto same = [&](T x, T y) {
-      return x == y || std::fabs(static_cast<double>(x - y)) <=
-                           near * (1 + std::fabs(double(y)));
+      return x == y || std::fabs(static_cast<double>(x - y)) <= near * (1 + std::fabs(double(y)));
     };
     for (std::size_t r = 0; r < at(p.rows()); ++r) {
       const bool counts = r != 3 && r != 6;
@@ -784,34 +706,29 @@ TEMPLATE_TEST_CASE("sequence_head: divergences where classes are masked",
   }
 }
 
-TEMPLATE_TEST_CASE(
-    "sequence_head: from hidden states the bits of the linear head",
-    "[sequence]", float, double) {
+TEMPLATE_TEST_CASE("sequence_head: from hidden states the bits of the linear head", "[sequence]",
+                   float, double) {
   using T = TestType;
   const index v = 17000; // so many that the scores of a block are not held
   const tokens<T> p({90, 60}, 3, v, 19);
-  const auto a = ask<T>(p, source::hidden, {.shift = false}, {-1, -1}, {},
-                        p.layout(), false);
-  const auto piece = perdita::core::linear_shape<T>{v}.slot(
-      perdita::core::linear_shape<T>::columns);
-  const perdita::linear head(
-      perdita::cross_entropy<T>({.reduction = perdita::reduction::sum}),
-      {.budget = 4 * static_cast<std::size_t>(piece) * sizeof(T)});
-  std::vector<T> dx(p.policy.hidden.size()), da(p.policy.weights.size()),
-      db(p.policy.bias.size());
+  const auto a = ask<T>(p, source::hidden, {.shift = false}, {-1, -1}, {}, p.layout(), false);
+  const auto piece =
+      perdita::core::linear_shape<T>{v}.slot(perdita::core::linear_shape<T>::columns);
+  const perdita::linear head(perdita::cross_entropy<T>({.reduction = perdita::reduction::sum}),
+                             {.budget = 4 * static_cast<std::size_t>(piece) * sizeof(T)});
+  std::vector<T> dx(p.policy.hidden.size()), da(p.policy.weights.size()), db(p.policy.bias.size());
   matrix_view<T> d_weights(da.data(), v, 3);
   const auto weights = p.policy.a();
-  const T value =
-      head(p.policy.x(), affine(weights, p.policy.bias), p.labels,
-           matrix_view<T>(dx.data(), p.rows(), 3), affine(d_weights, db));
+  const T value = head(p.policy.x(), affine(weights, p.policy.bias), p.labels,
+                       matrix_view<T>(dx.data(), p.rows(), 3), affine(d_weights, db));
   CHECK((a.d_first == dx));
   CHECK((a.d_weights == da));
   CHECK((a.d_bias == db));
   CHECK(std::fabs(a.scores[0] + a.scores[1] + static_cast<double>(value)) <=
         16 * static_cast<double>(std::numeric_limits<T>::epsilon() * value));
   const threads_executor run_on(3, task_order::reversed);
-  CHECK(ask<T>(p, source::hidden, {.shift = false}, {-1, -1},
-               {.run_on = run_on}, p.layout(), false) == a);
+  CHECK(ask<T>(p, source::hidden, {.shift = false}, {-1, -1}, {.run_on = run_on}, p.layout(),
+               false) == a);
 }
 
 TEST_CASE("sequence_head: scores of the head's type, weights without a bias, "
@@ -822,28 +739,24 @@ TEST_CASE("sequence_head: scores of the head's type, weights without a bias, "
   std::vector<float> narrow(2), d{1, -1};
   std::vector<double> full(2), d_full{1, -1};
   std::fill(p.policy.bias.begin(), p.policy.bias.end(), 0.0F);
-  const auto zero_bias =
-      ask<float>(p, source::hidden, {}, d_full, {}, p.layout(), false);
+  const auto zero_bias = ask<float>(p, source::hidden, {}, d_full, {}, p.layout(), false);
   std::vector<float> dx(p.policy.hidden.size()), da(p.policy.weights.size());
   head.scores(p.policy.x(), p.policy.a(), p.labels, p.layout(), narrow)
-      .backward(d, matrix_view<float>(dx.data(), p.rows(), 4),
-                matrix_view<float>(da.data(), 9, 4));
+      .backward(d, matrix_view<float>(dx.data(), p.rows(), 4), matrix_view<float>(da.data(), 9, 4));
   CHECK(dx == zero_bias.d_first);
   CHECK(da == zero_bias.d_weights);
   CHECK(narrow[0] == static_cast<float>(zero_bias.scores[0]));
 
   std::vector<perdita::bfloat16> rounded;
-  for (float &x : p.policy.hidden) {
-    rounded.push_back(
-        {static_cast<std::uint16_t>(std::bit_cast<std::uint32_t>(x) >> 16)});
+  for (float& x : p.policy.hidden) {
+    rounded.push_back({static_cast<std::uint16_t>(std::bit_cast<std::uint32_t>(x) >> 16)});
     x = std::bit_cast<float>(std::bit_cast<std::uint32_t>(x) & 0xFFFF0000U);
   }
   std::vector<float> lse(at(p.rows())), other(lse.size());
-  head.scores(matrix_view<const perdita::bfloat16>(rounded.data(), p.rows(), 4),
-              p.policy.a(), p.labels, p.layout(), full, {.log_sum_exp = lse});
+  head.scores(matrix_view<const perdita::bfloat16>(rounded.data(), p.rows(), 4), p.policy.a(),
+              p.labels, p.layout(), full, {.log_sum_exp = lse});
   const auto expected = full;
-  head.scores(p.policy.x(), p.policy.a(), p.labels, p.layout(), full,
-              {.log_sum_exp = other});
+  head.scores(p.policy.x(), p.policy.a(), p.labels, p.layout(), full, {.log_sum_exp = other});
   CHECK(full == expected);
   CHECK(lse == other);
 }
@@ -854,11 +767,11 @@ TEST_CASE("sequence_head: bad input", "[sequence]") {
   const perdita::sequence_head<float> head;
   const auto z = p.policy.z();
   std::vector<double> s(2, 7), d(2);
-  const auto scores = [&](const auto &source, const auto &labels, auto &out,
-                          const sequence_call<float> &call = {}) {
+  const auto scores = [&](const auto& source, const auto& labels, auto& out,
+                          const sequence_call<float>& call = {}) {
     return head.scores(source, labels, p.layout(), out, call);
   };
-  const auto fails = [&](const auto &call, const char *message) {
+  const auto fails = [&](const auto& call, const char* message) {
     CHECK_THROWS_WITH(call(), ContainsSubstring(message));
     CHECK(s == std::vector<double>(2, 7));
   };
@@ -867,54 +780,34 @@ TEST_CASE("sequence_head: bad input", "[sequence]") {
   std::vector<double> three(3);
   fails([&] { scores(z, few, s); }, "size of labels is 10, expected 11");
   fails([&] { scores(z, p.labels, three); }, "size of scores is 3, expected 2");
-  fails([&] { scores(z, wrong, s); },
-        "labels[4] is 9, expected 0 to the number of classes");
+  fails([&] { scores(z, wrong, s); }, "labels[4] is 9, expected 0 to the number of classes");
   wrong[4] = -1;
   fails([&] { scores(p.log_p, wrong, s); }, "labels[4] is -1");
-  fails(
-      [&] {
-        scores(matrix_view<const float>(p.policy.scores.data(), 10, 9),
-               p.labels, s);
-      },
-      "rows is 10, expected 11");
+  fails([&] { scores(matrix_view<const float>(p.policy.scores.data(), 10, 9), p.labels, s); },
+        "rows is 10, expected 11");
   std::vector<float> weights(11, 1), view(10);
   weights[4] = static_cast<float>(inf);
   std::vector<int> all(11, 1);
-  fails([&] { scores(z, all, s, {.token_weights = weights}); },
-        "token_weights[4] is inf");
-  fails([&] { scores(z, all, s, {.token_weights = view}); },
-        "size of token_weights is 10");
-  fails([&] { scores(z, all, s, {.entropy = view}); },
-        "size of entropy is 10, expected 11");
+  fails([&] { scores(z, all, s, {.token_weights = weights}); }, "token_weights[4] is inf");
+  fails([&] { scores(z, all, s, {.token_weights = view}); }, "size of token_weights is 10");
+  fails([&] { scores(z, all, s, {.entropy = view}); }, "size of entropy is 10, expected 11");
   fails([&] { scores(z, all, s, {.reference_log_probability = view}); },
         "size of reference_log_probability is 10, expected 11");
   std::vector<std::int64_t> counts(3);
-  fails([&] { scores(z, all, s, {.counts = counts}); },
-        "size of counts is 3, expected 2");
+  fails([&] { scores(z, all, s, {.counts = counts}); }, "size of counts is 3, expected 2");
   view.resize(11);
-  fails([&] { scores(p.log_p, all, s, {.entropy = view}); },
-        "a by-product of the scores");
-  fails([&] { scores(z, all, s, {.forward_kl = view}); },
-        "reference is missing");
+  fails([&] { scores(p.log_p, all, s, {.entropy = view}); }, "a by-product of the scores");
+  fails([&] { scores(z, all, s, {.forward_kl = view}); }, "reference is missing");
   sequence_call<float> call;
   call.reverse_kl = view;
-  call.reference =
-      perdita::reference_model<float>(p.reference.x(), p.reference.a());
+  call.reference = perdita::reference_model<float>(p.reference.x(), p.reference.a());
   fails([&] { scores(z, all, s, call); }, "reference is missing");
-  fails(
-      [&] {
-        head.scores(p.policy.x(), p.policy.a(), all, p.layout(), s,
-                    {.forward_kl = view});
-      },
-      "reference is missing");
+  fails([&] { head.scores(p.policy.x(), p.policy.a(), all, p.layout(), s, {.forward_kl = view}); },
+        "reference is missing");
   call.reference = perdita::reference_model<float>(
-      p.reference.x(),
-      matrix_view<const float>(p.reference.weights.data(), 8, 6));
-  fails(
-      [&] {
-        head.scores(p.policy.x(), p.policy.a(), all, p.layout(), s, call);
-      },
-      "rows of the reference's weights is 8, expected 9");
+      p.reference.x(), matrix_view<const float>(p.reference.weights.data(), 8, 6));
+  fails([&] { head.scores(p.policy.x(), p.policy.a(), all, p.layout(), s, call); },
+        "rows of the reference's weights is 8, expected 9");
   fails([&] { head.scores(p.policy.x(), p.reference.a(), all, p.layout(), s); },
         "columns of the weights is 6, expected 4");
 
@@ -923,41 +816,28 @@ TEST_CASE("sequence_head: bad input", "[sequence]") {
   const std::vector<float> untouched = g;
   const matrix_view<float> gradient(g.data(), 11, 9);
   s = {7, 7};
-  fails([&] { pass.backward(three, gradient); },
-        "size of d_scores is 3, expected 2");
-  fails([&] { pass.backward(d, matrix_view<float>(g.data(), 10, 9)); },
-        "gradient rows");
-  fails([&] { pass.backward(d, gradient, {.d_forward_kl = view}); },
-        "reference is missing");
+  fails([&] { pass.backward(three, gradient); }, "size of d_scores is 3, expected 2");
+  fails([&] { pass.backward(d, matrix_view<float>(g.data(), 10, 9)); }, "gradient rows");
+  fails([&] { pass.backward(d, gradient, {.d_forward_kl = view}); }, "reference is missing");
   const perdita::sequence_head<float> capped({.softcap = 5});
   call.reference = perdita::reference_model<float>(p.reference.z());
-  fails([&] { capped.scores(z, all, p.layout(), s, call); },
-        "softcap is 5, expected 0");
+  fails([&] { capped.scores(z, all, p.layout(), s, call); }, "softcap is 5, expected 0");
   std::vector<double> out(2);
-  const auto of_capped =
-      capped.scores(z, all, p.layout(), out, {.reference = call.reference});
-  fails([&] { of_capped.backward(d, gradient, {.d_forward_kl = view}); },
-        "softcap is 5");
+  const auto of_capped = capped.scores(z, all, p.layout(), out, {.reference = call.reference});
+  fails([&] { of_capped.backward(d, gradient, {.d_forward_kl = view}); }, "softcap is 5");
   CHECK(g == untouched);
 
   using layout = sequence_layout;
-  const std::vector<int> falls{0, 3, 2}, late{1, 3}, none{}, longer{3, 5},
-      one{1};
-  fails([&] { layout::ragged(falls); },
-        "offsets[2] is 2, expected numbers that rise from 0");
+  const std::vector<int> falls{0, 3, 2}, late{1, 3}, none{}, longer{3, 5}, one{1};
+  fails([&] { layout::ragged(falls); }, "offsets[2] is 2, expected numbers that rise from 0");
   fails([&] { layout::ragged(late); }, "offsets[0] is 1");
-  fails([&] { layout::ragged(none); },
-        "size of offsets is 0, expected at least 1");
-  fails([&] { layout::padded(2, 4, longer); },
-        "lengths[1] is 5, expected 0 to 4");
+  fails([&] { layout::ragged(none); }, "size of offsets is 0, expected at least 1");
+  fails([&] { layout::padded(2, 4, longer); }, "lengths[1] is 5, expected 0 to 4");
   fails([&] { layout::padded(2, 4, one); }, "lengths is 1, expected 2");
   fails([&] { layout::padded(-1, 4); }, "batch is -1");
-  fails([&] { head.scores(z, all, layout::padded(2, 5), s); },
-        "size of labels is 11, expected 10");
-  fails([] { perdita::sequence_head<float>({.temperature = 0}); },
-        "temperature is 0");
-  fails([] { perdita::sequence_head<float>({.softcap = -1}); },
-        "softcap is -1");
+  fails([&] { head.scores(z, all, layout::padded(2, 5), s); }, "size of labels is 11, expected 10");
+  fails([] { perdita::sequence_head<float>({.temperature = 0}); }, "temperature is 0");
+  fails([] { perdita::sequence_head<float>({.softcap = -1}); }, "softcap is -1");
 }
 
 } // namespace perdita_tests

@@ -244,7 +244,7 @@ private:
   matrix_view<T> gradient_;
   const call_options<T>& call_;
   const sequence_report<T>& report_;
-  sequence_call<T> checks_;
+  score_checks<T> checks_;
 };
 
 inline bool all_finite(const list_row& row) {
@@ -670,7 +670,7 @@ void win_probabilities(matrix_view<const T> scores, matrix_view<T> result,
   if (result.rows != lists || result.cols != most)
     core::fail(name, "result", core::to_text(result.rows) + " × " + core::to_text(result.cols),
                core::to_text(lists) + " × " + core::to_text(most));
-  const core::sequence_call<T> checks{name};
+  const core::score_checks<T> checks{name};
   checks.optional("candidates", candidates, lists);
   checks.apart({core::bytes_of(result)}, {core::bytes_of(scores), core::bytes_of(candidates)});
   for (index q = 0; q < candidates.size; ++q)
@@ -720,7 +720,7 @@ std::vector<rated_pair> make_pairs(matrix_view<const T> ratings,
                     how == pairing::all,
                 name, "pairing", static_cast<int>(how), "one of those that are named");
   core::not_negative(name, "least_gap", least_gap);
-  core::sequence_call<T>{name}.optional("candidates", candidates, ratings.rows);
+  core::score_checks<T>{name}.optional("candidates", candidates, ratings.rows);
   std::vector<rated_pair> pairs;
   for (index q = 0; q < ratings.rows; ++q) {
     if (candidates.data && (candidates[q] < 0 || candidates[q] > ratings.cols))

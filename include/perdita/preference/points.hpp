@@ -85,7 +85,7 @@ template <class T> extent bytes_of(const vector_view<T>& v) {
 }
 
 /// The checks and the arithmetic that points and lists share.
-template <class T> struct sequence_call {
+template <class T> struct score_checks {
   const char* name;
 
   template <class V> void size(const char* what, const vector_view<V>& v, index expected) const {
@@ -184,7 +184,7 @@ T reduce_points(const char* name, const sequence_scores<T>& in, const score_rule
                 reduction how, const vector_view<T>& gradient, const call_options<T>& call,
                 const sequence_report<T>& report, Chosen chosen, Link link) {
   const index n = in.policy.size;
-  const sequence_call<T> checks{name};
+  const score_checks<T> checks{name};
   checks.size("policy", in.policy, n);
   if (rule.has_reference)
     checks.reference("reference", in.reference, n);

@@ -691,7 +691,7 @@ public:
   T operator()(const sequence_scores<T>& forget, const retained<T>& keep,
                const retaining_gradients<T>& to = {}, retaining_terms* terms = nullptr) const {
     check_kl(keep, to.kl);
-    const core::sequence_call<T> checks{name};
+    const core::score_checks<T> checks{name};
     checks.apart({core::bytes_of(to.forget), core::bytes_of(to.retain), core::bytes_of(to.kl)},
                  {core::bytes_of(forget.policy), core::bytes_of(forget.reference),
                   core::bytes_of(keep.sequences.policy), core::bytes_of(keep.kl),
@@ -731,7 +731,7 @@ private:
     return static_cast<double>(loss(in, gradient, {.scale = static_cast<T>(weight)}));
   }
   void check_kl(const retained<T>& keep, const vector_view<T>& gradient) const {
-    const core::sequence_call<T> checks{name};
+    const core::score_checks<T> checks{name};
     if (options_.kl_weight != 0 && keep.kl.size == 0 && keep.sequences.policy.size > 0)
       core::fail(name, "kl", "missing", "a number for each position of the retain set");
     checks.size("kl", keep.kl, keep.kl.size);
@@ -801,7 +801,7 @@ public:
   const options& settings() const { return options_; }
 
   T operator()(const pieces& in, const gradients& to = {}) const {
-    const core::sequence_call<T> checks{name};
+    const core::score_checks<T> checks{name};
     checks.apart({core::bytes_of(to.away), core::bytes_of(to.toward), core::bytes_of(to.utility)},
                  {core::bytes_of(in.away.policy), core::bytes_of(in.toward.policy),
                   core::bytes_of(in.utility.policy)});
@@ -888,7 +888,7 @@ public:
     const index pairs = std::max(index{0}, chosen.starts.size - 1);
     check("chosen", chosen, d_chosen, pairs);
     check("rejected", rejected, d_rejected, pairs);
-    const core::sequence_call<T> checks{name};
+    const core::score_checks<T> checks{name};
     checks.call(call, pairs, {});
     checks.apart(
         {core::bytes_of(d_chosen), core::bytes_of(d_rejected), core::bytes_of(call.values)},
@@ -956,7 +956,7 @@ private:
   void check(const char* side, const token_scores<T>& in, const vector_view<T>& gradient,
              index pairs) const {
     const std::string of = std::string(" of the ") + side;
-    const core::sequence_call<T> checks{name};
+    const core::score_checks<T> checks{name};
     checks.size(("starts" + of).c_str(), in.starts, pairs + 1);
     checks.size(("tokens" + of).c_str(), in.tokens, in.tokens.size);
     checks.reference(("reference_means" + of).c_str(), in.reference_means, pairs);

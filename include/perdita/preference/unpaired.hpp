@@ -33,9 +33,9 @@ T reduce_labelled(const char* name, const sequence_scores<T>& in, const vector_v
                   double beta, double shift, const double (&class_weight)[2], reduction how,
                   const vector_view<T>& gradient, const call_options<T>& call,
                   const sequence_report<T>& report, Link link) {
-  sequence_call<T>{name}.size("labels", labels, in.policy.size);
-  sequence_call<T>{name}.apart(
-      {bytes_of(gradient), bytes_of(call.values), bytes_of(report.rewards)}, {bytes_of(labels)});
+  score_checks<T>{name}.size("labels", labels, in.policy.size);
+  score_checks<T>{name}.apart({bytes_of(gradient), bytes_of(call.values), bytes_of(report.rewards)},
+                              {bytes_of(labels)});
   for (index i = 0; i < labels.size; ++i)
     read_label(name, i, static_cast<std::int64_t>(labels[i]));
   const auto desirable = [&](index i) { return labels[i] != 0; };
@@ -58,7 +58,7 @@ template <class T> double kto_baseline(const sequence_scores<T>& pairs) {
   const char* const name = "kto_baseline";
   const index n = pairs.policy.size;
   core::require(n >= 2, name, "pairs", n, "2 or more: one completion can only meet its own prompt");
-  const core::sequence_call<T> checks{name};
+  const core::score_checks<T> checks{name};
   checks.size("policy", pairs.policy, n);
   checks.reference("reference", pairs.reference, n);
   core::exact_sum sum;
@@ -162,7 +162,7 @@ struct bco_state {
     const char* const name = "bco_state";
     core::positive(name, "beta", beta);
     const index n = scores.policy.size;
-    const core::sequence_call<T> checks{name};
+    const core::score_checks<T> checks{name};
     checks.size("policy", scores.policy, n);
     checks.reference("reference", scores.reference, n);
     core::exact_sum sum;
@@ -188,7 +188,7 @@ void udm_weights(vector_view<const T> probabilities, L&& labels, vector_view<T> 
   const char* const name = "udm_weights";
   core::require(low >= 0 && low <= high, name, "low", low, "a number from 0 to `high`");
   const auto y = core::as_vector(labels);
-  const core::sequence_call<T> checks{name};
+  const core::score_checks<T> checks{name};
   const index n = probabilities.size;
   checks.size("probabilities", probabilities, n);
   checks.size("labels", y, n);
@@ -278,7 +278,7 @@ public:
   T operator()(const sequence_scores<T>& scores, vector_view<const T> win_probabilities,
                vector_view<T> gradient = {}, const call_options<T>& call = {},
                const sequence_report<T>& report = {}) const {
-    const core::sequence_call<T> checks{name};
+    const core::score_checks<T> checks{name};
     checks.size("win_probabilities", win_probabilities, scores.policy.size);
     checks.apart(
         {core::bytes_of(gradient), core::bytes_of(call.values), core::bytes_of(report.rewards)},
