@@ -16,10 +16,11 @@ struct chart_line {
   std::vector<double> values; // at 1, 2, 3, …
 };
 
-/// Values from `low` to `high`, with a line and a number at every `step`.
+/// Values from `low` to `high`, with a line and a number at every `step`. The first value of a line
+/// is at `first`, the next `every` later, and so on.
 inline void write_chart(const std::string& path, const std::string& title, const std::string& below,
-                        const std::vector<chart_line>& lines, double low, double high,
-                        double step) {
+                        const std::vector<chart_line>& lines, double low, double high, double step,
+                        int first = 1, int every = 1) {
   constexpr int width = 720, height = 420, left = 56, right = 150, top = 40, bottom = 48;
   constexpr const char* colours[] = {"#0072b2", "#d55e00", "#009e73", "#cc79a7",
                                      "#8c6d00", "#56b4e9", "#444444"}; // Okabe and Ito's
@@ -50,8 +51,8 @@ inline void write_chart(const std::string& path, const std::string& title, const
     put("<text x=\"%d\" y=\"%.1f\" text-anchor=\"end\">%g</text>\n", left - 8, y(v) + 4, v);
   }
   for (const std::size_t i : {std::size_t(1), most / 4, most / 2, most * 3 / 4, most})
-    put("<text x=\"%.1f\" y=\"%d\" text-anchor=\"middle\">%zu</text>\n", x(i - 1),
-        height - bottom + 18, i);
+    put("<text x=\"%.1f\" y=\"%d\" text-anchor=\"middle\">%d</text>\n", x(i - 1),
+        height - bottom + 18, first + every * static_cast<int>(i - 1));
   put("<text x=\"%d\" y=\"%d\" text-anchor=\"middle\">%s</text>\n", (left + width - right) / 2,
       height - 10, below.c_str());
   // Names stand at the ends of their lines, in the order of these, and not on each other.

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: MIT
 #pragma once
 
-/// The layers of examples/word_model.cpp below the last one: the words before become embeddings,
-/// these side by side the input of one hidden layer.
+/// The layers of the language model: the words before become embeddings, these side by side the
+/// input of one hidden layer, and that the input of the last layer, which has a score for each
+/// word.
 
 #include <algorithm>
 #include <cmath>
@@ -11,6 +12,8 @@
 #include <vector>
 
 #include <Eigen/Core>
+
+#include <perdita/linear.hpp>
 
 #include "generator.hpp"
 #include "words.hpp"
@@ -111,4 +114,29 @@ private:
   Index context_;
   std::vector<word_number> seen_; // by the last forward, row by row
   matrix input_, hidden_;
+};
+
+/// What makes a score for each word from hidden states.
+class last_layer {
+public:
+  last_layer(const std::vector<double>& unigram, Index dimension)
+      : weights_(matrix::Zero(static_cast<Index>(unigram.size()), dimension)),
+        bias_(row_vector::Zero(static_cast<Index>(unigram.size()))) {
+    // Without weights, and with this bias, it starts as the unigram model.
+    for (std::size_t word = 0; word < unigram.size(); ++word)
+      bias_.value[static_cast<Index>(word)] = static_cast<float>(std::log(unigram[word]));
+  }
+
+  auto values() const { return perdita::affine(weights_.value, bias_.value); }
+  /// For a loss to write to, before learn().
+  auto gradients() { return perdita::affine(weights_.gradient, bias_.gradient); }
+
+  void learn(float rate) {
+    weights_.learn(rate);
+    bias_.learn(rate);
+  }
+
+private:
+  learnt<matrix> weights_;
+  learnt<row_vector> bias_;
 };

@@ -23,6 +23,15 @@ struct options {
   bool materialised = false, compare = false, help = false;
 };
 
+/// What is read where no other text is given.
+inline std::string own_headers() {
+  const std::string path = PERDITA_EXAMPLES_HEADERS;
+  if (!std::filesystem::is_directory(path))
+    throw std::runtime_error(path + ": the library's headers, which it reads where no other text "
+                                    "is given, are not there");
+  return path;
+}
+
 inline void print_usage() {
   const options defaults;
   std::printf(
