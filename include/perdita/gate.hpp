@@ -204,11 +204,12 @@ private:
     job.normaliser = positives > 0 ? positives : 1;
     job.extra[0] = options_.d_temperature;
     const core::gated_formula formula(options_.temperature);
+    const core::anchor_function<T> function(formula);
     if (!gradients)
-      return static_cast<T>(core::run_anchors<false>(formula, job, call.run_on, nullptr));
+      return static_cast<T>(core::run_anchors(function, job, false, call.run_on, nullptr));
     job.d_x = core::matrix_data<T, true>(matrix_view<T>(d_seen.data(), anchors.n, anchors.d));
     job.d_y = core::matrix_data<T, true>(matrix_view<T>(d_keys.data(), keys.n, keys.d));
-    const double value = core::run_anchors<true>(formula, job, call.run_on, nullptr);
+    const double value = core::run_anchors(function, job, true, call.run_on, nullptr);
 
     const auto pull = [&](index i, index k) {
       return static_cast<double>(d_seen[static_cast<std::size_t>(i * anchors.d + k)]);
