@@ -35,7 +35,7 @@ struct sig_lip_formula : anchor_formula {
         const V rate = sigmoid(wrong);
         const V slope = select(relation == zero, zero, select(relation > zero, -rate, rate));
         sums.some[1] += slope;
-        sums.some[2] += slope * x;
+        sums.some[2] += select(relation == zero, zero, slope * x);
         (slope * factor).store(row.scores + j);
       }
       sums.count_pack();

@@ -70,12 +70,12 @@ TEMPLATE_TEST_CASE("Adaptive multi-head contrastive is its definition", "", floa
         [](const wide_comparisons& c) {
           return amcl(c, 5, 0.5, [](index, index) { return 0.25; });
         },
-        11, 19, 5, classes);
+        9, 17, 3, classes);
     const auto temperatures = [](index i, index j) { return some_temperature(i, j); };
     check_anchor_values<TestType>(
         "amcl", perdita::amcl<TestType>({.width = 8, .temperatures = temperatures}),
         {.value_budget = 8, .gradient_budget = 16},
-        [](const wide_comparisons& c) { return amcl(c, 8, 0.1, some_temperature); }, 11, 19, 5,
+        [](const wide_comparisons& c) { return amcl(c, 8, 0.1, some_temperature); }, 9, 17, 3,
         classes);
   }
 }

@@ -49,7 +49,7 @@ TEMPLATE_TEST_CASE("The supervised contrastive loss is its definition", "", floa
         check_anchor_values<TestType>(
             "sup_con", loss,
             {.value_budget = 8 + 4 / temperature, .gradient_budget = 32 + 8 / temperature},
-            [&](const wide_comparisons& c) { return sup_con(c, temperature, inside); }, 11, 19, 5,
+            [&](const wide_comparisons& c) { return sup_con(c, temperature, inside); }, 9, 17, 3,
             classes);
       }
 }

@@ -102,8 +102,8 @@ template <class F> wide_matrix differences(wide_matrix& m, F f) {
 /// Values and gradients of n rows compared with one another, and of those with m others.
 template <class T, class Loss>
 void check_anchor_values(const std::string& name, const Loss& loss, const anchor_subject& subject,
-                         const anchor_definition& definition, perdita::index n = 11,
-                         perdita::index m = 19, perdita::index d = 5, int classes = 4) {
+                         const anchor_definition& definition, perdita::index n = 9,
+                         perdita::index m = 17, perdita::index d = 3, int classes = 4) {
   error_judge values, slopes;
   const auto close = [&](T got, const wide& expected) {
     const wide unit = std::numeric_limits<T>::epsilon() * (1 + size_of(expected));
