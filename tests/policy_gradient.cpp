@@ -622,7 +622,7 @@ TEST_CASE("policy_gradient: ratios beyond the largest number, impossible tokens"
   CHECK(close(kl(kl_estimator::k3, 0x1p-20) * 0x1p41, 1 - 0x1p-20 / 3, 1e-11));
 }
 
-TEST_CASE("policy_gradient: NaN, masks, threads, memory", "[policy_gradient][threads]") {
+TEST_CASE("policy_gradient: NaN, masks, threads, memory", "[policy_gradient]") {
   small_batch data;
   data.l[1] = nan;
   auto in = data.batch();

@@ -244,7 +244,7 @@ TEST_CASE("token_level: DPO's golden value, identities", "[token_level]") {
   }
 }
 
-TEST_CASE("token_level: special values, threads", "[token_level][threads]") {
+TEST_CASE("token_level: special values, threads", "[token_level]") {
   pair_data<float> data, other;
   const perdita::tdpo<float> loss;
   const auto run = [&](pair_data<float>& x, const perdita::executor& where) {

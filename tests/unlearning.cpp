@@ -406,7 +406,7 @@ TEST_CASE("unlearning: special rows", "[unlearning]") {
   CHECK((std::isnan(undial(2, 1)) && std::isnan(g[0])));
 }
 
-TEST_CASE("unlearning: rows that are ignored, in place, on any threads", "[unlearning][threads]") {
+TEST_CASE("unlearning: rows that are ignored, in place, on any threads", "[unlearning]") {
   logits<float> d(11, 3);
   d.labels[2] = -100;
   const perdita::undial<float> loss;

@@ -78,7 +78,7 @@ TEMPLATE_TEST_CASE("I-Con is its definition", "", float, double) {
   }
 }
 
-TEST_CASE("I-Con: calls", "[threads]") {
+TEST_CASE("I-Con: calls", "") {
   check_anchor_calls(perdita::i_con<double>());
   check_anchor_calls(perdita::i_con<double, student_neighbours>());
   check_anchor_calls(perdita::i_con<float, gaussian_neighbours>({.normalise = false}));

@@ -126,7 +126,7 @@ TEMPLATE_TEST_CASE("Multi-similarity and circle are their definitions", "", floa
   }
 }
 
-TEST_CASE("Multi-similarity and circle: calls", "[threads]") {
+TEST_CASE("Multi-similarity and circle: calls", "") {
   check_anchor_calls(perdita::multi_similarity<double>());
   check_anchor_calls(perdita::multi_similarity<double>({.mining = true}));
   check_anchor_calls(perdita::circle<double>({.gamma = 2}));

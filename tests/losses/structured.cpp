@@ -304,7 +304,7 @@ TEMPLATE_TEST_CASE("N-pairs is cross-entropy and lengths", "", float, double) {
                     Catch::Matchers::ContainsSubstring("length_weight is -1"));
 }
 
-TEST_CASE("Structured losses: calls", "[threads]") {
+TEST_CASE("Structured losses: calls", "") {
   check_anchor_calls(perdita::lifted_structure<double>());
   check_anchor_calls(perdita::lifted_structure<float>({.terms = lifted_terms::anchors}));
   check_anchor_calls(perdita::ranked_list<float>());
