@@ -14,7 +14,6 @@
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
-#include <cstdlib>
 #include <exception>
 #include <fstream>
 #include <map>
@@ -31,6 +30,7 @@
 
 #include "generator.hpp"
 #include "line_chart.hpp"
+#include "whole_number.hpp"
 
 using matrix = Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
 
@@ -240,15 +240,6 @@ private:
   perdita::workspace memory_;
 };
 
-int number(const char* text, int low, int high, const char* option) {
-  char* end = nullptr;
-  const long value = std::strtol(text, &end, 10);
-  if (end == text || *end || value < low || value > high)
-    throw std::runtime_error(std::string(option) + ": " + text + " is not a number from " +
-                             std::to_string(low) + " to " + std::to_string(high));
-  return static_cast<int>(value);
-}
-
 int main(int argc, char** argv) try {
   settings s;
   for (int i = 1; i < argc; ++i) {
@@ -257,11 +248,11 @@ int main(int argc, char** argv) try {
     if (option == "--figure" && !last)
       s.figure = argv[++i];
     else if (option == "--epochs" && !last)
-      s.epochs = number(argv[++i], 1, 10000, "--epochs");
+      s.epochs = whole_number("--epochs", argv[++i], 1, 10000);
     else if (option == "--batch" && !last)
-      s.batch = number(argv[++i], 2, 1 << 20, "--batch");
+      s.batch = whole_number("--batch", argv[++i], 2, 1 << 20);
     else if (option == "--chunk" && !last)
-      s.chunk = number(argv[++i], 1, 1 << 20, "--chunk");
+      s.chunk = whole_number("--chunk", argv[++i], 1, 1 << 20);
     else if (!option.starts_with('-') && s.text.empty())
       s.text = argv[i];
     else

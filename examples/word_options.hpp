@@ -3,13 +3,14 @@
 
 /// The command line of examples/word_model.cpp.
 
-#include <charconv>
 #include <cstdint>
 #include <cstdio>
 #include <filesystem>
 #include <stdexcept>
 #include <string>
 #include <string_view>
+
+#include "whole_number.hpp"
 
 #ifndef PERDITA_EXAMPLES_HEADERS
 #define PERDITA_EXAMPLES_HEADERS "include/perdita"
@@ -56,17 +57,6 @@ inline void print_usage() {
       "not, 2 if it could not be trained.\n",
       PERDITA_EXAMPLES_HEADERS, defaults.epochs, defaults.batch, defaults.dimension,
       defaults.context, static_cast<int>(defaults.seed));
-}
-
-/// A whole number from least to most, or an error that names the option.
-template <class T> T whole_number(std::string_view option, std::string_view text, T least, T most) {
-  T value{};
-  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
-  if (error != std::errc{} || end != text.data() + text.size() || value < least || value > most)
-    throw std::runtime_error(std::string(option) + ": expected a whole number from " +
-                             std::to_string(least) + " to " + std::to_string(most) + ", got '" +
-                             std::string(text) + "'");
-  return value;
 }
 
 inline options read_options(int argc, char** argv) {

@@ -194,7 +194,6 @@ private:
 
     std::vector<T> d_seen(gradients ? seen.size() : 0), d_keys(gradients ? keys.x.size() : 0);
     core::anchor_job<T> job;
-    job.name = name;
     job.x = core::matrix_data<T>(matrix_view<const T>(seen.data(), anchors.n, anchors.d));
     job.y = core::matrix_data<T>(matrix_view<const T>(keys.x.data(), keys.n, keys.d));
     job.normalise = false;

@@ -73,22 +73,6 @@ wide decoupled(const wide_comparisons& c, const wide_comparisons& held, double t
   });
 }
 
-/// The last comparisons that were not near those before: what constants of a loss are made of.
-class constants {
-public:
-  const wide_comparisons& of(const wide_comparisons& c) {
-    bool same = kept_.score.x.size() == c.score.x.size();
-    for (std::size_t k = 0; same && k < c.score.x.size(); ++k)
-      same = size_of(wide(c.score.x[k] - kept_.score.x[k])) < wide(1e-8);
-    if (!same)
-      kept_ = c;
-    return kept_;
-  }
-
-private:
-  wide_comparisons kept_{wide_matrix(0, 0), {}};
-};
-
 std::vector<wide> nearest(std::vector<wide> x, std::size_t n) {
   std::sort(x.begin(), x.end(), [](const wide& a, const wide& b) { return a > b; });
   x.resize(std::min(n, x.size()));

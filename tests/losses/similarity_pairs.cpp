@@ -48,22 +48,6 @@ wide multi_similarity(const wide_comparisons& c, const perdita::multi_similarity
   return total / wide(static_cast<double>(c.anchors()));
 }
 
-/// The last comparisons that were not near those before: what constants of a loss are made of.
-class constants {
-public:
-  const wide_comparisons& of(const wide_comparisons& c) {
-    bool same = kept_.score.x.size() == c.score.x.size();
-    for (std::size_t k = 0; same && k < c.score.x.size(); ++k)
-      same = size_of(wide(c.score.x[k] - kept_.score.x[k])) < wide(1e-8);
-    if (!same)
-      kept_ = c;
-    return kept_;
-  }
-
-private:
-  wide_comparisons kept_{wide_matrix(0, 0), {}};
-};
-
 /// `alone`: of all pairs, those with i < j.
 wide circle(const wide_comparisons& c, const wide_comparisons& held, double m, double gamma,
             bool batch, bool alone) {

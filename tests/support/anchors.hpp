@@ -84,6 +84,22 @@ inline std::vector<std::vector<int>> relations(const std::vector<int>& x, const 
       result[i][j] = alone && i == j ? 0 : x[i] == y[j] ? 1 : -1;
   return result;
 }
+/// The last comparisons that were not near those before: what constants of a loss are made of.
+class constants {
+public:
+  const wide_comparisons& of(const wide_comparisons& c) {
+    bool same = kept_.score.x.size() == c.score.x.size();
+    for (std::size_t k = 0; same && k < c.score.x.size(); ++k)
+      same = size_of(wide(c.score.x[k] - kept_.score.x[k])) < wide(1e-8);
+    if (!same)
+      kept_ = c;
+    return kept_;
+  }
+
+private:
+  wide_comparisons kept_{wide_matrix(0, 0), {}};
+};
+
 /// (f(m + h) − f(m − h))/2h of every element.
 template <class F> wide_matrix differences(wide_matrix& m, F f) {
   const wide h = 1e-11;

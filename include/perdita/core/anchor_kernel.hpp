@@ -139,7 +139,6 @@ template <class T> struct anchor_function {
 
 /// What one call asks of the kernel.
 template <class T> struct anchor_job {
-  const char* name = "";
   matrix_data<T> x, y;
   matrix_data<T, true> d_x, d_y; ///< d_y without data: only that of x is wanted
   bool normalise = true, accumulate = false;

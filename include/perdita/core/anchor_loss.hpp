@@ -227,7 +227,6 @@ private:
   T run(X& x, Y& y, const L& labels_x, const M& labels_y, DX& d_x, DY& d_y,
         const anchor_options<T>& call, bool alone) const {
     core::anchor_job<T> job;
-    job.name = Derived::name;
     job.x = core::matrix_data<T>(core::as_matrix(x));
     job.y = core::matrix_data<T>(core::as_matrix(y));
     job.d_x = core::matrix_data<T, true>(core::as_matrix(d_x));
