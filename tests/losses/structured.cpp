@@ -311,6 +311,25 @@ TEST_CASE("Structured losses: calls", "") {
   check_anchor_calls(perdita::tcm<double>());
 }
 
+TEST_CASE("Structured losses: hinges at rest, and anchors that are compared with nothing", "") {
+  const auto x = random_batch<double>(6, 3, 8);
+  const std::vector<int> labels{1, 1, 2, 2, 3, 3};
+  batch<double> g(6, 3, 7.0);
+  const perdita::lifted_structure<double> resting({.margin = -9, .terms = lifted_terms::anchors});
+  CHECK(resting(x.view(), labels, g.view()) == 0);
+  CHECK(g.x == std::vector<double>(18, 0.0));
+
+  const auto first_alone = [](perdita::index anchor, double* relation, perdita::index n) {
+    if (anchor == 0)
+      std::fill_n(relation, n, 0.0);
+  };
+  const std::vector<double> weights{0, 1, 1, 1, 1, 1};
+  const perdita::ranked_list<double> loss;
+  const double others = loss(x.view(), labels, {.row_weights = weights});
+  CHECK(others > 0);
+  CHECK(loss(x.view(), labels, {.filter = first_alone}) == others);
+}
+
 TEMPLATE_TEST_CASE("Structured losses: equal and zero vectors, and sets that are empty", "", float,
                    double) {
   using T = TestType;
