@@ -23,7 +23,8 @@
 //   extra_bytes     growth of the peak of the resident memory during the first call
 //   samples, noise  how many turns; median ÷ lower quartile of ours
 //
-// x_float, for bfloat16 hidden states and weights: time ÷ that with floats.
+// x_float, for bfloat16 hidden states and weights: time ÷ that with floats. Built for a target with
+// AMX (-march=sapphirerapids), products of bfloat16 are made by its tiles.
 //
 // filter/DATA/MODE/RULE/threads:N: value and gradients with gradient filtering. x_unfiltered is
 // time ÷ time without; error_hidden and error_weights ‖Δ‖ ÷ ‖·‖ of the gradients; live the share of
@@ -520,9 +521,10 @@ void register_all(std::size_t n) {
     for (const mode m : modes)
       add("linear/float/" + large.name() + "/" + name(m) + on(n),
           [=](benchmark::State& s) { report(s, large, m, n); });
-  for (const mode m : modes)
-    add("linear/bfloat16/" + named[0].name() + "/" + name(m) + on(n),
-        [=](benchmark::State& s) { against_float(s, named[0], m, n); });
+  for (const head_shape size : {named[0], named[1]})
+    for (const mode m : modes)
+      add("linear/bfloat16/" + size.name() + "/" + name(m) + on(n),
+          [=](benchmark::State& s) { against_float(s, size, m, n); });
   for (const index rows : map_rows)
     for (const index features : map_features)
       for (const index classes : map_classes)

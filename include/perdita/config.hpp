@@ -6,6 +6,8 @@
 /// translation units built with different flags link into one program safely.
 ///
 /// PERDITA_NO_SIMD          1: no xsimd; the same lanes as scalars, and (by std::fma) the same bits
+/// PERDITA_TILES            1: the linear head multiplies bfloat16 matrices as they are, in tiles
+///                          (default where the target has AMX-BF16; elsewhere they are emulated)
 /// PERDITA_HAS_EXCEPTIONS   0: an error calls PERDITA_ERROR_HANDLER(message), then aborts
 /// PERDITA_ERROR_HANDLER    what to call then; by default the message goes to stderr
 /// PERDITA_ALLOW_FAST_MATH  1: accept -ffast-math, which voids every promise about NaN and accuracy
@@ -17,6 +19,14 @@
 #define PERDITA_NO_SIMD 0
 #else
 #define PERDITA_NO_SIMD 1
+#endif
+#endif
+
+#ifndef PERDITA_TILES
+#if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__linux__) && !PERDITA_NO_SIMD
+#define PERDITA_TILES 1
+#else
+#define PERDITA_TILES 0
 #endif
 #endif
 
@@ -71,6 +81,12 @@
 #define PERDITA_ISA other
 #endif
 
+#if PERDITA_TILES
+#define PERDITA_PRODUCTS tiles
+#else
+#define PERDITA_PRODUCTS lanes
+#endif
+
 #if PERDITA_HAS_EXCEPTIONS
 #define PERDITA_CONTRACT throws
 #else
@@ -83,12 +99,12 @@
 #define PERDITA_EXECUTION serial
 #endif
 
-#define PERDITA_JOIN(major, lanes, isa, contract, execution)                                       \
-  v##major##_##lanes##_##isa##_##contract##_##execution
+#define PERDITA_JOIN(major, lanes, isa, products, contract, execution)                             \
+  v##major##_##lanes##_##isa##_##products##_##contract##_##execution
 #define PERDITA_EXPAND(...) PERDITA_JOIN(__VA_ARGS__)
 #define PERDITA_ABI                                                                                \
-  PERDITA_EXPAND(PERDITA_VERSION_MAJOR, PERDITA_LANES, PERDITA_ISA, PERDITA_CONTRACT,              \
-                 PERDITA_EXECUTION)
+  PERDITA_EXPAND(PERDITA_VERSION_MAJOR, PERDITA_LANES, PERDITA_ISA, PERDITA_PRODUCTS,              \
+                 PERDITA_CONTRACT, PERDITA_EXECUTION)
 
 #if defined(__GNUC__)
 #define PERDITA_INLINE inline __attribute__((always_inline))

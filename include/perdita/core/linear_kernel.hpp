@@ -16,6 +16,7 @@
 
 #include "executor.hpp"
 #include "linear_block.hpp"
+#include "linear_tiles.hpp"
 #include "product.hpp"
 
 namespace perdita::inline PERDITA_ABI::core {
@@ -24,6 +25,7 @@ template <class Formula, class T, bool Gradient> class linear_kernel {
   using V = pack<T>;
   using statistic = typename Formula::statistic;
   using tile = linear_tile<Formula, T>;
+  using tiles = linear_tiles<T>;
   using shape = linear_shape<T>;
   static constexpr index width = shape::width;
   /// Runs of pieces that are summed up each by one task, and then merged.
@@ -41,7 +43,8 @@ public:
         weights_lie_(rows_lie(linear.d_weights) &&
                      linear.d_weights.plane_rows == linear.d_weights.rows),
         block_(formula, job, linear, slices_, memory_),
-        thresholds_(linear.filter, shape_.classes, linear.block_rows / width, slices_, memory_) {
+        thresholds_(linear.filter, shape_.classes, linear.block_rows / width, slices_, memory_),
+        tiles_(linear, memory_) {
     lay_out(scratch != nullptr);
   }
   std::size_t scratch_bytes() const { return memory_.used(); }
@@ -137,6 +140,11 @@ private:
         for (index i = 0; i < block_.count(); ++i)
           places_[i] = hidden_lies_ ? linear_.d_hidden.pointer(block_.rows()[i], 0)
                                     : stage_hidden_ + i * depth_;
+      if constexpr (tiles::possible)
+        if (tiles_.used())
+          for_each(tiles::parts(block_.count()), [this](const worker&, index part) {
+            tiles_.take(block_.rows(), block_.count(), part);
+          });
       f(first);
       first = false;
     }
@@ -165,6 +173,9 @@ private:
   /// The scores of a piece, without the bias.
   void make_piece(const worker& w, index piece, T* scores) const {
     const index first = first_of(piece), n = size_of(piece), panels = block_.panels();
+    if constexpr (tiles::possible)
+      if (tiles_.used())
+        return tiles_.make_scores(first, n, panels, scores, w.panels);
     if (depth_ == 0)
       std::fill_n(scores, panels * shape_.panel(), T(0));
     for (index k = 0; k < depth_; k += shape::depth) {
@@ -321,12 +332,17 @@ private:
   void add_to_weights(const worker& w, index piece, index s, bool first_block) const {
     const bool accumulate = !first_block || (weights_lie_ && linear_.accumulate_weights);
     const index first = first_of(piece), n = size_of(piece), count = block_.count();
-    const T* gradient = slot(s);
+    T* gradient = slot(s);
     if (linear_.d_bias.data)
       add_to_bias(first, n, gradient, !first_block || linear_.accumulate_weights);
     const index step = weights_lie_ ? linear_.d_weights.row_stride : depth_;
     T* to = weights_lie_ ? linear_.d_weights.pointer(first, 0) : stage_weights_ + first * depth_;
     live_[s] = -1;
+    if constexpr (tiles::possible)
+      if (tiles_.used()) {
+        tiles_.add_to_weights(gradient, n, count, to, step, accumulate, w.panels);
+        return tiles_.turn(gradient, n, block_.panels(), w.rows);
+      }
     if (thresholds_.any() && thresholds_.few(gradient, n, shape_.panel(), count))
       return add_live_to_weights(w, n, s, to, step, accumulate);
     for (index d = 0; d < depth_; d += shape::columns) {
@@ -379,6 +395,10 @@ private:
     const bool accumulate = piece > 0 || (hidden_lies_ && job_.accumulate);
     if (live_[s] >= 0)
       return add_live_to_hidden(w, piece, s, d, cols, accumulate);
+    if constexpr (tiles::possible)
+      if (tiles_.used())
+        return tiles_.add_to_hidden(slot(s), first_of(piece), size_of(piece), block_.count(), d,
+                                    cols, places_, accumulate, w.panels);
     for (index first = 0; first < size_of(piece); first += shape::depth) {
       const index terms = std::min(shape::depth, size_of(piece) - first);
       for (index k = 0; k < terms; ++k)
@@ -438,6 +458,7 @@ private:
   bool hidden_lies_, weights_lie_; // their gradients can be made where they belong
   linear_block<Formula, T> block_;
   linear_thresholds<T> thresholds_;
+  tiles tiles_;
   T* slot_memory_ = nullptr;
   index* live_ = nullptr; // of every slot: entries in its list; -1 where it holds all
   T** places_ = nullptr;  // where each row's gradient goes

@@ -230,6 +230,7 @@ template <class T, bool Mutable = false> struct matrix_data {
   explicit operator bool() const { return data != nullptr; }
   /// Elements are T and may be used where they lie.
   bool direct() const { return width == sizeof(T); }
+  bool holds_bfloat16() const { return reader == &read_sixteen<storage::bfloat16>; }
   byte* at(index r, index c) const {
     const index offset = plane_rows == rows
                              ? r * row_stride
