@@ -13,8 +13,7 @@
 // Counters:
 //
 //   x_peak          useful operations per second (8 N² D; nt_xent 4 N² D; anchors 6 N² D) ÷ those
-//   of
-//                   multiply-adds in registers, by as many threads
+//                   of multiply-adds in registers, by as many threads
 //   x_materialised  time of normalising, making all scores, cross-entropy of rows (and of columns),
 //                   two more products and the projection, all from the library's blocks of products
 //                   ÷ ours; to 8192 rows, for InfoNCE and CLIP
@@ -22,14 +21,29 @@
 //   scratch_bytes   of the workspace
 //   extra_bytes     growth of the peak of the resident memory during the first call
 //   noise           median ÷ lower quartile of ours
+//
+// scaling/WAY/ROWSx512/threads:N, to 32768 rows: WAY being "head" (info_nce), "clip" or "sup_con".
+// PERDITA_BENCH_ROWS=512,1024 ... takes other rows. The first of them are measured before and after
+// the others, in one process and of each benchmark anew:
+//
+//   x_quadratic     time ÷ (time of the first rows · (rows ÷ first rows)²)
+//
+// and x_peak, seconds, scratch_bytes, extra_bytes and noise, as above.
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
+#include <iterator>
 #include <memory>
+#include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
+
+#if defined(__GLIBC__)
+#include <malloc.h>
+#endif
 
 #include <benchmark/benchmark.h>
 
@@ -215,6 +229,25 @@ double largest_difference(const matrix& a, const matrix& b) {
   return most / size;
 }
 
+/// By how much f() makes the peak of the resident memory grow, without what earlier benchmarks
+/// left.
+template <class F> double extra_memory(const F& f) {
+#if defined(__GLIBC__)
+  malloc_trim(0);
+#endif
+  return growth_of_peak(f);
+}
+
+void report(benchmark::State& state, const subject& of, index n, index d,
+            std::size_t threads_wanted, const contestant& one, const contestant& fastest) {
+  const double operations =
+      of.products * static_cast<double>(n) * static_cast<double>(n) * static_cast<double>(d);
+  state.counters["x_peak"] =
+      operations / one.seconds() / (peak::operations(threads_wanted) / fastest.seconds());
+  state.counters["seconds"] = one.seconds();
+  state.counters["noise"] = one.noise();
+}
+
 void measure(benchmark::State& state, const subject& of, index n, index d,
              std::size_t threads_wanted) {
   const embeddings e(n, d);
@@ -222,7 +255,7 @@ void measure(benchmark::State& state, const subject& of, index n, index d,
   perdita::workspace memory;
   float value = 0;
   const auto ours = [&] { value = of.run(e, {run_on, &memory}); };
-  const double extra = growth_of_peak(ours);
+  const double extra = extra_memory(ours);
   contestant one(ours, [&] { run_on.wake(); });
   contestant fastest([&] { peak::run(run_on); }, [&] { run_on.wake(); });
   std::unique_ptr<whole_matrix> all;
@@ -245,16 +278,85 @@ void measure(benchmark::State& state, const subject& of, index n, index d,
     compete(turns, {.least = n > 10000 ? 1U : 3U, .warm = true});
     state.SetIterationTime(one.seconds());
   }
-  const double operations =
-      of.products * static_cast<double>(n) * static_cast<double>(n) * static_cast<double>(d);
-  state.counters["x_peak"] =
-      operations / one.seconds() / (peak::operations(threads_wanted) / fastest.seconds());
-  state.counters["seconds"] = one.seconds();
+  report(state, of, n, d, threads_wanted, one, fastest);
   if (other)
     state.counters["x_materialised"] = other->seconds() / one.seconds();
   state.counters["scratch_bytes"] = static_cast<double>(memory.size());
   state.counters["extra_bytes"] = extra;
-  state.counters["noise"] = one.noise();
+}
+
+/// Of embeddings that count by their direction alone: whether the gradient is across each of them.
+/// (That all is right, similarity/... finds, where the whole matrix fits.)
+bool is_across(const matrix& d_x, const matrix& x) {
+  for (index r = 0; r < x.rows(); ++r) {
+    double along = 0, size = 0;
+    for (index c = 0; c < x.cols(); ++c) {
+      const double product = static_cast<double>(d_x.row(r)[c]) * static_cast<double>(x.row(r)[c]);
+      along += product;
+      size += std::abs(product);
+    }
+    if (!(std::abs(along) <= 1e-5 * size && size > 0))
+      return false;
+  }
+  return true;
+}
+
+void measure_scaling(benchmark::State& state, const subject& of, index n, index first,
+                     std::size_t threads_wanted) {
+  constexpr index features = 512;
+  const embeddings fewest(first, features), e(n, features);
+  const pool& run_on = threads(threads_wanted);
+  const auto wake = [&] { run_on.wake(); };
+  perdita::workspace memory, memory_of_fewest;
+  float value = 0;
+  const auto ours = [&] { value = of.run(e, {run_on, &memory}); };
+  const double extra = extra_memory(ours);
+  if (!(value > 0 && std::isfinite(value)) || !is_across(e.d_x, e.x)) {
+    state.SkipWithError("no value, or no gradient");
+    return;
+  }
+  contestant one(ours, wake), fastest([&] { peak::run(run_on); }, wake),
+      base(
+          [&] {
+            of.run(fewest, {run_on, &memory_of_fewest});
+          },
+          wake);
+  for (auto _ : state) {
+    compete({&base}, {.least = 5});
+    compete({&one, &fastest}, {.least = n > 20000 ? 2U : 3U, .warm = true});
+    compete({&base}, {.least = 10, .warm = true});
+    state.SetIterationTime(one.seconds());
+  }
+  report(state, of, n, features, threads_wanted, one, fastest);
+  const double times = static_cast<double>(n) / static_cast<double>(first);
+  state.counters["x_quadratic"] = one.seconds() / (base.seconds() * times * times);
+  state.counters["scratch_bytes"] = static_cast<double>(memory.size());
+  state.counters["extra_bytes"] = extra;
+}
+
+std::vector<index> rows_to_scale() {
+  const char* text = std::getenv("PERDITA_BENCH_ROWS");
+  if (!text)
+    return {4096, 8192, 16384, 32768};
+  std::vector<index> rows;
+  for (char* end; *text; text = *end ? end + 1 : end) {
+    rows.push_back(std::strtol(text, &end, 10));
+    if (rows.back() < 1 || (*end && *end != ','))
+      throw std::invalid_argument("PERDITA_BENCH_ROWS: expected numbers with commas between them");
+  }
+  return rows;
+}
+
+const subject& find(const std::string& name) {
+  return *std::find_if(std::begin(subjects), std::end(subjects),
+                       [&](const subject& s) { return s.name == name; });
+}
+
+template <class Measure> void add(const std::string& name, Measure measure) {
+  benchmark::RegisterBenchmark(name.c_str(), measure)
+      ->UseManualTime()
+      ->Iterations(1)
+      ->Unit(benchmark::kMillisecond);
 }
 
 void register_all() {
@@ -268,14 +370,20 @@ void register_all() {
   for (const subject& of : subjects)
     for (const size& s : sizes)
       for (std::size_t n = 1; n <= most; ++n)
-        benchmark::RegisterBenchmark(
-            (std::string("similarity/") + of.name + "/" + std::to_string(s.rows) + "x" +
-             std::to_string(s.features) + "/threads:" + std::to_string(n))
-                .c_str(),
-            [=](benchmark::State& state) { measure(state, of, s.rows, s.features, n); })
-            ->UseManualTime()
-            ->Iterations(1)
-            ->Unit(benchmark::kMillisecond);
+        add(std::string("similarity/") + of.name + "/" + std::to_string(s.rows) + "x" +
+                std::to_string(s.features) + "/threads:" + std::to_string(n),
+            [=](benchmark::State& state) { measure(state, of, s.rows, s.features, n); });
+  const std::vector<index> rows = rows_to_scale();
+  constexpr std::pair<const char*, const char*> ways[] = {
+      {"head", "info_nce"}, {"clip", "clip"}, {"sup_con", "sup_con"}};
+  for (const auto& [way, name] : ways)
+    for (const index r : rows)
+      for (std::size_t n = 1; n <= most; ++n)
+        add(std::string("scaling/") + way + "/" + std::to_string(r) +
+                "x512/threads:" + std::to_string(n),
+            [=, &of = find(name)](benchmark::State& state) {
+              measure_scaling(state, of, r, rows.front(), n);
+            });
 }
 
 } // namespace

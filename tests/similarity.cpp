@@ -8,9 +8,9 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <limits>
-#include <stdexcept>
-#include <string>
+#include <type_traits>
 #include <vector>
 
 #include <perdita/cross_entropy.hpp>
@@ -29,6 +29,28 @@ using perdita::index;
 using perdita::matrix_view;
 
 std::size_t at(index i) { return static_cast<std::size_t>(i); }
+
+/// cross_entropy<double> without options, and so with one formula: all three, of both types, take
+/// the compiler long. Those of float are here, those of double in the tests of the linear head.
+class plain_cross_entropy : public perdita::row_loss<plain_cross_entropy, double> {
+public:
+  struct options {
+    std::int64_t ignore_index = -100;
+    perdita::reduction reduction = perdita::reduction::mean;
+  };
+  static constexpr const char* name = "cross_entropy";
+  static constexpr bool has_softmax = true;
+  options settings() const { return {}; }
+
+private:
+  friend perdita::row_loss<plain_cross_entropy, double>;
+  template <class F> void visit(const perdita::core::row_job<double>&, F f) const {
+    f(perdita::core::cross_entropy_formula<double, perdita::core::log_sum_exp>{{}, {}});
+  }
+};
+template <class T>
+using cross_entropy = std::conditional_t<std::is_same_v<T, float>, perdita::cross_entropy<float>,
+                                         plain_cross_entropy>;
 
 template <class T> struct matrix {
   index rows, cols;
@@ -211,7 +233,7 @@ TEMPLATE_TEST_CASE("similarity: values and gradients of cross-entropy", "[simila
       const definition expected(x, y, labels, how, ones);
       double d_scale = -1;
       const perdita::similarity head(
-          perdita::cross_entropy<T>(),
+          cross_entropy<T>(),
           {.scale = how.scale, .normalise = how.normalise, .both = how.both, .d_scale = &d_scale});
       matrix<T> d_x(s.rows, s.depth), d_y(s.cols, s.depth);
       std::vector<T> values(at(s.rows));
@@ -292,8 +314,10 @@ TEMPLATE_TEST_CASE("similarity: the same as the loss of a matrix of scores", "[s
     const T expected = loss(scores.view(), labels, g.out(), call);
     const double tolerance = 400 * static_cast<double>(std::numeric_limits<T>::epsilon());
     CHECK(std::abs(value - expected) <= tolerance * std::abs(expected));
+    bool right = true;
     for (index i = 0; i < rows; ++i)
-      CHECK(std::abs(values[at(i)] - other_values[at(i)]) <= tolerance * (1 + other_values[at(i)]));
+      right = right && std::abs(values[at(i)] - other_values[at(i)]) <=
+                           tolerance * (1 + other_values[at(i)]);
     const auto product = [&](index i, index k, bool of_x) {
       double sum = 0;
       for (index j = 0; j < (of_x ? cols : rows); ++j)
@@ -303,13 +327,20 @@ TEMPLATE_TEST_CASE("similarity: the same as the loss of a matrix of scores", "[s
     };
     for (index i = 0; i < rows; i += 3)
       for (index k = 0; k < depth; ++k)
-        CHECK(std::abs(static_cast<double>(d_x(i, k)) - product(i, k, true)) <= tolerance);
+        right =
+            right && std::abs(static_cast<double>(d_x(i, k)) - product(i, k, true)) <= tolerance;
     for (index j = 0; j < cols; j += 5)
       for (index k = 0; k < depth; ++k)
-        CHECK(std::abs(static_cast<double>(d_y(j, k)) - product(j, k, false)) <= tolerance);
+        right =
+            right && std::abs(static_cast<double>(d_y(j, k)) - product(j, k, false)) <= tolerance;
+    CHECK(right);
   };
-  check(perdita::cross_entropy<T>({.label_smoothing = T(0.1)}));
-  check(perdita::z_loss<T>());
+  if constexpr (std::is_same_v<T, float>) {
+    check(cross_entropy<T>({.label_smoothing = T(0.1)}));
+    check(perdita::z_loss<T>());
+  } else {
+    check(cross_entropy<T>());
+  }
 }
 
 TEST_CASE("similarity: the same bits for any threads, layout and memory", "[similarity]") {
@@ -319,7 +350,7 @@ TEST_CASE("similarity: the same bits for any threads, layout and memory", "[simi
   const matrix<T> x(n, depth, random), y(n, depth, random);
   const auto labels = partners(n);
   double d_scale = 0;
-  const perdita::similarity head(perdita::cross_entropy<T>(),
+  const perdita::similarity head(cross_entropy<T>(),
                                  {.scale = 7, .both = true, .d_scale = &d_scale});
   matrix<T> d_x(n, depth), d_y(n, depth), d_v(n, depth);
   const T value = head(x.view(), y.view(), d_x.out(), d_y.out());
@@ -359,7 +390,7 @@ TEST_CASE("similarity: the same bits for any threads, layout and memory", "[simi
 
 TEST_CASE("similarity: known values", "[similarity]") {
   using T = double;
-  const perdita::similarity head(perdita::cross_entropy<T>(), {.scale = 10, .both = true});
+  const perdita::similarity head(cross_entropy<T>(), {.scale = 10, .both = true});
   // All equal: every partner is as likely as every other.
   matrix<T> x(6, 4);
   std::fill(x.data.begin(), x.data.end(), 0.3);
@@ -373,10 +404,14 @@ TEST_CASE("similarity: known values", "[similarity]") {
   std::fill(one.data.begin(), one.data.end(), 2.0);
   CHECK(head(one.view(), one.view(), d_one.out(), d_other.out()) == 0);
   CHECK(d_one.data == std::vector<T>(4, 0));
-  // No pair.
+  // No pair; no row, but something to compare it with.
   const matrix<T> none(0, 4);
   matrix<T> d_none(0, 4);
   CHECK(head(none.view(), none.view(), d_none.out(), d_none.out()) == 0);
+  double d_scale = 7;
+  const perdita::similarity rows(cross_entropy<T>(), {.d_scale = &d_scale});
+  CHECK(rows(none.view(), x.view(), std::vector<std::int64_t>(), d_none.out(), d_x.out()) == 0);
+  CHECK((d_x.data == std::vector<T>(24, 0) && d_scale == 0));
   // Scaled embeddings are the same, their gradients shorter; gradients are across them.
   random_numbers random(5);
   const matrix<T> a(9, 5, random), b(9, 5, random);
@@ -402,7 +437,7 @@ TEMPLATE_TEST_CASE("similarity: zero vectors, duplicates, masks, NaN", "[similar
   random_numbers random(6);
   const index n = 20, depth = 6;
   matrix<T> x(n, depth, random), y(n, depth, random), d_x(n, depth), d_y(n, depth);
-  const perdita::similarity head(perdita::cross_entropy<T>(), {.scale = 4, .both = true});
+  const perdita::similarity head(cross_entropy<T>(), {.scale = 4, .both = true});
   for (index k = 0; k < depth; ++k) {
     x(3, k) = 0;
     y(5, k) = std::numeric_limits<T>::denorm_min();
@@ -424,13 +459,19 @@ TEMPLATE_TEST_CASE("similarity: zero vectors, duplicates, masks, NaN", "[similar
   CHECK(head.within(one.view(), std::vector<int>{0}, d_one.out()) ==
         std::numeric_limits<T>::infinity());
   // NaN reaches its own row, and whoever is compared with it.
-  const perdita::similarity rows(perdita::cross_entropy<T>(), {.scale = 4});
+  const perdita::similarity rows(cross_entropy<T>(), {.scale = 4});
   x(4, 2) = std::numeric_limits<T>::quiet_NaN();
   std::vector<T> values(at(n));
   CHECK(std::isnan(rows(x.view(), y.view(), {.values = values})));
   for (index r = 0; r < n; ++r)
     CHECK(std::isnan(values[at(r)]) == (r == 4));
 }
+
+namespace {
+void refuses(const std::function<void()>& call, const char* why) {
+  CHECK_THROWS_WITH(call(), Catch::Matchers::ContainsSubstring(why));
+}
+} // namespace
 
 TEST_CASE("similarity: errors come before anything is written", "[similarity]") {
   using T = float;
@@ -439,26 +480,277 @@ TEST_CASE("similarity: errors come before anything is written", "[similarity]") 
   matrix<T> d_x(4, 3), d_y(4, 3), d_more(5, 3);
   const std::vector<int> labels{0, 1, 2, 3}, ignored{0, -100, 2, 3}, outside{0, 1, 2, 4};
   const std::vector<T> weights{1, 0, 1, 1};
-  using loss = perdita::cross_entropy<T>;
-  using Catch::Matchers::ContainsSubstring;
-  CHECK_THROWS_WITH(perdita::similarity(loss(), {.scale = 0}), ContainsSubstring("scale"));
-  CHECK_THROWS_WITH(perdita::similarity(loss(), {.scale = std::numeric_limits<double>::infinity()}),
-                    ContainsSubstring("scale"));
+  using loss = cross_entropy<T>;
+  refuses([&] { perdita::similarity(loss(), {.scale = 0}); }, "scale");
+  refuses([&] { perdita::similarity(loss(), {.scale = std::numeric_limits<double>::infinity()}); },
+          "scale");
   const perdita::similarity rows{loss()}, both(loss(), {.both = true});
-  CHECK_THROWS_WITH(rows(x.view(), more.view()), ContainsSubstring("rows of y is 5"));
-  CHECK_THROWS_WITH(rows(x.view(), wider.view()), ContainsSubstring("columns of y is 2"));
-  CHECK_THROWS_WITH(rows(x.view(), y.view(), d_more.out(), d_y.out()),
-                    ContainsSubstring("rows of the gradient of x is 5"));
-  CHECK_THROWS_WITH(rows(x.view(), y.view(), d_x.out(), d_x.out()), ContainsSubstring("overlap"));
-  CHECK_THROWS_WITH(rows(x.view(), y.view(), outside, d_x.out(), d_y.out()),
-                    ContainsSubstring("label"));
-  CHECK_THROWS_WITH(both(x.view(), y.view(), labels, d_x.out(), d_y.out()),
-                    ContainsSubstring("labels"));
-  CHECK_THROWS_WITH(both(x.view(), y.view(), d_x.out(), d_y.out(), {.row_weights = weights}),
-                    ContainsSubstring("row_weights"));
-  CHECK_THROWS_WITH(rows.within(x.view(), ignored, d_x.out()),
-                    ContainsSubstring("labels[1] is -100"));
+  refuses([&] { rows(x.view(), more.view()); }, "rows of y is 5");
+  refuses([&] { rows(x.view(), wider.view()); }, "columns of y is 2");
+  refuses([&] { rows(x.view(), y.view(), d_more.out(), d_y.out()); },
+          "rows of the gradient of x is 5");
+  refuses([&] { rows(x.view(), y.view(), d_x.out(), d_x.out()); }, "overlap");
+  refuses([&] { rows(x.view(), y.view(), outside, d_x.out(), d_y.out()); }, "label");
+  refuses([&] { both(x.view(), y.view(), labels, d_x.out(), d_y.out()); }, "labels");
+  refuses([&] { both(x.view(), y.view(), d_x.out(), d_y.out(), {.row_weights = weights}); },
+          "row_weights");
+  refuses([&] { rows.within(x.view(), ignored, d_x.out()); }, "labels[1] is -100");
   CHECK(d_x.data == std::vector<T>(12, 0));
+}
+
+namespace {
+
+/// What a batch is found to be, in whatever pieces.
+template <class T> struct batch_answer {
+  T value = 0;
+  double d_scale = 0;
+  matrix<T> d_x, d_y;
+  std::vector<T> values;
+  std::vector<unsigned char> hits; ///< of the rows
+
+  batch_answer(index rows, index cols, index depth)
+      : d_x(rows, depth), d_y(cols, depth), values(at(rows)), hits(at(rows)) {}
+  bool operator==(const batch_answer& b) const {
+    return value == b.value && d_scale == b.d_scale && d_x.data == b.d_x.data &&
+           d_y.data == b.d_y.data && values == b.values && hits == b.hits;
+  }
+};
+
+/// The largest difference over the largest number, in units of epsilon.
+template <class T> double off(const std::vector<T>& a, const std::vector<T>& b) {
+  double most = 0, size = 0;
+  for (std::size_t i = 0; i < a.size(); ++i) {
+    most = std::max(most, std::abs(static_cast<double>(a[i] - b[i])));
+    size = std::max(size, std::abs(static_cast<double>(b[i])));
+  }
+  return most / size / static_cast<double>(std::numeric_limits<T>::epsilon());
+}
+template <class T> double off_values(const batch_answer<T>& a, const batch_answer<T>& b) {
+  return std::max(off<T>({a.value}, {b.value}), off(a.values, b.values));
+}
+template <class T> double off_slopes(const batch_answer<T>& a, const batch_answer<T>& b) {
+  return std::max({off(a.d_x.data, b.d_x.data), off(a.d_y.data, b.d_y.data),
+                   off<T>({static_cast<T>(a.d_scale)}, {static_cast<T>(b.d_scale)})});
+}
+
+using cuts = std::vector<index>; // where pieces begin
+
+template <class T> class cut_batch {
+public:
+  cut_batch(const matrix<T>& x, const matrix<T>& y, double scale) : x_(x), y_(y), scale_(scale) {}
+
+  /// With labels, or of pairs.
+  std::vector<std::int64_t> labels;
+  std::vector<T> weights;
+  perdita::executor run_on = perdita::serial;
+  bool apart = false; ///< gradients of pieces are made by themselves and then added
+
+  /// Adds one direction, times `share`, made as whoever has only these pieces makes it.
+  template <class Loss>
+  void add(const Loss& loss, const cuts& of_x, const cuts& of_y, T share, batch_answer<T>& to,
+           bool exchanged = false) const {
+    const matrix<T>&x = exchanged ? y_ : x_, &y = exchanged ? x_ : y_;
+    matrix<T>&d_x = exchanged ? to.d_y : to.d_x, &d_y = exchanged ? to.d_x : to.d_y;
+    double sum = static_cast<double>(x.rows), part = 0;
+    if (!weights.empty()) {
+      sum = 0;
+      for (index i = 0; i < x.rows; ++i)
+        sum += labels[at(i)] >= 0 ? static_cast<double>(weights[at(i)]) : 0;
+    }
+    const perdita::similarity head(loss, {.scale = scale_, .d_scale = apart ? &part : &to.d_scale});
+    for (std::size_t r = 0; r < of_x.size(); ++r) {
+      const index first = of_x[r], rows = size_of(of_x, r, x.rows);
+      std::vector<T> values(at(rows));
+      std::vector<unsigned char> hits(at(rows));
+      perdita::call_options<T> call{.scale = share, .normaliser = sum, .accumulate = !apart};
+      call.values = values;
+      call.hits = hits;
+      call.run_on = run_on;
+      if (!weights.empty())
+        call.row_weights = perdita::vector_view<const T>(weights.data() + first, rows);
+      const auto slice = [&](std::size_t c) {
+        const matrix_view<const T> some = piece<const T>(x.data, first, rows),
+                                   others =
+                                       piece<const T>(y.data, of_y[c], size_of(of_y, c, y.rows));
+        return labels.empty() ? head.slice(some, others, first, of_y[c], y.rows, call)
+                              : head.slice(some, others,
+                                           perdita::vector_view<const std::int64_t>(
+                                               labels.data() + first, rows),
+                                           of_y[c], y.rows, call);
+      };
+      using records = std::vector<perdita::similarity_record>;
+      records all(at(rows));
+      slice(0).summarise(all);
+      for (std::size_t c = 1; c < of_y.size(); ++c) {
+        records more(at(rows));
+        slice(c).summarise(more);
+        slice(0).merge(all, more);
+      }
+      to.value += share * slice(of_y.size() - 1).finish(all);
+      for (index i = 0; i < rows; ++i)
+        to.values[at(first + i)] += share * values[at(i)];
+      if (!exchanged)
+        std::copy(hits.begin(), hits.end(), to.hits.begin() + first);
+      std::fill(values.begin(), values.end(), T(0)); // what backward() leaves alone
+      for (std::size_t c = 0; c < of_y.size(); ++c) {
+        const index others = size_of(of_y, c, y.rows);
+        if (!apart) {
+          slice(c).backward(all, piece<T>(d_x.data, first, rows),
+                            piece<T>(d_y.data, of_y[c], others));
+          continue;
+        }
+        matrix<T> e_x(rows, x.cols), e_y(others, x.cols);
+        slice(c).backward(all, e_x.out(), e_y.out());
+        to.d_scale += part;
+        add_to(d_x.data, first, e_x);
+        add_to(d_y.data, of_y[c], e_y);
+      }
+      CHECK(values == std::vector<T>(at(rows)));
+    }
+  }
+
+private:
+  static index size_of(const cuts& of, std::size_t i, index all) {
+    return (i + 1 < of.size() ? of[i + 1] : all) - of[i];
+  }
+  template <class U, class V> matrix_view<U> piece(V& data, index first, index rows) const {
+    return {data.data() + first * x_.cols, rows, x_.cols};
+  }
+  static void add_to(std::vector<T>& to, index first, const matrix<T>& m) {
+    for (index k = 0; k < m.rows * m.cols; ++k)
+      to[at(first * m.cols + k)] += m.data[at(k)];
+  }
+
+  const matrix<T>&x_, &y_;
+  double scale_;
+};
+
+} // namespace
+
+TEMPLATE_TEST_CASE("similarity: 1, 2, 3 and 7 uneven slices give what the whole batch gives",
+                   "[similarity]", float, double) {
+  using T = TestType;
+  random_numbers random(9);
+  const index n = 150, depth = 19;
+  const double scale = 9;
+  const matrix<T> x(n, depth, random), y(n, depth, random);
+  const cross_entropy<T> loss;
+  const threads_executor many(3, task_order::shuffled);
+  double of_values = 0, of_slopes = 0;
+  for (const bool both : {false, true}) {
+    batch_answer<T> whole(n, n, depth);
+    const perdita::similarity head(loss, {.scale = scale, .both = both, .d_scale = &whole.d_scale});
+    whole.value = head(x.view(), y.view(), whole.d_x.out(), whole.d_y.out(),
+                       {.values = whole.values, .hits = whole.hits});
+    for (const cuts& of_y : {cuts{0}, cuts{0, 70}, cuts{0, 1, 149}, cuts{0, 50, 50},
+                             cuts{0, 3, 17, 64, 65, 111, 149}}) {
+      std::vector<T> values;
+      for (const cuts& of_x : {cuts{0}, cuts{0, 1, 83}}) {
+        const auto ask = [&](const perdita::executor& run_on, bool apart) {
+          cut_batch<T> batch(x, y, scale);
+          batch.run_on = run_on;
+          batch.apart = apart;
+          batch_answer<T> a(n, n, depth);
+          batch.add(loss, of_x, of_y, both ? T(0.5) : T(1), a);
+          if (both)
+            batch.add(loss, of_y, of_x, T(0.5), a, true);
+          return a;
+        };
+        const batch_answer<T> a = ask(perdita::serial, false);
+        INFO(of_x.size() << " x " << of_y.size() << " pieces, both " << both);
+        of_values = std::max(of_values, off_values(a, whole));
+        of_slopes = std::max(of_slopes, off_slopes(a, whole));
+        CHECK(off_values(a, whole) <= 24);
+        CHECK(off_slopes(a, whole) <= 24);
+        CHECK(a.hits == whole.hits);
+        CHECK(ask(many, false) == a);
+        CHECK(ask(perdita::serial, true) == a);
+        if (both)
+          continue;
+        CHECK((of_x.size() > 1 || of_y.size() > 1 || a == whole)); // nothing was merged
+        CHECK((of_x.size() == 1 || a.values == values));           // however the rows are cut
+        values = a.values;
+      }
+    }
+  }
+  report_accuracy<T>("similarity slices", "cross_entropy", "ε of the largest",
+                     {of_values, of_slopes, std::max(of_values, of_slopes) / 24});
+}
+
+TEST_CASE("similarity: slices with labels, weights and by-products", "[similarity]") {
+  using T = float;
+  random_numbers random(10);
+  const index rows = 60, cols = 170, depth = 11;
+  const matrix<T> x(rows, depth, random), y(cols, depth, random);
+  cut_batch<T> batch(x, y, 6);
+  for (index i = 0; i < rows; ++i) {
+    batch.labels.push_back(i % 7 == 3 ? -100 : i * 31 % cols);
+    batch.weights.push_back(static_cast<T>(i % 5) / 4);
+  }
+  const cross_entropy<T> loss({.label_smoothing = T(0.1)});
+  batch_answer<T> whole(rows, cols, depth);
+  const perdita::similarity head(loss, {.scale = 6, .d_scale = &whole.d_scale});
+  whole.value = head(x.view(), y.view(), batch.labels, whole.d_x.out(), whole.d_y.out(),
+                     {.row_weights = batch.weights, .values = whole.values, .hits = whole.hits});
+  for (const cuts& of_x : {cuts{0}, cuts{0, 3, 4, 40}}) // 3 has no loss
+    for (const cuts& of_y : {cuts{0}, cuts{0, 20, 165}}) {
+      batch_answer<T> a(rows, cols, depth);
+      batch.add(loss, of_x, of_y, 1, a);
+      CHECK(off_values(a, whole) <= 24);
+      CHECK(off_slopes(a, whole) <= 24);
+      CHECK(a.hits == whole.hits);
+    }
+}
+
+TEST_CASE("similarity: a slice refuses what cannot be its", "[similarity]") {
+  using T = float;
+  random_numbers random(11);
+  const matrix<T> x(4, 3, random), y(2, 3, random);
+  matrix<T> d_x(4, 3), d_y(2, 3), d_more(5, 3);
+  double d_scale = 7;
+  const cross_entropy<T> loss;
+  const perdita::similarity head(loss, {.d_scale = &d_scale});
+  const perdita::similarity both(loss, {.both = true});
+  const std::vector<int> labels{0, 4, 2, 3}, outside{0, 5, 2, 3}, few_labels{0, 1};
+  const auto of_pairs = [&](index first_x, index first_y) {
+    return head.slice(x.view(), y.view(), first_x, first_y, 5);
+  };
+  refuses([&] { both.slice(x.view(), y.view(), 0, 0, 5); }, "both is 1");
+  refuses([&] { of_pairs(0, -1); }, "first_y is -1");
+  refuses([&] { of_pairs(0, 4); }, "first_y is 4");
+  refuses([&] { of_pairs(-1, 0); }, "first_x is -1");
+  refuses([&] { of_pairs(2, 0); }, "first_x is 2");
+  refuses([&] { head.slice(x.view(), y.view(), labels, 0, 1); }, "first_y is 0");
+  refuses([&] { head.slice(x.view(), y.view(), few_labels, 0, 5); }, "labels is 2");
+  const perdita::similarity_record mark{1, {2, 3, 4, 5}, 6, 7, 8};
+  std::vector<perdita::similarity_record> records(4, mark), few(3, mark);
+  const auto slice = of_pairs(1, 3);
+  refuses([&] { head.slice(x.view(), y.view(), outside, 3, 5).summarise(records); },
+          "labels[1] is 5");
+  refuses([&] { slice.summarise(few); }, "number of records is 3");
+  refuses([&] { slice.merge(records, few); }, "number of records is 3");
+  refuses([&] { slice.merge(few, records); }, "number of records is 3");
+  refuses([&] { slice.finish(few); }, "number of records is 3");
+  refuses([&] { slice.backward(few, d_x.out(), d_y.out()); }, "number of records is 3");
+  refuses([&] { slice.backward(records, d_more.out(), d_y.out()); },
+          "rows of the gradient of x is 5");
+  refuses([&] { slice.backward(records, d_x.out(), d_x.out()); }, "rows of the gradient of y is 4");
+  refuses([&] { slice.backward(records, d_x.out(), matrix_view<T>(d_x.data.data(), 2, 3)); },
+          "overlap");
+  refuses(
+      [&] {
+        head.slice(x.view(), y.view(), outside, 3, 5).backward(records, d_x.out(), d_y.out());
+      },
+      "labels[1] is 5");
+  const auto untouched = [&](const auto& all) {
+    return std::all_of(all.begin(), all.end(), [&](const perdita::similarity_record& r) {
+      return r.shift == mark.shift && std::equal(r.term, r.term + 4, mark.term) &&
+             r.rivals == mark.rivals && r.raw_target == mark.raw_target &&
+             r.has_target == mark.has_target;
+    });
+  };
+  CHECK((untouched(records) && untouched(few) && d_scale == 7));
+  CHECK((d_x.data == std::vector<T>(12, 0) && d_y.data == std::vector<T>(6, 0)));
 }
 
 TEST_CASE("similarity: threads", "[similarity][threads]") {

@@ -8,7 +8,9 @@
 /// made again and become tiles of the gradient.
 ///
 /// Tiles are taken in steps. Those of one step have no row and no column in common, so each is one
-/// task's, and every sum is added up in an order that depends on the shape alone.
+/// task's, and every sum is added up in an order that depends on the shape alone. Sums of rows only
+/// need no steps: a task goes through all columns, so that what is known of a row does not depend
+/// on the rows around it either.
 
 #include <algorithm>
 #include <cmath>
@@ -24,16 +26,19 @@ namespace perdita::inline PERDITA_ABI::core {
 /// What a call of the similarity head adds to the job of its loss, whose scores have a shape, but
 /// no memory.
 template <class T> struct similarity_job {
-  matrix_data<T> x, y;           ///< anchors, and what they are compared with
-  matrix_data<T, true> d_x, d_y; ///< no data: value only
+  matrix_data<T> x, y; ///< anchors, and what they are compared with
+  matrix_data<T, true> d_x, d_y;
+  bool gradient = false; ///< is wanted: both of d_x and d_y are given
   double scale = 1;
   bool normalise = true;
   bool both = false;  ///< columns have losses too; the result is the mean of both
   bool alone = false; ///< y is x, whose rows are not compared with themselves; no d_y
+  index first = 0;    ///< where y is a slice: its place among all candidates, which are the columns
   double* d_scale = nullptr;
+  bool accumulate_scale = false; ///< adds to d_scale
 };
 
-template <class Formula, class T, bool Gradient> class similarity_kernel {
+template <class Formula, class T> class similarity_kernel {
   using V = pack<T>;
   using statistic = typename Formula::statistic;
   using tile = linear_tile<Formula, T>;
@@ -46,13 +51,14 @@ public:
                     const executor& run_on, std::byte* scratch)
       : formula_(formula), job_(job), column_job_(job), pairs_(pairs), run_on_(run_on),
         memory_(scratch), depth_(pairs.x.cols), rows_(pairs.x.rows), cols_(pairs.y.rows),
-        side_(side_of(std::max(rows_, cols_))),
+        side_(side_of(std::max(rows_, job.scores.cols))),
         workers_(std::min(static_cast<index>(run_on.concurrency()), steps())),
         x_{pairs.x, pairs.d_x, pairs.normalise, job.accumulate}, y_{pairs.y, pairs.d_y,
                                                                     pairs.normalise,
                                                                     job.accumulate},
-        of_rows_(formula, job_, shape_of(pairs.y, rows_), 1, memory_),
-        of_columns_(formula, column_job_, shape_of(pairs.x, pairs.both ? cols_ : 0), 1, memory_) {
+        of_rows_(formula, job_, shape_of(pairs.y, pairs.first, rows_), 1, memory_),
+        of_columns_(formula, column_job_, shape_of(pairs.x, 0, pairs.both ? cols_ : 0), 1,
+                    memory_) {
     lay_out(scratch != nullptr);
   }
   std::size_t scratch_bytes() const { return memory_.used(); }
@@ -60,11 +66,30 @@ public:
   double run() {
     find_norms();
     collect();
-    for_tiles([this](const worker& w, index i, index j) { absorb(w, i, j); });
+    sum_up();
     const double value = finish();
-    if constexpr (Gradient)
+    if (pairs_.gradient)
       go_back();
     return value;
+  }
+  /// What is known of every row that counts after these candidates.
+  void summarise(row_record* records) {
+    find_norms();
+    collect();
+    sum_up();
+    of_rows_.record(records);
+  }
+  /// As run(), from records of all candidates; but values and by-products or gradients, not both.
+  double resume(const row_record* records) {
+    collect();
+    of_rows_.recall(records);
+    exact_sum total;
+    of_rows_.finish(pairs_.gradient ? nullptr : &total);
+    if (pairs_.gradient) {
+      find_norms();
+      go_back();
+    }
+    return total.value();
   }
 
 private:
@@ -76,9 +101,10 @@ private:
   };
   using sums = panel_sums<statistic, T>;
 
-  static linear_job<T> shape_of(const matrix_data<T>& classes, index rows) {
+  static linear_job<T> shape_of(const matrix_data<T>& classes, index first, index rows) {
     linear_job<T> l;
     l.weights = classes;
+    l.first_class = first;
     l.block_rows = (rows + width - 1) / width * width;
     return l;
   }
@@ -95,16 +121,16 @@ private:
 
   void lay_out(bool real) {
     const auto size = [](index n) { return static_cast<std::size_t>(n); };
-    x_.lay_out(memory_, Gradient);
+    x_.lay_out(memory_, pairs_.gradient);
     if (pairs_.alone)
       y_ = x_;
     else
-      y_.lay_out(memory_, Gradient);
+      y_.lay_out(memory_, pairs_.gradient);
     sums_x_ = memory_.take<sums>(size(parts(rows_, width)));
     sums_y_ = memory_.take<sums>(size(pairs_.both ? parts(cols_, width) : 0));
     if (pairs_.both && job_.report.values.data)
       column_values_ = memory_.take<T>(size(cols_));
-    if constexpr (Gradient)
+    if (pairs_.gradient)
       along_ = memory_.take<double>(size(rows_));
     all_workers_ = memory_.take<worker>(size(workers_));
     for (index i = 0; i < workers_; ++i) {
@@ -230,6 +256,18 @@ private:
       }
   }
 
+  void sum_up() {
+    if (turned())
+      for_tiles([this](const worker& w, index i, index j) { absorb(w, i, j); });
+    else
+      for_each(parts(of_rows_.count(), side_), [this](const worker& w, index i) {
+        for (index j = 0; j < parts(cols_, side_); ++j)
+          absorb(w, i, j);
+      });
+    put(of_rows_, sums_x_);
+    if (pairs_.both)
+      put(of_columns_, sums_y_);
+  }
   void absorb(const worker& w, index i, index j) {
     const extent_of_tile t = at(i, j);
     make(w, t);
@@ -248,18 +286,17 @@ private:
                    of.labels(at, first, n), to[at], of.raw_targets(at));
     }
   }
-  static void settle(block& of, const sums* from, exact_sum& total) {
+  static void put(block& of, const sums* from) {
     for (index p = 0; p < of.panels(); ++p)
       of.put(from[p], 0, p);
     of.merge_slices();
-    of.finish(&total);
   }
   double finish() {
     exact_sum total;
-    settle(of_rows_, sums_x_, total);
+    of_rows_.finish(&total);
     if (!pairs_.both)
       return total.value();
-    settle(of_columns_, sums_y_, total);
+    of_columns_.finish(&total);
     for (index r = 0; column_values_ && r < rows_; ++r)
       job_.report.values[r] = (job_.report.values[r] + column_values_[r]) / 2;
     return total.value() / 2;
@@ -285,7 +322,8 @@ private:
     exact_sum sum; // Σ G∘S, of which each pair of embeddings alone has both halves
     for (index r = 0; r < rows_; ++r)
       sum.add(along_[r]);
-    *pairs_.d_scale = sum.value() / (pairs_.alone ? 2 * pairs_.scale : pairs_.scale);
+    const double slope = sum.value() / (pairs_.alone ? 2 * pairs_.scale : pairs_.scale);
+    *pairs_.d_scale = pairs_.accumulate_scale ? *pairs_.d_scale + slope : slope;
   }
   void emit(const worker& w, index i, index j) const {
     const extent_of_tile t = at(i, j);
@@ -360,13 +398,42 @@ private:
   worker* all_workers_ = nullptr;
 };
 
-template <bool Gradient, class Formula, class T>
-double run_similarity(const Formula& formula, const row_job<T>& job, const similarity_job<T>& pairs,
-                      const executor& run_on, workspace* memory) {
-  using kernel = similarity_kernel<Formula, T, Gradient>;
+/// Has use(kernel) do its part, with the scratch that the kernel asks for.
+template <class Formula, class T, class Use>
+auto with_similarity_kernel(const Formula& formula, const row_job<T>& job,
+                            const similarity_job<T>& pairs, const executor& run_on,
+                            workspace* memory, Use use) {
+  using kernel = similarity_kernel<Formula, T>;
   workspace own;
   const auto bytes = kernel(formula, job, pairs, run_on, nullptr).scratch_bytes();
-  return kernel(formula, job, pairs, run_on, (memory ? *memory : own).request(bytes)).run();
+  kernel k(formula, job, pairs, run_on, (memory ? *memory : own).request(bytes));
+  return use(k);
+}
+
+/// Σ of the weighted values of all rows, and their gradients where they are wanted.
+template <class Formula, class T>
+double run_similarity(const Formula& formula, const row_job<T>& job, const similarity_job<T>& pairs,
+                      const executor& run_on, workspace* memory) {
+  return with_similarity_kernel(formula, job, pairs, run_on, memory,
+                                [](auto& kernel) { return kernel.run(); });
+}
+
+/// Either of them, with the values the by-products, from records of all candidates.
+template <class Formula, class T>
+double resume_similarity(const Formula& formula, const row_job<T>& job,
+                         const similarity_job<T>& pairs, const executor& run_on, workspace* memory,
+                         const row_record* records) {
+  return with_similarity_kernel(formula, job, pairs, run_on, memory,
+                                [=](auto& kernel) { return kernel.resume(records); });
+}
+
+/// What is known of every row that counts after the candidates at hand.
+template <class Formula, class T>
+void summarise_similarity(const Formula& formula, const row_job<T>& job,
+                          const similarity_job<T>& pairs, const executor& run_on, workspace* memory,
+                          row_record* records) {
+  with_similarity_kernel(formula, job, pairs, run_on, memory,
+                         [=](auto& kernel) { kernel.summarise(records); });
 }
 
 } // namespace perdita::inline PERDITA_ABI::core
