@@ -492,6 +492,17 @@ TEST_CASE("policy_gradient: golden values", "[policy_gradient]") {
   CHECK(close(perdita::reinforce<double>()(in), (3.5 + 0.5 * -1.9) / 2));
   CHECK(close(perdita::dro<double>({.beta = 2})(in),
               (3.5 + 0.5 * -1.9 + .01 + .16 + .01 + .04 + .16) / 2));
+  { // Nash-MD: slopes β (l − ref) − A of the sequences' sums, over 2
+    std::vector<double> slopes(6);
+    const double value = perdita::nash_md<double>(0.5)(in, {.gradient = data.view(slopes)});
+    double expected = (3.5 + 0.5 * -1.9) / 2;
+    for (std::size_t k = 0; k < 5; ++k) {
+      const double x = data.l[k] - data.ref[k], a = k < 3 ? 1 : -0.5;
+      CHECK(close(slopes[k], (0.5 * x - a) / 2));
+      expected += 0.5 * x * x / 2 / 2;
+    }
+    CHECK((close(value, expected) && slopes[5] == 0));
+  }
   // By hand: one sequence of VESPO and GMPO
   const double w = std::exp(0.4), u = std::exp(0.2);
   CHECK(close(perdita::vespo<double>()(in),

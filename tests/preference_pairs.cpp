@@ -188,6 +188,14 @@ template <class T> std::vector<subject<T>> ratio_losses() {
        5, 1},
       {"dno", perdita::dno<T>(),
        margin([](const dual& z) { return wide(0.75) * sp(-z) + wide(0.25) * sp(z); }), 0.1},
+      {"xpo", perdita::xpo<T>({.alpha = T(0.25)}), // log π of the rejected is −19.25 + v
+       [=](const dual& u, const dual& v) {
+         return wide(0.75) * sp(-(b * (u - v))) + wide(0.25) * sp(b * (u - v)) +
+                wide(0.25) * (v - wide(19.25));
+       },
+       0.3},
+      {"xpo: ipo", perdita::xpo<T>({.alpha = 0, .ipo = true}),
+       [=](const dual& u, const dual& v) { return square(u - v - wide(0.5) * half); }, 5, 1},
       {"inpo", perdita::inpo<T>({.eta = T(0.01), .tau = T(0.0025)}),
        [=](const dual& u, const dual& v) { // the iteration before: ref + ½ and ref − 1
          return square(u - v - (1 - tau_over_eta) * wide(1.5) - 1 / (2 * eta));
@@ -347,6 +355,75 @@ TEMPLATE_TEST_CASE("preference pairs: without reference, against the formula", "
     report_accuracy<T>(s.name.substr(0, s.name.find(':')), s.name, in_allowances, of_values,
                        of_slopes);
   }
+}
+
+TEST_CASE("tpo: the best response is said, the other two are set apart", "[preference]") {
+  auto data = random_pairs(3, 8);
+  std::vector<double> gold{-9, -4, -8}, d_gold(3, 7), w(3), l(3), weights{2, 0.5, 0};
+  const std::vector<int> lengths{6, 2, 5};
+  const auto with_gold = [&] {
+    auto pairs = data.view();
+    pairs.gold = gold;
+    pairs.gold_lengths = lengths;
+    return pairs;
+  };
+  const auto apart = [&](const perdita::preference_loss<double>& other, double said,
+                         const perdita::tpo<double>& loss) {
+    const perdita::call_options<double> call{.row_weights = weights, .scale = 3};
+    const double mean = (2 * 6 + 0.5 * 2) / 2.5, nll = (2 * 9 + 0.5 * 4) / 2.5 / mean;
+    const double margin = other(data.view(), w, l, call);
+    CHECK_THAT(loss(with_gold(), data.d_chosen, data.d_rejected, d_gold, call),
+               close(margin + said * nll, 1e-14));
+    CHECK_THAT(loss(with_gold(), call), close(margin + said * nll, 1e-14));
+    CHECK((data.d_chosen == w && data.d_rejected == l));
+    for (std::size_t i = 0; i < 3; ++i)
+      CHECK(std::fabs(d_gold[i] + 3 * said * weights[i] / 2.5 / mean) < 1e-15);
+  };
+  using perdita::cpo_type;
+  for (const cpo_type type : {cpo_type::sigmoid, cpo_type::hinge, cpo_type::ipo})
+    apart(perdita::cpo<double>({.beta = 0.01, .type = type, .likelihood = 0}), 0.5,
+          perdita::tpo<double>({.type = type, .likelihood = 0.5}));
+  apart(
+      perdita::simpo<double>({.beta = 2, .gamma = 0.25, .label_smoothing = 0.125}), 1,
+      perdita::tpo<double>({.beta = 2, .averages = true, .gamma = 0.25, .label_smoothing = 0.125}));
+  // By its derivative, too
+  weights[2] = 1;
+  const perdita::tpo<double> loss;
+  loss(with_gold(), data.d_chosen, data.d_rejected, d_gold, {.row_weights = weights});
+  for (std::size_t i = 0; i < 3; ++i) {
+    const auto moved = [&](double x) {
+      const double kept = gold[i];
+      gold[i] += x;
+      const double value = loss(with_gold(), {.row_weights = weights});
+      gold[i] = kept;
+      return value;
+    };
+    CHECK(std::fabs((moved(0.5) - moved(-0.5)) - d_gold[i]) < 1e-14);
+  }
+  { // A NaN stays with its three; rewards are those of pairs.
+    gold[1] = nan;
+    std::vector<double> rewards(3);
+    CHECK(std::isnan(loss(with_gold(), data.d_chosen, data.d_rejected, d_gold, {},
+                          {.chosen_rewards = rewards})));
+    CHECK((std::isnan(data.d_chosen[1]) && std::isnan(d_gold[1]) && std::isfinite(d_gold[0])));
+    CHECK(rewards[0] == 0.01 * data.chosen[0]);
+  }
+  const auto before = d_gold;
+  using Catch::Matchers::ContainsSubstring;
+  CHECK_THROWS_WITH(loss(data.view(), data.d_chosen, data.d_rejected, d_gold),
+                    ContainsSubstring("tpo: gold is 0, expected 3"));
+  CHECK_THROWS_WITH(loss(with_gold(), data.d_chosen, data.d_rejected, data.d_chosen),
+                    ContainsSubstring("same memory"));
+  std::vector<double> small(2);
+  CHECK_THROWS_WITH(loss(with_gold(), data.d_chosen, data.d_rejected, small),
+                    ContainsSubstring("d_gold is 2"));
+  CHECK((d_gold[0] == before[0] && d_gold[2] == before[2]));
+  const perdita::tpo<double> pairs_alone({.likelihood = 0}); // needs no gold
+  CHECK(pairs_alone(data.view()) ==
+        perdita::cpo<double>({.beta = 0.01, .likelihood = 0})(data.view()));
+  CHECK_THROWS_WITH(perdita::tpo<float>({.beta = 0}), ContainsSubstring("tpo: beta is 0"));
+  CHECK_THROWS_WITH(perdita::tpo<float>({.type = cpo_type::hinge, .averages = true}),
+                    ContainsSubstring("tpo: type"));
 }
 
 TEST_CASE("preference pairs: golden values", "[preference]") {
@@ -813,6 +890,21 @@ TEST_CASE("preference pairs: limits", "[preference]") {
   CHECK((std::isnan(data.values[1]) && std::isfinite(data.values[0])));
 }
 
+TEST_CASE("preference pairs: nothing is said in a completion without tokens", "[preference]") {
+  pair_data<double> data;
+  data.add(0, 0, 0, 0, 0, 0); // both empty
+  CHECK(data.run(perdita::dpo<double>()) == std::log(2));
+  CHECK((data.d_chosen[0] == -0.05 && data.d_rejected[0] == 0.05)); // of scores without tokens
+  CHECK(data.run(of_type<double>(dpo_type::sft)) == 0);
+  CHECK(data.d_chosen[0] == 0);
+  const std::vector<double> removed{0};
+  for (const double x : {data.run(perdita::simpo<double>(), {.row_weights = removed}),
+                         data.run(perdita::orpo<double>(), {.row_weights = removed}),
+                         data.run(of_type<double>(dpo_type::ipo), {.row_weights = removed}),
+                         data.d_chosen[0], data.d_rejected[0]})
+    CHECK(x == 0);
+}
+
 TEST_CASE("preference pairs: bad input", "[preference]") {
   using perdita::dpo;
   const auto refuses = [](const std::function<void()>& f, const char* what) {
@@ -837,6 +929,8 @@ TEST_CASE("preference pairs: bad input", "[preference]") {
     refuses([&] { perdita::beta_dpo<double>({.beta = beta}); }, "beta_dpo: beta");
     refuses([&] { perdita::diffusion_dpo<double>({.beta = beta}); }, "diffusion_dpo: beta");
     refuses([&] { perdita::dno<double>({.eta = beta}); }, "dno: eta");
+    refuses([&] { perdita::xpo<double>({.beta = beta}); }, "xpo: beta");
+    refuses([&] { perdita::tpo<double>({.beta = beta}); }, "tpo: beta");
     refuses([&] { perdita::inpo<double>({.eta = beta}); }, "inpo: eta");
     refuses([&] { perdita::orpo<double>({.lambda = beta}); }, "orpo: lambda");
   }

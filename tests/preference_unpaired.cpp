@@ -216,6 +216,8 @@ TEST_CASE("kto's baseline: the mean of mismatched pairs, not below 0", "[prefere
   const std::vector<double> a{-1, -2, -3}, b{-2, -2.5, -3.25}, c{-0.5, -1, -2};
   CHECK(std::abs(perdita::kto_baseline<double>({.policy = a, .reference = b}) - 1.75 / 3) < 1e-16);
   CHECK(perdita::kto_baseline<double>({.policy = a, .reference = c}) == 0);
+  const std::vector<int> tokens{2, 0, 4};
+  CHECK(perdita::kto_baseline<double>({.policy = a, .reference = b, .lengths = tokens}) == 0.625);
   CHECK((perdita::mismatched(0, 3) == 1 && perdita::mismatched(2, 3) == 0));
   const std::vector<double> one{-1};
   CHECK_THROWS_WITH(perdita::kto_baseline<double>({.policy = one, .reference = one}),
@@ -247,6 +249,9 @@ TEST_CASE("bco: the running mean, and the weights of prompts", "[preference]") {
   const std::vector<double> none;
   const perdita::bco_state before = state;
   state.update<double>({.policy = none, .reference = none}, 0.5);
+  CHECK(state == before);
+  const std::vector<int> empty{0};
+  state.update<double>({.policy = q, .reference = s, .lengths = empty}, 0.5);
   CHECK(state == before);
   perdita::bco_state merged{.delta = 0.5, .count = 3};
   merged.update_mean(-2, 1);

@@ -4,6 +4,8 @@
 // log-probabilities against wide arithmetic, and the gradient of a loss that
 // couples the batch against differences.
 
+#include <perdita/preference/degrees.hpp>
+#include <perdita/preference/dpo.hpp>
 #include <perdita/sequence.hpp>
 
 #include <algorithm>
@@ -627,6 +629,66 @@ TEST_CASE("sequence_head: averaged lengths in a published loss", "[sequence]") {
   for (std::size_t r = 0; r < d.size(); ++r) {
     const double right = r == 0 || r == 6 ? 0 : r < 6 ? -1.92 : 1.2;
     CHECK(std::fabs(d[r] - right) < 1e-12);
+  }
+}
+
+TEST_CASE("spo: a loss of pairs and a classifier of degrees", "[sequence]") {
+  using Catch::Matchers::ContainsSubstring;
+  const std::vector<double> w{-3, -9}, l{-4, -7}, q(2), row_weights{1, 3};
+  const std::vector<double> z{0.5, -1, 2, 1, 0, -3, 0.25, 2, 1, -1, 1, 0};
+  const std::vector<int> degrees{0, 2, -100, 1};
+  const matrix_view<const double> scores(z.data(), 4, 3);
+  const perdita::preference_pairs<double> pairs{
+      .chosen = w, .rejected = l, .chosen_reference = q, .rejected_reference = q};
+  const perdita::dpo<double> dpo;
+  const perdita::cross_entropy<double> classes;
+  const perdita::spo loss(dpo, {.gamma = 0.25});
+  std::vector<double> d_w(2), d_l(2), d_z(12), e_w(2, 1), e_l(2, 1), e_z(12, 1);
+  const perdita::call_options<double> call{.row_weights = row_weights};
+  const double of_pairs = dpo(pairs, d_w, d_l, call);
+  const double of_degrees = classes(scores, degrees, matrix_view<double>(d_z.data(), 4, 3));
+  auto adding = call;
+  adding.scale = 2;
+  adding.accumulate = true;
+  perdita::spo_terms terms;
+  const matrix_view<double> e(e_z.data(), 4, 3);
+  const double value = loss(pairs, scores, degrees, e_w, e_l, e, adding, &terms);
+  CHECK(value == of_pairs + 0.25 * of_degrees);
+  CHECK(loss(pairs, scores, degrees, call) == value);
+  CHECK((terms.pairs == of_pairs && terms.degrees == of_degrees));
+  for (std::size_t i = 0; i < 2; ++i)
+    CHECK(
+        (std::fabs(e_w[i] - 1 - 2 * d_w[i]) < 1e-15 && std::fabs(e_l[i] - 1 - 2 * d_l[i]) < 1e-15));
+  for (std::size_t i = 0; i < 12; ++i)
+    CHECK(std::fabs(e_z[i] - 1 - 0.5 * d_z[i]) < 1e-15);
+  const auto before = e_z;
+  CHECK_THROWS_WITH(loss({.chosen = w, .rejected = l}, scores, degrees, e_w, e_l, e),
+                    ContainsSubstring("chosen_reference"));
+  CHECK_THROWS_WITH(loss(pairs, scores, degrees, e_w, {}, e), ContainsSubstring("d_rejected is 0"));
+  const std::vector<int> wrong{0, 3, 1, 1};
+  CHECK_THROWS_WITH(loss(pairs, scores, wrong, e_w, e_l, e), ContainsSubstring("labels[1] is 3"));
+  CHECK(e_z == before);
+  CHECK_THROWS_WITH(perdita::spo(dpo, {.gamma = -1}), ContainsSubstring("gamma is -1"));
+}
+
+TEST_CASE("sequence_head: log Σ p² from two temperatures (WPO)", "[sequence]") {
+  const tokens<double> p({6}, 4, 9, 4);
+  std::vector<double> s(1), cold(6), plain(6);
+  std::vector<int> labels(6, 1);
+  const auto sums = [&](double temperature, std::vector<double>& to) {
+    perdita::sequence_head<double>({.shift = false, .temperature = temperature})
+        .scores(p.policy.z(), labels, p.layout(), s, {.log_sum_exp = to});
+  };
+  sums(0.5, cold);
+  sums(1, plain);
+  for (index r = 0; r < 6; ++r) {
+    double sum = 0, squares = 0;
+    for (index k = 0; k < 9; ++k) {
+      const double image = std::exp(p.policy.z()(r, k));
+      sum += image;
+      squares += image * image;
+    }
+    CHECK(std::fabs(cold[at(r)] - 2 * plain[at(r)] - std::log(squares / (sum * sum))) < 1e-14);
   }
 }
 

@@ -305,6 +305,47 @@ TEST_CASE("token_level: rewards of RTO", "[token_level]") {
   CHECK(out == before);
 }
 
+TEST_CASE("token_level: weights of tokens (LD-DPO) and of pairs (WPO)", "[token_level]") {
+  using Catch::Matchers::ContainsSubstring;
+  std::vector<double> w(16, 7);
+  const matrix_view<double> weights(w.data(), 4, 4);
+  // Pairs of rows 0 and 2 with 3 and 2 tokens, of 1 and 3 with 2 and 0
+  const std::vector<int> mask{0, 1, 1, 1, 1, 0, 1, 0, 1, 0, 0, 1, 0, 0, 0, 0};
+  const matrix_view<const int> counts(mask.data(), 4, 4);
+  perdita::ld_weights(weights, 0.25, counts);
+  CHECK(w == std::vector<double>{0, 1, 1, .25, .25, 0, .25, 0, 1, 0, 0, 1, 0, 0, 0, 0});
+  const std::vector<int> lengths{4, 1, 2, 3};
+  perdita::ld_weights(weights, 0, {}, lengths);
+  CHECK(w == std::vector<double>{1, 1, 0, 0, 1, 0, 0, 0, 1, 1, 0, 0, 1, 0, 0, 0});
+
+  // Probabilities (½, ½) and (¾, ¼): Σ p² is ½ and ⅝
+  const double even = std::log(0.5), some = std::log(0.75), rare = std::log(0.25);
+  const std::vector<double> l{nan,  even, some, rare, even, nan, even, nan,
+                              some, nan,  nan,  some, nan,  nan, nan,  nan};
+  std::vector<double> squares(16, std::log(0.625)), c(2, 7);
+  squares[1] = squares[4] = squares[6] = std::log(0.5);
+  const matrix_view<const double> policy(l.data(), 4, 4), of_squares(squares.data(), 4, 4);
+  const double first = std::cbrt(1.2 * 0.4) * 1.2;
+  for (const double cap : {1.0, 0.5, inf}) {
+    perdita::wpo_weights(policy, of_squares, c, cap, counts);
+    CHECK(std::abs(c[0] - std::fmin(first, cap)) < 1e-15);
+    CHECK(std::abs(c[1] - std::fmin(1, cap)) < 1e-15); // and 1 of the empty one
+  }
+  perdita::wpo_weights(policy, of_squares, c);
+  CHECK((std::isnan(c[0]) && std::isnan(c[1])));
+
+  const auto before = w;
+  CHECK_THROWS_WITH(perdita::ld_weights(weights, 1.5), ContainsSubstring("alpha is 1.5"));
+  CHECK_THROWS_WITH(perdita::ld_weights(matrix_view<double>(w.data(), 3, 4), 1),
+                    ContainsSubstring("weights is 3, expected an even number of rows"));
+  CHECK_THROWS_WITH(perdita::ld_weights(weights, 1, {}, std::vector<int>(4, 5)),
+                    ContainsSubstring("lengths[0] is 5"));
+  CHECK(w == before);
+  CHECK_THROWS_WITH(perdita::wpo_weights(policy, of_squares, c, 0), ContainsSubstring("cap is 0"));
+  CHECK_THROWS_WITH(perdita::wpo_weights(policy, of_squares, w),
+                    ContainsSubstring("weights is 16"));
+}
+
 TEST_CASE("token_level: what is refused", "[token_level]") {
   using Catch::Matchers::ContainsSubstring;
   CHECK_THROWS_WITH(perdita::tdpo<float>({.beta = 0}), ContainsSubstring("tdpo: beta is 0"));

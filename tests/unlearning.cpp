@@ -50,6 +50,22 @@ TEMPLATE_TEST_CASE("unlearning: losses of sequences at log-ratios up to 5000", "
               scores, gradient, call);
         },
         value, slope);
+  const wide baseline = -0.75;
+  for (const bool bounded : {false, true})
+    check_points<T>(
+        "npo_kto", bounded ? "bounded" : "", log_ratios, true, 1,
+        [&](const auto& scores, const auto& gradient, const auto& call) {
+          return perdita::npo_kto<T>({.bounded = bounded, .reduction = reduction::sum})(
+              scores, -0.75, gradient, call);
+        },
+        [=](const wide& x) {
+          const wide t = beta * x - baseline;
+          return wide(2 / beta * (bounded ? sigma(t) : softplus(t)));
+        },
+        [=](const wide& x) {
+          const wide t = beta * x - baseline;
+          return wide(2 * sigma(t) * (bounded ? sigma(wide(-t)) : wide(1)));
+        });
   const wide steep = 2.5, gamma = 0.25;
   check_points<T>(
       "simnpo", "", log_ratios, false, 8,
@@ -118,6 +134,18 @@ TEST_CASE("unlearning: golden values, and the limits of npo", "[unlearning]") {
   check_golden(g[0], 0.9600213196888);
   check_golden(perdita::simnpo<double>()(scores, g), 0.001542874563375505);
   check_golden(8 * g[0], 0.003853469326655);
+  CHECK(perdita::npo_kto<double>()(scores, 0) == perdita::npo<double>()(scores));
+  { // K is the mean over refusals that say something; it is a constant, and may be below 0.
+    const std::vector<double> idk{-4, -7, -3}, idk_r{-3.5, -6, -1};
+    const std::vector<int> tokens{2, 3, 0};
+    const double k = perdita::refusal_baseline<double>({.policy = idk, .reference = idk_r});
+    CHECK(std::abs(k + 3.5 / 3) < 1e-15);
+    CHECK(perdita::refusal_baseline<double>(
+              {.policy = idk, .reference = idk_r, .lengths = tokens}) == -0.75);
+    perdita::sequence_summary summary;
+    perdita::npo_kto<double>()(scores, k, {}, {}, {.summary = &summary});
+    CHECK(summary.kl == k);
+  }
   // At the start, and with β → 0: gradient ascent.
   CHECK(std::abs(perdita::npo<double>()({.policy = p, .reference = p}, g) - 20 * std::log(2)) <
         1e-14);
@@ -594,6 +622,11 @@ TEST_CASE("unlearning: bad input", "[unlearning]") {
                     ContainsSubstring("lengths is missing"));
   CHECK(g == std::vector<double>{5, 5});
   CHECK_THROWS_WITH(perdita::npo<float>({.beta = 0}), ContainsSubstring("npo: beta is 0"));
+  CHECK_THROWS_WITH(perdita::npo_kto<float>({.beta = 0}), ContainsSubstring("npo_kto: beta is 0"));
+  CHECK_THROWS_WITH(perdita::npo_kto<double>()({.policy = p, .reference = p}, inf, g),
+                    ContainsSubstring("baseline is inf"));
+  CHECK_THROWS_WITH(perdita::refusal_baseline<double>({.policy = p}),
+                    ContainsSubstring("reference is missing"));
   CHECK_THROWS_WITH(perdita::simnpo<float>({.beta = -2}), ContainsSubstring("beta is -2"));
   CHECK_THROWS_WITH(perdita::simnpo<float>({.gamma = inf}), ContainsSubstring("gamma"));
   CHECK_THROWS_WITH(perdita::wga<float>({.beta = -1}), ContainsSubstring("beta is -1"));
@@ -605,6 +638,7 @@ TEST_CASE("unlearning: bad input", "[unlearning]") {
   const std::vector<double> none;
   const std::vector<int> no_lengths;
   CHECK(perdita::npo<double>()({.policy = none, .reference = none}) == 0);
+  CHECK(perdita::refusal_baseline<double>({.policy = none, .reference = none}) == 0);
   CHECK(perdita::simnpo<double>()({.policy = none, .lengths = no_lengths}) == 0);
 }
 

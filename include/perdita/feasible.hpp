@@ -24,6 +24,20 @@ template <class V>
 concept multipliers_like = vector_like<V> &&
     (std::same_as<std::remove_const_t<typename element_of<V>::type>, float> ||
      std::same_as<std::remove_const_t<typename element_of<V>::type>, double>);
+
+/// λ ← [λ + η (ℓ − ε − λ/α)]₊
+template <class V> void raise_multiplier(V& multiplier, double loss, const feasible_options& o) {
+  const auto before = static_cast<double>(multiplier);
+  const double excess = loss - o.level - before / o.slack_cost;
+  const double next = o.dual_rate == 0 ? before : before + o.dual_rate * excess;
+  multiplier = next < 0 ? V(0) : static_cast<V>(next);
+}
+
+inline void check_feasible(const char* name, const feasible_options& o) {
+  finite(name, "level", o.level);
+  not_negative(name, "dual_rate", o.dual_rate);
+  require(o.slack_cost > 0, name, "slack_cost", o.slack_cost, "a number above 0");
+}
 } // namespace core
 
 /// Feasible learning: not the least mean, but every row's value at most ε. A saddle point of
@@ -65,10 +79,7 @@ public:
 
   explicit(false) feasible(Loss loss) : feasible(std::move(loss), options{}) {}
   feasible(Loss loss, const options& o) : loss_(std::move(loss)), options_(o) {
-    core::require(std::isfinite(o.level), name, "level", o.level, "a finite number");
-    core::require(o.dual_rate >= 0 && std::isfinite(o.dual_rate), name, "dual_rate", o.dual_rate,
-                  "a finite number, 0 or more");
-    core::require(o.slack_cost > 0, name, "slack_cost", o.slack_cost, "a number above 0");
+    core::check_feasible(name, o);
   }
   const options& settings() const { return options_; }
   const Loss& loss() const { return loss_; }
@@ -98,7 +109,7 @@ public:
       const auto r = static_cast<std::size_t>(i);
       if (found.weight[r] == 0)
         continue;
-      ascend(lambda[i], static_cast<double>(found.value[r]));
+      core::raise_multiplier(lambda[i], static_cast<double>(found.value[r]), options_);
       weights[r] = static_cast<T>(found.weight[r] * static_cast<double>(lambda[i]));
     }
     const T result = value(found, lambda, call);
@@ -114,13 +125,6 @@ private:
     core::require_rows(name, "multipliers", lambda.size, rows);
     if (!lambda.data && rows > 0)
       core::fail(name, "multipliers", "null", "a pointer to memory");
-  }
-
-  template <class V> void ascend(V& multiplier, double loss) const {
-    const auto before = static_cast<double>(multiplier);
-    const double excess = loss - options_.level - before / options_.slack_cost;
-    const double next = options_.dual_rate == 0 ? before : before + options_.dual_rate * excess;
-    multiplier = next < 0 ? V(0) : static_cast<V>(next);
   }
 
   static double denominator(const core::row_values<T>& found, const call_options<T>& call) {
@@ -155,5 +159,26 @@ private:
   Loss loss_;
   options options_;
 };
+
+/// The same step of the multipliers for losses of pairs or sequences, from their values: the plain
+/// losses, one number each. Then the multipliers are row weights:
+///
+///   dpo(pairs, {.values = values});
+///   perdita::update_multipliers(values, multipliers, {.level = 0.3, .dual_rate = 1});
+///   value = dpo(pairs, d_chosen, d_rejected, {.row_weights = multipliers, .normaliser = n});
+///
+/// makes (1/n) Σ λ ℓ and its gradient. (The authors' code takes the old multipliers for these: call
+/// in the other order.) Throws std::invalid_argument.
+template <core::multipliers_like X, core::multipliers_like V>
+void update_multipliers(X&& values, V&& multipliers, const feasible_options& o) {
+  constexpr const char* name = "update_multipliers";
+  core::check_feasible(name, o);
+  const auto loss = core::as_vector(values);
+  const auto lambda = core::as_vector(multipliers);
+  core::require(lambda.size == loss.size, name, "size of multipliers", lambda.size,
+                "as many as there are values");
+  for (index i = 0; i < loss.size; ++i)
+    core::raise_multiplier(lambda[i], static_cast<double>(loss[i]), o);
+}
 
 } // namespace perdita::inline PERDITA_ABI

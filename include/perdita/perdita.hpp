@@ -70,6 +70,7 @@
 #include "policy_gradient.hpp"
 #include "poly.hpp"
 #include "prediction_entropy.hpp"
+#include "preference/degrees.hpp"
 #include "preference/dpo.hpp"
 #include "preference/entanglement.hpp"
 #include "preference/inputs.hpp"

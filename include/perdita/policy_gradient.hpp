@@ -62,14 +62,11 @@ public:
   policy_gradient() : policy_gradient(Term{}) {}
   explicit policy_gradient(const Term& term, const options& o = {}) : term_(term), options_(o) {
     term.check(name);
-    const auto weight = [](const char* what, double x) {
-      core::require(x >= 0 && std::isfinite(x), name, what, x, "a finite number, 0 or more");
-    };
     const auto limit = [](const char* what, double x) {
       core::require(x > 0, name, what, x, "a number above 0");
     };
-    weight("kl_weight", o.kl_weight);
-    weight("entropy_weight", o.entropy_weight);
+    core::not_negative(name, "kl_weight", o.kl_weight);
+    core::not_negative(name, "entropy_weight", o.entropy_weight);
     limit("log_ratio_limit", o.log_ratio_limit);
     limit("kl_limit", o.kl_limit);
     limit("correction_cap", o.correction_cap);
@@ -204,6 +201,15 @@ template <class T = float> auto gspo(const policy::clip& term = {}, const policy
 template <class T = float> auto gmpo(const policy::gmpo& term = {}, const policy::options& o = {}) {
   return core::policy_loss<T>(term, o, policy::reducer::sequence_mean,
                               policy::level::sequence_mean);
+}
+/// Munos et al., "Nash learning from human feedback", ICML 2024 (Nash-MD), of the sequences' sums:
+/// slopes β (l − ref) − (P − ½), P − ½ the advantages, P the probability that the sequence is
+/// preferred to one of a mixture of policy and reference. (TRL's value has β (l − ref) l, with a
+/// constant ratio, where this has ½ β (l − ref)².)
+template <class T = float> auto nash_md(double beta = 0.1, policy::options o = {}) {
+  o.kl = policy::kl_estimator::k2;
+  o.kl_weight = beta;
+  return core::policy_loss<T>(policy::reinforce{}, o, policy::reducer::sequence_sum);
 }
 /// See policy::dro; of the sequences' sums.
 template <class T = float> auto dro(const policy::dro& term = {}, const policy::options& o = {}) {

@@ -197,6 +197,22 @@ TEST_CASE("feasible: the gradient is that of L at the new multipliers", "[feasib
   check(perdita::brier<double>());
 }
 
+TEST_CASE("feasible: multipliers of losses that are no rows", "[feasible]") {
+  const std::vector<double> losses{1, 0.25, 0.5, 3};
+  std::vector<double> lambda{0.5, 0.25, 0, 1};
+  perdita::update_multipliers(losses, lambda, {.level = 0.5, .dual_rate = 0.5, .slack_cost = 2});
+  CHECK(lambda == std::vector<double>{0.625, 0.0625, 0, 2});
+  std::vector<float> narrow(4, 1);
+  perdita::update_multipliers(losses, narrow, {.level = 9, .dual_rate = 1});
+  CHECK(narrow == std::vector<float>(4));
+  using Catch::Matchers::ContainsSubstring;
+  CHECK_THROWS_WITH(perdita::update_multipliers(losses, narrow, {.dual_rate = -1}),
+                    ContainsSubstring("dual_rate is -1"));
+  narrow.resize(3);
+  CHECK_THROWS_WITH(perdita::update_multipliers(losses, narrow, {}),
+                    ContainsSubstring("size of multipliers is 3, expected"));
+}
+
 TEST_CASE("feasible: infinite values, NaN, and rows that do not count", "[feasible]") {
   const std::vector<double> x{0, -inf, 1, 2, std::nan(""), 0, 3, 1};
   const perdita::matrix_view<const double> scores(x.data(), 4, 2);

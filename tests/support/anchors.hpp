@@ -231,6 +231,20 @@ template <class Loss> void check_anchor_calls(const Loss& loss) {
     const std::vector<int> none;
     CHECK(loss(perdita::matrix_view<const T>(nullptr, 0, d), none) == 0);
   }
+  { // Equal and zero vectors, whoever belongs to whom, make numbers; one row is compared with none.
+    const batch<T> equal(6, d, T(2)), zero(6, d), one(1, d, T(2));
+    batch<T> to(6, d), to_one(1, d, T(7));
+    const std::vector<int> alike(6, 1), apart{1, 2, 3, 4, 5, 6}, twos{1, 2, 3, 1, 2, 3};
+    for (const auto& labels : {alike, apart, twos}) {
+      CHECK(std::isfinite(loss(equal.view(), labels, to.view())));
+      for (const T slope : to.x)
+        CHECK(std::isfinite(slope));
+      CHECK(std::isfinite(loss(zero.view(), labels, to.view())));
+      CHECK(to.x == std::vector<T>(to.x.size(), T(0)));
+    }
+    CHECK(loss(one.view(), std::vector<int>{1}, to_one.view()) == 0);
+    CHECK(to_one.x == std::vector<T>(to_one.x.size(), T(0)));
+  }
   // Refused, with nothing written.
   const auto kept = g;
   const std::vector<int> few(3);

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -49,6 +50,22 @@ PERDITA_INLINE void require(bool holds, const char* loss, const char* argument, 
                             const char* expected) {
   if (!holds) [[unlikely]]
     fail(loss, argument, to_text(got), expected);
+}
+
+/// An option that must be a finite number above 0.
+template <class T> double positive(const char* loss, const char* option, T x) {
+  require(x > 0 && std::isfinite(x), loss, option, x, "a finite number above 0");
+  return static_cast<double>(x);
+}
+/// An option that must be a finite number, 0 or more.
+template <class T> double not_negative(const char* loss, const char* option, T x) {
+  require(x >= 0 && std::isfinite(x), loss, option, x, "a finite number, 0 or more");
+  return static_cast<double>(x);
+}
+/// An option that must be a finite number.
+template <class T> double finite(const char* loss, const char* option, T x) {
+  require(std::isfinite(x), loss, option, x, "a finite number");
+  return static_cast<double>(x);
 }
 
 /// As fail(), of element `index` of the argument.

@@ -250,6 +250,11 @@ template <class T> struct sequence_checks {
     if (!data && elements > 0) [[unlikely]]
       fail(name, what, "null", "a pointer to memory");
   }
+  template <class V>
+  void entries(const char* what, const V& view, index expected, const char* of) const {
+    size(what, view.size, expected, of);
+    memory(what, view.data, expected);
+  }
   /// Sets lengths, one for each sequence, of 0 to `most`.
   template <class I>
   void lengths(const char* what, integer_rows& to, vector_view<I> from, index sequences,

@@ -124,11 +124,9 @@ group_report group_advantages(R&& rewards, const groups& of, A&& advantages,
   const auto r = core::as_vector(rewards);
   const auto out = core::as_vector(advantages);
   const core::sequence_checks<double> checks{name};
-  checks.size("advantages", out.size, r.size, "as many as rewards");
+  checks.entries("advantages", out, r.size, "as many as rewards");
   checks.memory("rewards", r.data, r.size);
-  checks.memory("advantages", out.data, r.size);
-  core::require(o.epsilon >= 0 && std::isfinite(o.epsilon), name, "epsilon", o.epsilon,
-                "a finite number, 0 or more");
+  core::not_negative(name, "epsilon", o.epsilon);
   const auto reward = [&](index i) { return static_cast<double>(r[i]); };
   const auto of_batch = core::mean_and_spread::of([&](const auto& f) {
     for (index i = 0; i < r.size; ++i)
@@ -209,10 +207,6 @@ struct token_views {
     const double x = static_cast<double>(l) - static_cast<double>(q);
     return core::times(p.weight, core::estimate_kl(p.estimator, x, 0).value);
   }
-  void penalty(const kl_penalty& p) const {
-    core::require(p.weight >= 0 && std::isfinite(p.weight), name, "weight", p.weight,
-                  "a finite number, 0 or more");
-  }
 };
 /// Of tokens that count: more(i, t) less the penalty, and the score in the last; 0 in the others.
 template <class L, class Q, class S, class R, class More>
@@ -223,10 +217,9 @@ void write_rewards(const char* name, const L& l, const Q& q, const S& scores, co
   views.same("the policy", l);
   views.same("reference", q);
   views.same("rewards", rewards);
-  views.penalty(penalty);
+  core::not_negative(name, "weight", penalty.weight);
   const core::sequence_checks<double> checks{name};
-  checks.size("scores", scores.size, l.rows, "as many as there are sequences");
-  checks.memory("scores", scores.data, l.rows);
+  checks.entries("scores", scores, l.rows, "as many as there are sequences");
   for (index i = 0; i < l.rows; ++i) {
     views.tokens.read(i, views.counts.data());
     double last = static_cast<double>(scores[i]);
@@ -267,12 +260,10 @@ void sequence_rewards(O&& old, F&& reference, S&& scores, R&& rewards,
   detail::token_views views(name, l, mask, lengths);
   views.same("old", l);
   views.same("reference", q);
-  views.penalty(penalty);
+  core::not_negative(name, "weight", penalty.weight);
   const core::sequence_checks<double> checks{name};
-  checks.size("scores", score.size, l.rows, "as many as there are sequences");
-  checks.size("rewards", out.size, l.rows, "as many as there are sequences");
-  checks.memory("scores", score.data, l.rows);
-  checks.memory("rewards", out.data, l.rows);
+  checks.entries("scores", score, l.rows, "as many as there are sequences");
+  checks.entries("rewards", out, l.rows, "as many as there are sequences");
   for (index i = 0; i < l.rows; ++i) {
     views.tokens.read(i, views.counts.data());
     core::exact_sum kl;
@@ -345,8 +336,7 @@ void whiten(A&& advantages, const whitening_options& o = {}, const token_mask& m
   const auto a = core::as_matrix(advantages);
   detail::token_views views(name, a, mask, lengths);
   views.same("advantages", a);
-  core::require(o.epsilon >= 0 && std::isfinite(o.epsilon), name, "epsilon", o.epsilon,
-                "a finite number, 0 or more");
+  core::not_negative(name, "epsilon", o.epsilon);
   const auto each = [&](const auto& f, const auto& other) {
     for (index i = 0; i < a.rows; ++i) {
       views.tokens.read(i, views.counts.data());

@@ -95,8 +95,7 @@ policy_job<T> check_policy_call(const char* name, const policy::options& options
     fail(name, "advantages", each ? "given with token_advantages" : "missing",
          "one of advantages and token_advantages");
   if (each) {
-    checks.size("advantages", in.advantages.size, in.policy.rows, "as many as there are sequences");
-    checks.memory("advantages", in.advantages.data, in.advantages.size);
+    checks.entries("advantages", in.advantages, in.policy.rows, "as many as there are sequences");
   }
   job.advantages = in.advantages;
   if (some && options.kl_weight > 0 && !in.reference.data)

@@ -13,6 +13,27 @@
 
 namespace perdita::inline PERDITA_ABI::policy {
 
+namespace detail {
+/// Log-probabilities of sequences: of the target P, of the proposal q that drew them, and of π.
+template <class P, class Q, class L> struct drawn_sequences {
+  P target;
+  Q proposal;
+  L policy;
+
+  drawn_sequences(const core::sequence_checks<double>& checks, P p, Q q, L l)
+      : target(p), proposal(q), policy(l) {
+    checks.memory("log_target", p.data, p.size);
+    checks.entries("log_proposal", q, p.size, "as many as of log_target");
+    checks.entries("log_policy", l, p.size, "as many as of log_target");
+  }
+  index size() const { return target.size; }
+  /// log P − log q and log π − log q of sequence i.
+  double log_weight(index i) const { return of(target, i) - of(proposal, i); }
+  double log_ratio(index i) const { return of(policy, i) - of(proposal, i); }
+  template <class V> static double of(const V& v, index i) { return static_cast<double>(v[i]); }
+};
+} // namespace detail
+
 struct target_options {
   double log_normaliser = 0;  ///< log Z, the running mean of P/q; 0 leaves the loss times Z
   bool baseline = false;      ///< subtract Z π/q, whose expected gradient is 0
@@ -32,26 +53,18 @@ template <core::real_vector P, core::real_vector Q, core::real_vector L, core::r
 void target_advantages(P&& log_target, Q&& log_proposal, L&& log_policy, A&& advantages,
                        const target_options& o = {}) {
   constexpr const char* name = "target_advantages";
-  const auto p = core::as_vector(log_target);
-  const auto q = core::as_vector(log_proposal);
-  const auto l = core::as_vector(log_policy);
-  const auto a = core::as_vector(advantages);
   const core::sequence_checks<double> checks{name};
-  checks.size("log_proposal", q.size, p.size, "as many as of log_target");
-  checks.size("log_policy", l.size, p.size, "as many as of log_target");
-  checks.size("advantages", a.size, p.size, "as many as of log_target");
-  for (const void* data : {static_cast<const void*>(p.data), static_cast<const void*>(q.data),
-                           static_cast<const void*>(l.data), static_cast<const void*>(a.data)})
-    checks.memory("an argument", data, p.size);
-  core::require(std::isfinite(o.log_normaliser), name, "log_normaliser", o.log_normaliser,
-                "a finite number");
+  const detail::drawn_sequences drawn(checks, core::as_vector(log_target),
+                                      core::as_vector(log_proposal), core::as_vector(log_policy));
+  const auto a = core::as_vector(advantages);
+  checks.entries("advantages", a, drawn.size(), "as many as of log_target");
+  core::finite(name, "log_normaliser", o.log_normaliser);
   core::require(o.exponent_limit > 0 && o.exponent_limit <= 700, name, "exponent_limit",
                 o.exponent_limit, "a number in (0, 700]");
-  for (index i = 0; i < p.size; ++i) {
-    const auto below = [&](double x) { return std::min(x, o.exponent_limit); };
-    const double from = static_cast<double>(q[i]);
-    const double target = std::exp(below(static_cast<double>(p[i]) - from) - o.log_normaliser);
-    const double own = o.baseline ? std::exp(below(static_cast<double>(l[i]) - from)) : 0;
+  const auto below = [&](double x) { return std::min(x, o.exponent_limit); };
+  for (index i = 0; i < drawn.size(); ++i) {
+    const double target = std::exp(below(drawn.log_weight(i)) - o.log_normaliser);
+    const double own = o.baseline ? std::exp(below(drawn.log_ratio(i))) : 0;
     core::put(a[i], target - own);
   }
 }
@@ -70,22 +83,14 @@ template <core::real_vector P, core::real_vector Q, core::real_vector L>
 target_distance distance_to_target(P&& log_target, Q&& log_proposal, L&& log_policy,
                                    const double* log_normaliser = nullptr) {
   constexpr const char* name = "distance_to_target";
-  const auto p = core::as_vector(log_target);
-  const auto q = core::as_vector(log_proposal);
-  const auto l = core::as_vector(log_policy);
-  const core::sequence_checks<double> checks{name};
-  checks.size("log_proposal", q.size, p.size, "as many as of log_target");
-  checks.size("log_policy", l.size, p.size, "as many as of log_target");
-  core::require(p.size > 0, name, "log_target's size", p.size, "1 or more");
-  for (const void* data : {static_cast<const void*>(p.data), static_cast<const void*>(q.data),
-                           static_cast<const void*>(l.data)})
-    checks.memory("an argument", data, p.size);
-  const auto n = static_cast<double>(p.size);
-  const auto target = [&](index i) { return static_cast<double>(p[i]); };
-  const auto weight = [&](index i) { return target(i) - static_cast<double>(q[i]); };
+  const detail::drawn_sequences drawn(core::sequence_checks<double>{name},
+                                      core::as_vector(log_target), core::as_vector(log_proposal),
+                                      core::as_vector(log_policy));
+  core::require(drawn.size() > 0, name, "log_target's size", drawn.size(), "1 or more");
+  const auto n = static_cast<double>(drawn.size());
   double top = core::no_score;
-  for (index i = 0; i < p.size; ++i)
-    top = std::max(top, weight(i));
+  for (index i = 0; i < drawn.size(); ++i)
+    top = std::max(top, drawn.log_weight(i));
   target_distance result;
   const double nan = std::numeric_limits<double>::quiet_NaN();
   if (top == core::no_score) {
@@ -93,14 +98,14 @@ target_distance distance_to_target(P&& log_target, Q&& log_proposal, L&& log_pol
     return result;
   }
   core::exact_sum sum, kl, variation;
-  for (index i = 0; i < p.size; ++i)
-    sum.add(std::exp(weight(i) - top));
+  for (index i = 0; i < drawn.size(); ++i)
+    sum.add(std::exp(drawn.log_weight(i) - top));
   result.log_normaliser = top + std::log(sum.value() / n);
   const double log_z = log_normaliser ? *log_normaliser : result.log_normaliser;
-  for (index i = 0; i < p.size; ++i) {
-    const double own = static_cast<double>(l[i]), w = std::exp(weight(i) - log_z);
-    kl.add(core::times(w, target(i) - own));
-    variation.add(std::fabs(std::exp(own - static_cast<double>(q[i])) - w));
+  for (index i = 0; i < drawn.size(); ++i) {
+    const double w = std::exp(drawn.log_weight(i) - log_z);
+    kl.add(core::times(w, drawn.of(drawn.target, i) - drawn.of(drawn.policy, i)));
+    variation.add(std::fabs(std::exp(drawn.log_ratio(i)) - w));
   }
   result.kl = kl.value() / n - log_z;
   result.total_variation = variation.value() / n / 2;
@@ -129,11 +134,9 @@ moment_report fit_moments(F&& features, M&& moments, std::vector<double>& lambda
   const core::sequence_checks<double> checks{name};
   core::require(f.rows > 0, name, "samples", f.rows, "1 or more");
   checks.memory("features", f.data, f.rows * f.cols);
-  checks.size("moments", wanted.size, f.cols, "as many as features");
-  checks.memory("moments", wanted.data, wanted.size);
+  checks.entries("moments", wanted, f.cols, "as many as features");
   checks.size("lambda", static_cast<index>(lambda.size()), f.cols, "as many as features");
-  core::require(o.step > 0 && std::isfinite(o.step), name, "step", o.step,
-                "a finite number above 0");
+  core::positive(name, "step", o.step);
   core::require(o.tolerance > 0, name, "tolerance", o.tolerance, "a number above 0");
   core::require(o.most_steps >= 0, name, "most_steps", o.most_steps, "0 or more");
   std::vector<double> scores(static_cast<std::size_t>(f.rows)), lack(lambda.size());

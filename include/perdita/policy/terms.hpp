@@ -95,8 +95,8 @@ struct sapo {
 
   static constexpr bool direct = false;
   void check(const char* name) const {
-    core::require(gain > 0 && std::isfinite(gain), name, "gain", gain, "a finite number above 0");
-    core::require(loss > 0 && std::isfinite(loss), name, "loss", loss, "a finite number above 0");
+    core::positive(name, "gain", gain);
+    core::positive(name, "loss", loss);
   }
   part operator()(const point& p) const {
     const double tau = p.advantage > 0 ? gain : loss, z = tau * (p.ratio - 1);
@@ -117,8 +117,7 @@ struct vespo {
   static constexpr bool direct = true;
   void check(const char* name) const {
     for (const double x : {k, lambda, k_loss, lambda_loss})
-      core::require(x >= 0 && std::isfinite(x), name, "k or lambda", x,
-                    "a finite number, 0 or more");
+      core::not_negative(name, "k or lambda", x);
     core::require(limit > 0 && limit <= 700, name, "limit", limit, "a number in (0, 700]");
   }
   part operator()(const point& p) const {
@@ -137,10 +136,7 @@ struct dro {
 
   static constexpr bool direct = true;
   static constexpr bool only_of_tokens = true;
-  void check(const char* name) const {
-    core::require(beta >= 0 && std::isfinite(beta), name, "beta", beta,
-                  "a finite number, 0 or more");
-  }
+  void check(const char* name) const { core::not_negative(name, "beta", beta); }
   part operator()(const point& p) const {
     return {core::times(-p.advantage, p.log_probability) + beta / 2 * p.log_ratio * p.log_ratio,
             beta * p.log_ratio - p.advantage};

@@ -205,9 +205,9 @@ private:
 /// lengths as well. The divergence is ignored by aot, aot_unpaired, apo_zero, kto_pair and by the
 /// first half of apo_down. rpo_alpha of TRL 0.9.3 to 0.28 is {sigmoid, {sft, alpha}}; MPO is
 /// {{sigmoid, 0.8}, {bco, 0.2}, sft}. TRL before 0.29 has a_old = 1 − divergence_alpha. LD-DPO's
-/// weights of tokens belong into the log-probabilities, WPO's of pairs into
-/// preference_pairs::weights. Rewards are β log-ratio (TRL), or β s with scored_rewards (the f-DPO
-/// code). Everything else: preference_loss.
+/// weights of tokens (ld_weights) belong into the log-probabilities, WPO's of pairs (wpo_weights)
+/// into preference_pairs::weights. Rewards are β log-ratio (TRL), or β s with scored_rewards (the
+/// f-DPO code). Everything else: preference_loss.
 ///
 /// Throws std::invalid_argument for β ≤ 0, ε outside [0,
 /// ½] (robust: [0, ½); exo: (0, ½]), no type, a weight that is not finite.
@@ -215,8 +215,8 @@ private:
 /// Source: Rafailov et al.,
 /// "Direct preference optimization", NeurIPS 2023; Azar et al., 2023 (IPO); Mitchell, 2023 (cDPO);
 /// Chowdhury et al., 2024 (robust); Zhao et al., 2023 (SLiC: hinge); Ji et al., 2024 (EXO); Chen et
-/// al., 2024 (NCA); Jung et al., 2024 (BCO); Wu et al., 2024 (SPPO); Melnyk et al., 2024 (AOT);
-/// D'Oosterlinck et al., 2024 (APO); Lu et al., 2024 (DiscoPOP); Wang et al., 2024 (f-DPO);
+/// al., 2024 (NCA); Jung et al., 2025 (BCO); Wu et al., 2025 (SPPO); Melnyk et al., 2024 (AOT);
+/// D'Oosterlinck et al., 2025 (APO); Lu et al., 2024 (DiscoPOP); Wang et al., 2024 (f-DPO);
 /// TRL 1.10.
 ///
 ///   perdita::dpo<float> loss({.beta = 0.1f, .types = {perdita::dpo_type::ipo}});
@@ -252,14 +252,9 @@ private:
       return core::reward_of(score(o), beta);
     return core::reward_of(scores::log_ratio{}, beta);
   }
-  static double smoothing(const options& o) {
-    core::require(o.label_smoothing >= 0 && o.label_smoothing <= T(0.5), name, "label_smoothing",
-                  o.label_smoothing, "a number in [0, 0.5]");
-    return static_cast<double>(o.label_smoothing);
-  }
   static std::vector<preference_term> terms(const options& o) {
     core::positive(name, "beta", o.beta);
-    smoothing(o);
+    core::smoothing(name, o.label_smoothing);
     std::vector<preference_term> all;
     for (const dpo_part& part : o.types) {
       all.push_back(part.weight * term(part.type, o));
@@ -277,7 +272,8 @@ private:
   static preference_term term(dpo_type type, const options& o) {
     const scores::divergence s = score(o);
     const scores::per_token<scores::divergence> per_token{s};
-    const auto beta = static_cast<double>(o.beta), half = 1 / (2 * beta), e = smoothing(o);
+    const auto beta = static_cast<double>(o.beta), half = 1 / (2 * beta),
+               e = core::smoothing(name, o.label_smoothing);
     switch (type) {
     case dpo_type::sigmoid:
       return margin_term(s, links::logistic{}, beta);

@@ -31,8 +31,8 @@ struct entangled_step {
 ///
 /// with c = −d_chosen and c′ = d_rejected.
 /// For equal slopes both move as wanted just if ⟨g, g′⟩ ≤ min(‖g‖², ‖g′‖²).
-/// Source: Yuan, Wu et al., "A common pitfall of margin-based language model alignment: gradient
-/// entanglement", ICLR 2025.
+/// Source: Yuan, Zeng, Wu et al., "A common pitfall of margin-based language model alignment:
+/// gradient entanglement", ICLR 2025.
 inline entangled_step entangle(double d_chosen, double d_rejected, double chosen_norm_squared,
                                double rejected_norm_squared, double product) {
   const double c = -d_chosen, other = d_rejected;
@@ -108,14 +108,13 @@ double head_gradient_product(const head_sequence<T>& a, const head_sequence<T>& 
 /// their log-probabilities, so that for equal slopes log π of the chosen cannot fall nor that of
 /// the rejected rise, to first order. A norm of 0 leaves its slope (there is nothing to move).
 /// Throws std::invalid_argument for sizes that differ, a norm below 0 or NaN.
-/// Source: Yuan, Wu et al., as for entangle; form verified to have that property.
+/// Source: Yuan, Zeng, Wu et al., as for entangle; form verified to have that property.
 template <class T>
 void normalise_pairs(vector_view<T> d_chosen, vector_view<T> d_rejected,
                      vector_view<const T> chosen_norms, vector_view<const T> rejected_norms) {
   const core::sequence_checks<T> checks{"normalise_pairs"};
   const auto each = [&](const char* what, const auto& view) {
-    checks.size(what, view.size, d_chosen.size, "as many as there are pairs");
-    checks.memory(what, view.data, view.size);
+    checks.entries(what, view, d_chosen.size, "as many as there are pairs");
   };
   each("d_chosen", d_chosen);
   each("d_rejected", d_rejected);
@@ -161,10 +160,8 @@ struct masked_log_ratio {
                         vector_view<T> d_log_probabilities, vector_view<T> d_mask) {
     check(log_probabilities, reference, mask, alpha);
     const core::sequence_checks<T> checks{"masked_log_ratio"};
-    checks.size("d_log_probabilities", d_log_probabilities.size, mask.size, "the tokens");
-    checks.size("d_mask", d_mask.size, mask.size, "the tokens");
-    checks.memory("d_log_probabilities", d_log_probabilities.data, mask.size);
-    checks.memory("d_mask", d_mask.data, mask.size);
+    checks.entries("d_log_probabilities", d_log_probabilities, mask.size, "the tokens");
+    checks.entries("d_mask", d_mask, mask.size, "the tokens");
     for (index t = 0; t < mask.size; ++t) {
       const double m = static_cast<double>(mask[t]);
       const double ratio =
@@ -179,10 +176,8 @@ private:
   static void check(const vector_view<const T>& l, const vector_view<const T>& q,
                     const vector_view<const T>& mask, double alpha) {
     const core::sequence_checks<T> checks{"masked_log_ratio"};
-    checks.size("log_probabilities", l.size, mask.size, "the tokens of the mask");
-    checks.size("reference", q.size, mask.size, "the tokens of the mask");
-    checks.memory("log_probabilities", l.data, l.size);
-    checks.memory("reference", q.data, q.size);
+    checks.entries("log_probabilities", l, mask.size, "the tokens of the mask");
+    checks.entries("reference", q, mask.size, "the tokens of the mask");
     checks.memory("mask", mask.data, mask.size);
     core::require(alpha >= 0, "masked_log_ratio", "alpha", alpha, "0 or more");
   }

@@ -3,8 +3,6 @@
 
 /// Inputs and options that losses of pairs, of single sequences and of lists have in common.
 
-#include <cmath>
-
 #include "../core/sequences.hpp"
 
 namespace perdita::inline PERDITA_ABI {
@@ -26,15 +24,10 @@ struct token_counts {
 
 namespace core {
 
-/// An option that must be a finite number above 0.
-template <class T> double positive(const char* loss, const char* option, T x) {
-  require(x > 0 && std::isfinite(x), loss, option, x, "a finite number above 0");
-  return static_cast<double>(x);
-}
-/// An option that must be a finite number, 0 or more.
-template <class T> double not_negative(const char* loss, const char* option, T x) {
-  require(x >= 0 && std::isfinite(x), loss, option, x, "a finite number, 0 or more");
-  return static_cast<double>(x);
+/// The option ε of a smoothed link.
+template <class T> double smoothing(const char* loss, T e) {
+  require(e >= 0 && e <= T(0.5), loss, "label_smoothing", e, "a number in [0, 0.5]");
+  return static_cast<double>(e);
 }
 
 } // namespace core

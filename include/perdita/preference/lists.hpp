@@ -18,7 +18,8 @@
 /// is s, and in the summary `chosen` is the best-rated candidate and `rejected` the worst-rated (of
 /// equals the first), of lists that have two different ratings.
 /// A score or rating that is not finite makes its list NaN and no other, where nothing else is
-/// said; an infinite reference is refused. Serial; all in double. Throws std::invalid_argument.
+/// said; an infinite reference is refused. Serial, with memory of its own
+/// (run_on and memory are not used); all in double. Throws std::invalid_argument.
 
 #include <algorithm>
 #include <cmath>
@@ -317,8 +318,7 @@ public:
   explicit(false) rrhf(const options& o) : options_(o) {
     core::not_negative(name, "rank_weight", o.rank_weight);
     core::not_negative(name, "nll_weight", o.nll_weight);
-    core::require(std::isfinite(o.length_penalty), name, "length_penalty", o.length_penalty,
-                  "a finite number");
+    core::finite(name, "length_penalty", o.length_penalty);
     core::require_reduction(name, o.reduction);
   }
   const options& settings() const { return options_; }

@@ -72,8 +72,7 @@ public:
                            {margin_term(scores::with_length{core::positive(name, "beta", o.beta),
                                                             core::finite(name, "alpha", o.alpha)},
                                         links::logistic{}, 1)},
-                           core::reward_of(scores::log_ratio{}, static_cast<double>(o.beta)),
-                           o.reduction),
+                           core::ratio_reward(o.beta), o.reduction),
         options_(o) {}
   const options& settings() const { return options_; }
 
@@ -101,7 +100,7 @@ public:
             {margin_term(scores::penalised{core::not_negative(name, "lambda", o.lambda)},
                          scores::log_ratio{}, links::logistic{},
                          core::positive(name, "beta", o.beta))},
-            core::reward_of(scores::log_ratio{}, static_cast<double>(o.beta)), o.reduction),
+            core::ratio_reward(o.beta), o.reduction),
         options_(o) {}
   const options& settings() const { return options_; }
 
@@ -123,10 +122,7 @@ public:
 
   dpo_shift() : dpo_shift(options{}) {}
   explicit(false) dpo_shift(const options& o)
-      : preference_loss<T>(name, {term(o)},
-                           core::reward_of(scores::log_ratio{}, static_cast<double>(o.beta)),
-                           o.reduction),
-        options_(o) {}
+      : preference_loss<T>(name, {term(o)}, core::ratio_reward(o.beta), o.reduction), options_(o) {}
   const options& settings() const { return options_; }
 
 private:
@@ -152,8 +148,7 @@ public:
   cal_dpo() : cal_dpo(options{}) {}
   explicit(false) cal_dpo(const options& o)
       : preference_loss<T>(name, terms(core::positive(name, "beta", o.beta)),
-                           core::reward_of(scores::log_ratio{}, static_cast<double>(o.beta)),
-                           o.reduction),
+                           core::ratio_reward(o.beta), o.reduction),
         options_(o) {}
   const options& settings() const { return options_; }
 
@@ -170,8 +165,8 @@ private:
 /// rejected_targets: how probably each response wins against one of the model. Without them 1 and
 /// 0; `dpo` with dpo_type::sppo is twice that. In the paper, η = 1/β.
 ///
-/// Source: Wu et al., "Self-play
-/// preference optimization for language model alignment", 2024 (β about 0.001).
+/// Source: Wu et al., "Self-play preference optimization for language model alignment", ICLR 2025
+/// (β about 0.001).
 template <class T = float> class sppo : public preference_loss<T> {
 public:
   struct options {
@@ -183,8 +178,7 @@ public:
   sppo() : sppo(options{}) {}
   explicit(false) sppo(const options& o)
       : preference_loss<T>(name, {term(core::positive(name, "beta", o.beta))},
-                           core::reward_of(scores::log_ratio{}, static_cast<double>(o.beta)),
-                           o.reduction),
+                           core::ratio_reward(o.beta), o.reduction),
         options_(o) {}
   const options& settings() const { return options_; }
 
@@ -199,6 +193,20 @@ private:
   }
   options options_;
 };
+
+namespace core {
+
+/// p log(1 + e^−t) + (1 − p) log(1 + e^t), t = β d − margin, p the pair's target.
+inline preference_term target_term(double beta) {
+  const auto of_pair = [beta](const preference_pair& p) -> pair_outcome {
+    const double t = beta * (p.chosen.log_ratio() - p.rejected.log_ratio()) - p.margin;
+    const links::outcome o = links::cross_entropy(p.target, 1 - p.target, t);
+    return {o.value, beta * o.slope, -beta * o.slope, t, true};
+  };
+  return pairwise_term(of_pair, needs_reference | needs_targets);
+}
+
+} // namespace core
 
 /// Direct Nash optimisation: the soft target p, the pairs' targets, of the margin,
 /// p log(1 + e^−ηd) + (1 − p) log(1 + e^ηd), references from the iteration before. Slope by u:
@@ -215,20 +223,54 @@ public:
 
   dno() : dno(options{}) {}
   explicit(false) dno(const options& o)
-      : preference_loss<T>(name, {term(core::positive(name, "eta", o.eta))},
-                           core::reward_of(scores::log_ratio{}, static_cast<double>(o.eta)),
-                           o.reduction),
+      : preference_loss<T>(name, {core::target_term(core::positive(name, "eta", o.eta))},
+                           core::ratio_reward(o.eta), o.reduction),
         options_(o) {}
   const options& settings() const { return options_; }
 
 private:
-  static preference_term term(double eta) {
-    const auto of_pair = [eta](const preference_pair& p) -> pair_outcome {
-      const double t = eta * (p.chosen.log_ratio() - p.rejected.log_ratio()) - p.margin;
-      const links::outcome o = links::cross_entropy(p.target, 1 - p.target, t);
-      return {o.value, eta * o.slope, -eta * o.slope, t, true};
+  options options_;
+};
+
+/// Exploratory preference optimisation, of pairs of a sample of the model (the pairs' `chosen`,
+/// whichever is the better) and one of the reference (`rejected`). With the probability p that the
+/// model's is the better one (the pairs' targets; 1 or 0 as a judge says),
+///
+///   p log(1 + e^−βd) + (1 − p) log(1 + e^βd), or with `ipo` (d − (2p − 1)/(2β))²;   + α log π(y′)
+///
+/// so that what the reference says is unlearnt. α = 0, of two samples of the model: online DPO. The
+/// report's margins are those of the model's over the reference's sample.
+/// Source: Xie et al., "Exploratory preference optimization: harnessing implicit Q*-approximation
+/// for sample-efficient RLHF", ICLR 2025; TRL, and its α.
+template <class T = float> class xpo : public preference_loss<T> {
+public:
+  struct options {
+    T beta = T(0.1);
+    T alpha = T(1e-5); ///< α, 0 or more
+    bool ipo = false;
+    perdita::reduction reduction = perdita::reduction::mean;
+  };
+  static constexpr const char* name = "xpo";
+
+  xpo() : xpo(options{}) {}
+  explicit(false) xpo(const options& o)
+      : preference_loss<T>(name, terms(o), core::ratio_reward(o.beta), o.reduction), options_(o) {}
+  const options& settings() const { return options_; }
+
+private:
+  static std::vector<preference_term> terms(const options& o) {
+    const double beta = core::positive(name, "beta", o.beta);
+    const auto square = [beta](const preference_pair& p) -> pair_outcome {
+      const double d = p.chosen.log_ratio() - p.rejected.log_ratio();
+      const double off = d - p.margin - (2 * p.target - 1) / (2 * beta);
+      return {off * off, 2 * off, -2 * off, d - p.margin, true};
     };
-    return pairwise_term(of_pair, needs_reference | needs_targets);
+    const auto unlearn = [](const preference_pair& p) -> pair_outcome {
+      return {p.rejected.log_probability, 0, 1};
+    };
+    return {o.ipo ? pairwise_term(square, needs_reference | needs_targets)
+                  : core::target_term(beta),
+            core::not_negative(name, "alpha", o.alpha) * pairwise_term(unlearn, needs_nothing)};
   }
   options options_;
 };
@@ -249,10 +291,7 @@ public:
 
   inpo() : inpo(options{}) {}
   explicit(false) inpo(const options& o)
-      : preference_loss<T>(name, {term(o)},
-                           core::reward_of(scores::log_ratio{}, static_cast<double>(o.eta)),
-                           o.reduction),
-        options_(o) {}
+      : preference_loss<T>(name, {term(o)}, core::ratio_reward(o.eta), o.reduction), options_(o) {}
   const options& settings() const { return options_; }
 
 private:
@@ -282,10 +321,7 @@ public:
 
   beta_dpo() : beta_dpo(options{}) {}
   explicit(false) beta_dpo(const options& o)
-      : preference_loss<T>(name, {term(o)},
-                           core::reward_of(scores::log_ratio{}, static_cast<double>(o.beta)),
-                           o.reduction),
-        options_(o) {}
+      : preference_loss<T>(name, {term(o)}, core::ratio_reward(o.beta), o.reduction), options_(o) {}
   const options& settings() const { return options_; }
 
 private:
@@ -377,10 +413,8 @@ private:
   template <class T> static std::vector<double> margins(const preference_pairs<T>& p) {
     constexpr core::sequence_checks<T> checks{"margin_statistics"};
     const auto views = {p.chosen, p.rejected, p.chosen_reference, p.rejected_reference};
-    for (const auto& view : views) {
-      checks.size("log-probabilities", view.size, p.chosen.size, "as many as there are chosen");
-      checks.memory("log-probabilities", view.data, view.size);
-    }
+    for (const auto& view : views)
+      checks.entries("log-probabilities", view, p.chosen.size, "as many as there are chosen");
     std::vector<double> d(static_cast<std::size_t>(p.chosen.size));
     for (index i = 0; i < p.chosen.size; ++i) {
       const auto at = [i](const auto& view) { return static_cast<double>(view[i]); };

@@ -28,6 +28,9 @@ template <class T> struct preference_pairs {
   token_counts chosen_lengths{}, rejected_lengths{};
   /// Of the model of the iteration before (inpo).
   vector_view<const T> chosen_previous{}, rejected_previous{};
+  /// Of the model, of a third response to each prompt, which is to be said (tpo).
+  vector_view<const T> gold{};
+  token_counts gold_lengths{};
   /// One number per pair that is taken off the margin between the two, where a loss has one.
   vector_view<const T> margins{};
   /// Factors of the pairs, of value and gradient, and not in the mean's denominator (that is what
@@ -60,13 +63,15 @@ struct preference_pair {
   preference_side chosen, rejected;
   double margin = 0, target = 1, rejected_target = 0, baseline = 0;
   double weight = 1; ///< row weight, above 0
+  preference_side gold{};
 };
 
-/// Value of a pair and its slopes by both log-probabilities.
+/// Value of a pair and its slopes by its log-probabilities.
 struct pair_outcome {
   double value = 0, chosen = 0, rejected = 0;
   double argument = 0; ///< of the link
   bool has_argument = false;
+  double gold = 0; ///< slope
 };
 
 /// What must be given, as a set of bits.
@@ -76,7 +81,8 @@ enum preference_inputs : unsigned {
   needs_lengths = 2,
   needs_previous = 4,
   needs_targets = 8,
-  divides_by_lengths = 16 ///< each at least 1, if given
+  divides_by_lengths = 16, ///< each at least 1, if given
+  needs_gold = 32
 };
 
 /// Scores: functors of a preference_side that give a value and its slope by the log-probability.
@@ -141,9 +147,9 @@ concept preference_score = requires(const S& score, const preference_side& side)
 /// A part of a loss: the outcome of every pair of a batch.
 struct preference_term {
   std::function<void(std::span<const preference_pair>, std::span<pair_outcome>)> run;
-  unsigned inputs = needs_nothing;
-  bool coupled = false;      ///< the value of a pair depends on the scores of others
-  bool takes_weights = true; ///< preference_pairs::weights
+  unsigned inputs = needs_nothing; ///< not of a term of weight 0, which is left out
+  bool coupled = false;            ///< the value of a pair depends on the scores of others
+  bool takes_weights = true;       ///< preference_pairs::weights
   double weight = 1;
 };
 
@@ -201,25 +207,32 @@ enum class likelihood_share {
   sequence      ///< 1
 };
 
-/// −log π of the chosen, over the share; lengths not given are 1. Without the pairs' weights.
-inline preference_term likelihood_term(likelihood_share share = likelihood_share::batch_tokens) {
-  const auto each = [share](std::span<const preference_pair> pairs, std::span<pair_outcome> out) {
+/// −log π of the chosen (or the gold), over the share; lengths not given are 1. Without the pairs'
+/// weights.
+inline preference_term likelihood_term(likelihood_share share = likelihood_share::batch_tokens,
+                                       bool of_gold = false) {
+  const auto each = [=](std::span<const preference_pair> pairs, std::span<pair_outcome> out) {
+    const auto side = of_gold ? &preference_pair::gold : &preference_pair::chosen;
+    const auto slope = of_gold ? &pair_outcome::gold : &pair_outcome::chosen;
     core::exact_sum tokens, weights;
     for (const preference_pair& p : pairs) {
-      tokens.add(p.weight * p.chosen.length);
+      tokens.add(p.weight * (p.*side).length);
       weights.add(p.weight);
     }
     const double mean = tokens.value() / weights.value();
     for (std::size_t i = 0; i < pairs.size(); ++i) {
-      const preference_side& s = pairs[i].chosen;
+      const preference_side& s = pairs[i].*side;
       const double n = share == likelihood_share::batch_tokens ? mean
                        : share == likelihood_share::tokens     ? s.length
                                                                : 1;
-      if (n > 0)
-        out[i] = {-s.log_probability / n, -1 / n, 0};
+      if (n > 0) {
+        out[i].value = -s.log_probability / n;
+        out[i].*slope = -1 / n;
+      }
     }
   };
-  preference_term term{each, share == likelihood_share::tokens ? divides_by_lengths : 0U};
+  preference_term term{each, (share == likelihood_share::tokens ? divides_by_lengths : 0U) |
+                                 (of_gold ? needs_gold : 0U)};
   term.takes_weights = false;
   return term;
 }
@@ -231,7 +244,7 @@ inline preference_term likelihood_term(likelihood_share share = likelihood_share
 ///
 /// Shapes: one number per pair in every view. Log-probabilities, gradients and by-products are of
 /// T, lengths integers of any type. Arithmetic is in double. The memory of gradients may be that of
-/// the inputs, but not one for both. A NaN makes NaN of its pair's value and both its slopes, and
+/// the inputs, but not one for two. A NaN makes NaN of its pair's value and all its slopes, and
 /// no other pair's; ±inf of the model gives the limit, or NaN where the two have none. References
 /// must be no infinity; a length of 0 is refused by losses that divide by it.
 ///
@@ -266,7 +279,7 @@ public:
     for (const preference_term& term : terms_) {
       core::require(std::isfinite(term.weight), name_.c_str(), "weight of a term", term.weight,
                     "a finite number");
-      inputs_ |= term.inputs;
+      inputs_ |= term.weight != 0 ? term.inputs : 0U;
       coupled_ = coupled_ || term.coupled;
     }
     if (!reward_)
@@ -276,25 +289,33 @@ public:
   /// The reduced value.
   T operator()(const preference_pairs<T>& pairs, const call_options<T>& call = {},
                const preference_report<T>& report = {}) const {
-    return run(pairs, {}, {}, false, call, report);
+    return run(pairs, {}, false, call, report);
   }
   /// The reduced value, and its gradient by the log-probabilities.
   T operator()(const preference_pairs<T>& pairs, vector_view<T> d_chosen, vector_view<T> d_rejected,
                const call_options<T>& call = {}, const preference_report<T>& report = {}) const {
-    return run(pairs, d_chosen, d_rejected, true, call, report);
+    return run(pairs, {d_chosen, d_rejected}, true, call, report);
+  }
+  /// The same with the gradient by the log-probabilities of the gold responses.
+  T with_gold(const preference_pairs<T>& pairs, vector_view<T> d_chosen, vector_view<T> d_rejected,
+              vector_view<T> d_gold, const call_options<T>& call = {},
+              const preference_report<T>& report = {}) const {
+    return run(pairs, {d_chosen, d_rejected, d_gold}, true, call, report);
   }
 
 private:
+  struct gradient_views {
+    vector_view<T> chosen{}, rejected{}, gold{};
+  };
   void check_view(const char* what, const auto& v, index count, bool needed) const {
     const core::sequence_checks<T> checks{name_.c_str()};
     if (!needed && !v.data && v.size == 0)
       return;
-    checks.size(what, v.size, count, "as many as there are chosen");
-    checks.memory(what, v.data, count);
+    checks.entries(what, v, count, "as many as there are chosen");
   }
   void check_counts(const char* what, const token_counts& counts, index pairs,
-                    const call_options<T>& call) const {
-    if (!counts.given() && !(inputs_ & needs_lengths))
+                    const call_options<T>& call, bool needed) const {
+    if (!counts.given() && !needed)
       return;
     const core::sequence_checks<T> checks{name_.c_str()};
     checks.size(what, counts.entries.cols, pairs, "as many as there are chosen");
@@ -337,8 +358,11 @@ private:
     check_view("rejected_log_ratios", report.rejected_log_ratios, n, false);
     check_view("arguments", report.arguments, n, false);
     checks.call(call, n, false, "as many as there are chosen");
-    check_counts("chosen_lengths", p.chosen_lengths, n, call);
-    check_counts("rejected_lengths", p.rejected_lengths, n, call);
+    const bool lengths = (inputs_ & needs_lengths) != 0, gold = (inputs_ & needs_gold) != 0;
+    check_counts("chosen_lengths", p.chosen_lengths, n, call, lengths);
+    check_counts("rejected_lengths", p.rejected_lengths, n, call, lengths);
+    check_view("gold", p.gold, n, gold);
+    check_counts("gold_lengths", p.gold_lengths, n, call, lengths && gold);
 
     const auto no_infinity = [](T x) { return !std::isinf(x); };
     const auto probability = [](T x) { return x >= 0 && x <= 1; };
@@ -360,10 +384,14 @@ private:
                  "depend on one another");
     check_each("row_weights", call.row_weights, call, "0 or 1", [](T x) { return x == T(1); });
   }
-  static void check_apart(const char* name, const vector_view<T>& a, const vector_view<T>& b) {
-    if (a.data == b.data && a.size > 0)
-      core::fail(std::string("perdita::") + name +
-                 ": d_chosen and d_rejected are the same memory, expected memory apart");
+  void check_gradients(const gradient_views& to, index count) const {
+    check_view("d_chosen", to.chosen, count, true);
+    check_view("d_rejected", to.rejected, count, true);
+    check_view("d_gold", to.gold, count, false);
+    if (count > 0 && (to.chosen.data == to.rejected.data || to.gold.data == to.chosen.data ||
+                      to.gold.data == to.rejected.data))
+      core::fail("perdita::" + name_ +
+                 ": two gradients are the same memory, expected memory apart");
   }
 
   static double number(const vector_view<const T>& v, index i, double otherwise) {
@@ -383,6 +411,7 @@ private:
     pair.rejected_target = number(p.rejected_targets, i, 1 - pair.target);
     pair.baseline = p.baseline;
     pair.weight = weight;
+    pair.gold = {number(p.gold, i, 0), 0, number(p.gold_lengths, i, 1)};
     return pair;
   }
 
@@ -400,6 +429,7 @@ private:
         total[i].value += links::times(w, o.value);
         total[i].chosen += links::times(w, o.chosen);
         total[i].rejected += links::times(w, o.rejected);
+        total[i].gold += links::times(w, o.gold);
         if (o.has_argument && !total[i].has_argument) {
           total[i].argument = o.argument;
           total[i].has_argument = true;
@@ -408,7 +438,7 @@ private:
     }
     for (pair_outcome& o : total)
       if (o.value != o.value)
-        o.chosen = o.rejected = o.value;
+        o.chosen = o.rejected = o.gold = o.value;
     return total;
   }
 
@@ -417,7 +447,8 @@ private:
       to[i] = static_cast<T>(x);
   }
   static void put_slope(const vector_view<T>& to, index i, double x, bool accumulate) {
-    to[i] = static_cast<T>(accumulate ? static_cast<double>(to[i]) + x : x);
+    if (to.data)
+      to[i] = static_cast<T>(accumulate ? static_cast<double>(to[i]) + x : x);
   }
   void fill(const preference_report<T>& report, index i, const preference_pair& p,
             const pair_outcome& o) const {
@@ -437,16 +468,12 @@ private:
       put(view, i, 0);
   }
 
-  T run(const preference_pairs<T>& pairs, const vector_view<T>& d_chosen,
-        const vector_view<T>& d_rejected, bool has_gradient, const call_options<T>& call,
-        const preference_report<T>& report) const {
+  T run(const preference_pairs<T>& pairs, const gradient_views& gradients, bool has_gradient,
+        const call_options<T>& call, const preference_report<T>& report) const {
     check(pairs, call, report);
     const index count = pairs.chosen.size;
-    if (has_gradient) {
-      check_view("d_chosen", d_chosen, count, true);
-      check_view("d_rejected", d_rejected, count, true);
-      check_apart(name_.c_str(), d_chosen, d_rejected);
-    }
+    if (has_gradient)
+      check_gradients(gradients, count);
     // All that is read is read before anything is written.
     const double share = core::share_of(call, reduction_, count);
     std::vector<preference_pair> present;
@@ -471,10 +498,9 @@ private:
                    value = counts ? present[next].weight * o.value : 0;
       total.add(value);
       put(call.values, i, value);
-      if (has_gradient) {
-        put_slope(d_chosen, i, scale * o.chosen, call.accumulate);
-        put_slope(d_rejected, i, scale * o.rejected, call.accumulate);
-      }
+      put_slope(gradients.chosen, i, scale * o.chosen, call.accumulate);
+      put_slope(gradients.rejected, i, scale * o.rejected, call.accumulate);
+      put_slope(gradients.gold, i, scale * o.gold, call.accumulate);
       if (counts)
         fill(report, i, present[next++], o);
       else
@@ -493,14 +519,12 @@ private:
 
 namespace core {
 
-template <class T> double finite(const char* loss, const char* option, T x) {
-  require(std::isfinite(x), loss, option, x, "a finite number");
-  return static_cast<double>(x);
-}
-
 /// β log π, β log π/n^p or β (log π − log ref), as a reward.
 template <class S> auto reward_of(S score, double beta) {
   return [=](const preference_side& s) { return beta * score(s).value; };
+}
+template <class B> auto ratio_reward(B beta) {
+  return reward_of(scores::log_ratio{}, static_cast<double>(beta));
 }
 
 } // namespace core

@@ -171,6 +171,30 @@ private:
   index count_[2] = {};
 };
 
+/// Mean of log π − log π_ref over the sequences that are not empty; 0 where there are none.
+struct log_ratio_mean {
+  double mean = 0;
+  index count = 0;
+};
+template <class T> log_ratio_mean mean_log_ratio(const char* name, const sequence_scores<T>& in) {
+  const index n = in.policy.size;
+  const score_checks<T> checks{name};
+  checks.size("policy", in.policy, n);
+  checks.reference("reference", in.reference, n);
+  checks.lengths(in.lengths, 1, n, false, 0);
+  log_ratio_mean result;
+  exact_sum sum;
+  for (index i = 0; i < n; ++i) {
+    if (in.lengths.given() && in.lengths.of(i) == 0)
+      continue;
+    sum.add(static_cast<double>(in.policy[i]) - static_cast<double>(in.reference[i]));
+    ++result.count;
+  }
+  if (result.count > 0)
+    result.mean = sum.value() / static_cast<double>(result.count);
+  return result;
+}
+
 /// Writes (or adds) a slope.
 template <class T> void put_slope(T& to, double slope, bool accumulate) {
   to = static_cast<T>(accumulate ? static_cast<double>(to) + slope : slope);

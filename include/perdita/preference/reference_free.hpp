@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cmath>
+#include <functional>
 #include <utility>
 #include <vector>
 
@@ -41,6 +42,29 @@ struct power_transform {
 /// A margin of log-probabilities through any of these links.
 enum class cpo_type { sigmoid, hinge, ipo };
 
+namespace core {
+
+/// The links of cpo and tpo.
+inline preference_term cpo_term(const char* loss, cpo_type type, double beta, double epsilon) {
+  switch (type) {
+  case cpo_type::sigmoid:
+    return margin_term(scores::log_probability{}, links::smoothed(epsilon), beta);
+  case cpo_type::hinge:
+    return margin_term(scores::log_probability{}, links::hinge(1), beta);
+  case cpo_type::ipo:
+    return margin_term(scores::average{}, links::square(1 / (2 * beta)), 1);
+  }
+  fail(loss, "type", to_text(static_cast<int>(type)), "one of cpo_type");
+}
+/// Their rewards: β log π, or β log π/n where the link is of averages.
+inline std::function<double(const preference_side&)> cpo_reward(bool averages, double beta) {
+  if (averages)
+    return reward_of(scores::average{}, beta);
+  return reward_of(scores::log_probability{}, beta);
+}
+
+} // namespace core
+
 /// Contrastive preference optimisation: no reference, and the likelihood of the chosen.
 ///
 ///   sigmoid: (1 − ε) log(1 + e^−z) + ε log(1 + e^z), hinge: max(0, 1 − z);  z = β (log π − log π′)
@@ -67,35 +91,16 @@ public:
 
   cpo() : cpo(options{}) {}
   explicit(false) cpo(const options& o)
-      : preference_loss<T>(name,
-                           {term(o), core::not_negative(name, "likelihood", o.likelihood) *
-                                         likelihood_term(o.share)},
-                           reward(o), o.reduction),
+      : preference_loss<T>(
+            name,
+            {core::cpo_term(name, o.type, core::positive(name, "beta", o.beta),
+                            core::smoothing(name, o.label_smoothing)),
+             core::not_negative(name, "likelihood", o.likelihood) * likelihood_term(o.share)},
+            core::cpo_reward(o.type == cpo_type::ipo, static_cast<double>(o.beta)), o.reduction),
         options_(o) {}
   const options& settings() const { return options_; }
 
 private:
-  static typename preference_loss<T>::reward_function reward(const options& o) {
-    const double beta = core::positive(name, "beta", o.beta);
-    if (o.type == cpo_type::ipo)
-      return core::reward_of(scores::average{}, beta);
-    return core::reward_of(scores::log_probability{}, beta);
-  }
-  static preference_term term(const options& o) {
-    const double beta = core::positive(name, "beta", o.beta);
-    core::require(o.label_smoothing >= 0 && o.label_smoothing <= T(0.5), name, "label_smoothing",
-                  o.label_smoothing, "a number in [0, 0.5]");
-    switch (o.type) {
-    case cpo_type::sigmoid:
-      return margin_term(scores::log_probability{},
-                         links::smoothed(static_cast<double>(o.label_smoothing)), beta);
-    case cpo_type::hinge:
-      return margin_term(scores::log_probability{}, links::hinge(1), beta);
-    case cpo_type::ipo:
-      return margin_term(scores::average{}, links::square(1 / (2 * beta)), 1);
-    }
-    core::fail(name, "type", core::to_text(static_cast<int>(o.type)), "one of cpo_type");
-  }
   options options_;
 };
 
@@ -146,13 +151,12 @@ private:
   static preference_term term(const options& o, const char* called) {
     const double beta = core::positive(called, "beta", o.beta);
     const double gamma = core::finite(called, "gamma", o.gamma);
-    core::require(o.label_smoothing >= 0 && o.label_smoothing <= T(0.5), called, "label_smoothing",
-                  o.label_smoothing, "a number in [0, 0.5]");
+    const double epsilon = core::smoothing(called, o.label_smoothing);
     const scores::transformed score{
         scores::average{}, scores::power_transform{core::finite(called, "alpha", o.alpha)}};
     if (o.hinge)
       return margin_term(score, links::hinge(1), beta, gamma);
-    return margin_term(score, links::smoothed(static_cast<double>(o.label_smoothing)), beta, gamma);
+    return margin_term(score, links::smoothed(epsilon), beta, gamma);
   }
   options options_;
 };
@@ -166,6 +170,69 @@ public:
 
   alphapo() : alphapo(defaults()) {}
   explicit(false) alphapo(const options& o) : simpo<T>(o, name) {}
+};
+
+/// Triple preference optimisation: of each prompt's three responses, the best one (the pairs'
+/// `gold`) is said, and the other two are set apart.
+///
+///   the links of cpo, or with `averages` (TPO-L)
+///   (1 − ε) log(1 + e^−t) + ε log(1 + e^t), t = β (log π/n − log π′/n′) − γ
+///   + likelihood · (−log π of the gold over the mean length)
+///
+/// Rewards are β log π (of averages: β log π/n). Everything else: preference_loss.
+/// Source: Saeidi et al., "Triple preference optimization: achieving better alignment using a
+/// single step optimization", 2024; TRL.
+///
+///   perdita::tpo<float> loss;
+///   float value = loss({.chosen = a, .rejected = b, .gold = c, .gold_lengths = nc},
+///                      d_a, d_b, d_c);
+template <class T = float> class tpo : public preference_loss<T> {
+public:
+  struct options {
+    T beta = T(0.01); ///< β > 0
+    cpo_type type = cpo_type::sigmoid;
+    bool averages = false; ///< TPO-L, of sigmoid
+    T gamma = T(0.5);      ///< of averages
+    T likelihood = 1;      ///< 0 or more
+    T label_smoothing = 0; ///< ε in [0, ½], of sigmoid
+    likelihood_share share = likelihood_share::batch_tokens;
+    perdita::reduction reduction = perdita::reduction::mean;
+  };
+  static constexpr const char* name = "tpo";
+
+  tpo() : tpo(options{}) {}
+  explicit(false) tpo(const options& o)
+      : preference_loss<T>(
+            name,
+            {term(o),
+             core::not_negative(name, "likelihood", o.likelihood) * likelihood_term(o.share, true)},
+            core::cpo_reward(o.averages || o.type == cpo_type::ipo, static_cast<double>(o.beta)),
+            o.reduction),
+        options_(o) {}
+  const options& settings() const { return options_; }
+
+  T operator()(const preference_pairs<T>& pairs, const call_options<T>& call = {},
+               const preference_report<T>& report = {}) const {
+    return preference_loss<T>::operator()(pairs, call, report);
+  }
+  T operator()(const preference_pairs<T>& pairs, vector_view<T> d_chosen, vector_view<T> d_rejected,
+               vector_view<T> d_gold, const call_options<T>& call = {},
+               const preference_report<T>& report = {}) const {
+    return this->with_gold(pairs, d_chosen, d_rejected, d_gold, call, report);
+  }
+
+private:
+  static preference_term term(const options& o) {
+    const double beta = core::positive(name, "beta", o.beta);
+    const double epsilon = core::smoothing(name, o.label_smoothing);
+    if (!o.averages)
+      return core::cpo_term(name, o.type, beta, epsilon);
+    core::require(o.type == cpo_type::sigmoid, name, "type", static_cast<int>(o.type),
+                  "cpo_type::sigmoid for averages");
+    return margin_term(scores::average{}, links::smoothed(epsilon), beta,
+                       core::finite(name, "gamma", o.gamma));
+  }
+  options options_;
 };
 
 /// Odds ratio preference optimisation.

@@ -80,12 +80,12 @@ struct tdpo_options {
 /// TDPO1 with respect to a token's logits are ∓β σ(·) (onehot − ref).
 ///
 /// Shapes: see token_pairs. A sequence without tokens has s = 0. Call options: row_weights, one per
-/// pair, which the mean divides by; upstream, values, scale, normaliser, accumulate, run_on.
-/// Special values: −inf in l or q of a token that counts makes s infinite; both at once, and NaN,
-/// make NaN of the pair. Tokens that do not count are never looked at, and their gradient is 0.
-/// Computed in double; threads do not matter. Throws std::invalid_argument.
-/// Sources: Zeng et al., "Token-level direct preference optimization", 2024; Zhu et al., "TGDPO",
-/// 2025.
+/// pair, which the mean divides by; upstream, values, scale, normaliser, accumulate, run_on
+/// (memory is not used: some numbers for each pair are allocated). Special values: −inf in l or q
+/// of a token that counts makes s infinite; both at once, and NaN, make NaN of the pair. Tokens
+/// that do not count are never looked at, and their gradient is 0. Computed in double; threads do
+/// not matter. Throws std::invalid_argument. Sources: Zeng et al., "Token-level direct preference
+/// optimization", 2024; Zhu et al., "TGDPO", 2025.
 ///
 ///   perdita::tdpo<float> loss({.beta = 0.1, .alpha = 0.5});
 ///   float value = loss({.policy = l, .reference = q, .divergence = d, .lengths = n},
@@ -102,10 +102,8 @@ public:
 
   token_preference() : token_preference(Options{}) {}
   explicit(false) token_preference(const Options& o) : options_(o) {
-    core::require(o.beta > 0 && std::isfinite(o.beta), name, "beta", o.beta,
-                  "a finite number above 0");
-    core::require(o.alpha >= 0 && std::isfinite(o.alpha), name, "alpha", o.alpha,
-                  "a finite number, 0 or more");
+    core::positive(name, "beta", o.beta);
+    core::not_negative(name, "alpha", o.alpha);
     if constexpr (Options::has_guide)
       core::require(o.floor == o.floor, name, "floor", o.floor, "a number");
     core::require_reduction(name, o.reduction);
@@ -169,10 +167,8 @@ private:
     if (!Options::has_divergence && out.divergence_gradient.data)
       core::fail(name, "divergence_gradient", "given", "none: the loss has no divergence");
     for (const auto& v : {out.chosen_rewards, out.rejected_rewards, out.margins})
-      if (v.data || v.size > 0) {
-        checks.size("rewards or margins", v.size, rows / 2, "as many as there are pairs");
-        checks.memory("rewards or margins", v.data, v.size);
-      }
+      if (v.data || v.size > 0)
+        checks.entries("rewards or margins", v, rows / 2, "as many as there are pairs");
     const core::counted_tokens tokens{in.mask, in.lengths, rows, in.policy.cols};
     tokens.check(name);
     checks.call(call, rows / 2, false, "as many as there are pairs");
@@ -262,6 +258,87 @@ private:
 template <class T = float> using tgdpo = token_preference<tgdpo_options, T>;
 template <class T = float> using tdpo = token_preference<tdpo_options, T>;
 
+namespace core {
+
+/// Views of pairs as in token_pairs.
+template <class M>
+policy::detail::token_views tokens_of_pairs(const char* name, const char* what, const M& first,
+                                            const policy::token_mask& mask,
+                                            const policy::sequence_lengths& lengths) {
+  policy::detail::token_views views(name, first, mask, lengths);
+  views.same(what, first);
+  require(first.rows % 2 == 0, name, what, first.rows,
+          "an even number of rows: all chosen, then all rejected");
+  return views;
+}
+
+} // namespace core
+
+/// LD-DPO's weights of the tokens of pairs (shaped as token_pairs): 1 of the first min(n, n′) that
+/// count in each of the two, α of those beyond, 0 of those that do not count. For
+/// sequence_call::token_weights of the policy, and of the reference (as TRL from 0.29 on; before,
+/// and in LLaMA-Factory, of the policy alone). α = 1: DPO. Source: Liu et al., "Length
+/// desensitization in direct preference optimization", 2024.
+template <core::real_output_matrix W>
+void ld_weights(W&& weights, double alpha, const policy::token_mask& mask = {},
+                const policy::sequence_lengths& lengths = {}) {
+  constexpr const char* name = "ld_weights";
+  const auto w = core::as_matrix(weights);
+  core::require(alpha >= 0 && alpha <= 1, name, "alpha", alpha, "a number in [0, 1]");
+  auto views = core::tokens_of_pairs(name, "weights", w, mask, lengths);
+  const index pairs = w.rows / 2;
+  for (index i = 0; i < pairs; ++i) {
+    const index shared = std::min(views.tokens.read(i, views.counts.data()),
+                                  views.tokens.read(pairs + i, views.counts.data()));
+    for (const index r : {i, pairs + i}) {
+      views.tokens.read(r, views.counts.data());
+      index seen = 0;
+      for (index t = 0; t < w.cols; ++t) {
+        const bool counts = views.counts[static_cast<std::size_t>(t)] != 0;
+        seen += counts;
+        core::put(w(r, t), !counts ? 0 : seen <= shared ? 1 : alpha);
+      }
+    }
+  }
+}
+
+/// WPO's weights c c′ of pairs, at most `cap`, for preference_pairs::weights: of each response
+///
+///   c = e^(mean_t (l_t − log Σ_k p_t[k]²))
+///
+/// over the tokens that count; 1 of none. l: log-probabilities of the tokens as in token_pairs.
+/// log Σ p² is log Σ e^2z − 2 log Σ e^z: the log_sum_exp of cross_entropy of temperature ½, less
+/// twice that of temperature 1. Constants for the gradient. cap = 1: the authors' code and TRL up
+/// to 0.28; TRL has none from 0.29 on. Source: Zhou et al., "WPO: enhancing RLHF with weighted
+/// preference optimization", EMNLP 2024.
+template <core::real_matrix L, core::real_matrix P, core::real_output_vector W>
+void wpo_weights(L&& policy, P&& log_squares, W&& weights, double cap = 1,
+                 const policy::token_mask& mask = {},
+                 const policy::sequence_lengths& lengths = {}) {
+  constexpr const char* name = "wpo_weights";
+  const auto l = core::as_matrix(policy);
+  const auto squares = core::as_matrix(log_squares);
+  const auto w = core::as_vector(weights);
+  core::require(cap > 0, name, "cap", cap, "a number above 0");
+  auto views = core::tokens_of_pairs(name, "policy", l, mask, lengths);
+  views.same("log_squares", squares);
+  const index pairs = l.rows / 2;
+  core::sequence_checks<double>{name}.entries("weights", w, pairs, "as many as there are pairs");
+  for (index i = 0; i < pairs; ++i) {
+    double exponent = 0;
+    for (const index r : {i, pairs + i}) {
+      const index n = views.tokens.read(r, views.counts.data());
+      core::exact_sum sum;
+      for (index t = 0; t < l.cols; ++t)
+        if (views.counts[static_cast<std::size_t>(t)])
+          sum.add(static_cast<double>(l(r, t)) - static_cast<double>(squares(r, t)));
+      exponent += n > 0 ? sum.value() / static_cast<double>(n) : 0;
+    }
+    const double weight = std::exp(exponent);
+    core::put(w[i], weight > cap ? cap : weight);
+  }
+}
+
 /// Settings of rto_rewards, as published.
 struct rto_options {
   double beta = 0.05;      ///< of the trained model's log-ratio
@@ -283,8 +360,7 @@ void rto_rewards(L&& policy, F&& reference, D&& guide, S&& scores, R&& rewards,
                  const rto_options& o = {}, const policy::token_mask& mask = {},
                  const policy::sequence_lengths& lengths = {}) {
   constexpr const char* name = "rto_rewards";
-  core::require(o.beta > 0 && std::isfinite(o.beta), name, "beta", o.beta,
-                "a finite number above 0");
+  core::positive(name, "beta", o.beta);
   core::require(o.clip >= 0, name, "clip", o.clip, "a number, 0 or more");
   core::require(o.score_clip >= 0, name, "score_clip", o.score_clip, "a number, 0 or more");
   const auto d = core::as_matrix(guide);

@@ -3,7 +3,8 @@
 
 /// Unlearning: losses of what is to be forgotten, and the terms that keep the rest.
 ///
-///   of sequences   gradient_ascent, npo, simnpo, sequence_nll; token means of the whole batch
+///   of sequences   gradient_ascent, npo, npo_kto, simnpo, sequence_nll; of these, ascent and NLL
+///                  have token means of the whole batch
 ///   of tokens      wga, satimp, token_unlikelihood: scores.policy has one number per token; prompt
 ///                  and padding are left out, or of row weight 0
 ///   of logits      unlikelihood, ce_u, undial, logit_gap: losses of rows, with ignore_index
@@ -145,6 +146,61 @@ private:
   }
 };
 
+/// The K of npo_kto: the mean of log π(y) − log π_ref(y) over refusals y, a constant for the
+/// gradient; 0 where there are none. Not held above 0, as kto_baseline is.
+template <class T> double refusal_baseline(const sequence_scores<T>& refusals) {
+  return core::mean_log_ratio("refusal_baseline", refusals).mean;
+}
+
+struct npo_kto_options {
+  double beta = 0.1;    ///< β > 0
+  bool bounded = false; ///< kto_sigmoid, else kto_logsigmoid
+  perdita::reduction reduction = perdita::reduction::mean;
+};
+
+/// The variants of KTO that the NPO code forgets with. With x as in npo and K of refusal_baseline,
+///
+///   kto_logsigmoid: ℓ = (2/β) log(1 + e^(β x − K)),   ∂ℓ/∂x = 2 σ(β x − K)
+///   kto_sigmoid:    ℓ = (2/β) σ(β x − K),             ∂ℓ/∂x = 2 σ(β x − K) σ(K − β x)
+///
+/// K is not multiplied by β there; K = 0 in the first is npo. The code's values are 1 more, and
+/// 1 − 2/β more, with these gradients. The summary's kl is K. Source: the code of Zhang et al.
+/// (npo).
+template <class T = float> class npo_kto {
+public:
+  using value_type = T;
+  using options = npo_kto_options;
+  static constexpr const char* name = "npo_kto";
+
+  npo_kto() : npo_kto(options{}) {}
+  explicit(false) npo_kto(const options& o) : options_(o) {
+    core::positive(name, "beta", o.beta);
+    core::require_reduction(name, o.reduction);
+  }
+  const options& settings() const { return options_; }
+
+  T operator()(const sequence_scores<T>& scores, double baseline, vector_view<T> gradient = {},
+               const call_options<T>& call = {}, const sequence_report<T>& report = {}) const {
+    core::finite(name, "baseline", baseline);
+    const double beta = options_.beta;
+    const T value =
+        core::reduce_of_one_class(name, scores, {.beta = beta}, options_.reduction, gradient, call,
+                                  report, false, [&](double x) -> links::outcome {
+                                    const double t = beta * x - baseline;
+                                    const links::outcome at =
+                                        options_.bounded ? links::flipped<links::sigmoid_gain>{}(t)
+                                                         : links::flipped<links::logistic>{}(t);
+                                    return {2 / beta * at.value, 2 * at.slope};
+                                  });
+    if (report.summary)
+      report.summary->kl = baseline;
+    return value;
+  }
+
+private:
+  options options_;
+};
+
 struct simnpo_options {
   double beta = 2.5; ///< β > 0
   double gamma = 0;  ///< γ, finite
@@ -166,7 +222,7 @@ public:
   explicit(false) simnpo(const simnpo_options& o = {})
       : core::one_class_loss<simnpo, T, simnpo_options>(o) {
     core::positive(name, "beta", o.beta);
-    core::require(std::isfinite(o.gamma), name, "gamma", o.gamma, "a finite number");
+    core::finite(name, "gamma", o.gamma);
   }
 
 private:
@@ -193,8 +249,8 @@ struct wga_options {
 ///
 ///   ℓ = p^β log p,   slope p^β: the weight is held constant
 ///
-/// l = −inf: 0 (−inf with β = 0). Source: Wang, Zhou, Zhou, Han, et al., "Rethinking LLM unlearning
-/// objectives: a gradient perspective and go beyond", ICLR 2025.
+/// l = −inf: 0 (−inf with β = 0). Source: Wang, Zhou, Zhou, Shin, Han, Weinberger, "Rethinking LLM
+/// unlearning objectives: a gradient perspective and go beyond", ICLR 2025.
 template <class T = float> class wga : public core::one_class_loss<wga<T>, T, wga_options> {
 public:
   static constexpr const char* name = "wga";
@@ -628,7 +684,7 @@ struct retain_multiplier {
 
   /// Returns the new value. A loss of NaN leaves it.
   double update(double retain_loss, double level, double step) {
-    core::require(std::isfinite(level), "retain_multiplier", "level", level, "a finite number");
+    core::finite("retain_multiplier", "level", level);
     core::not_negative("retain_multiplier", "step", step);
     core::require(value >= 0, "retain_multiplier", "value", value, "0 or more");
     const double next = value + step * (retain_loss - level);
@@ -792,10 +848,8 @@ public:
     core::not_negative(name, "away_weight", o.away_weight);
     core::not_negative(name, "toward_weight", o.toward_weight);
     core::not_negative(name, "utility_weight", o.utility_weight);
-    core::require(std::isfinite(o.away_cutoff), name, "away_cutoff", o.away_cutoff,
-                  "a finite number");
-    core::require(std::isfinite(o.toward_cutoff), name, "toward_cutoff", o.toward_cutoff,
-                  "a finite number");
+    core::finite(name, "away_cutoff", o.away_cutoff);
+    core::finite(name, "toward_cutoff", o.toward_cutoff);
     core::require(o.leak >= 0 && o.leak <= 1, name, "leak", o.leak, "a number in [0, 1]");
   }
   const options& settings() const { return options_; }

@@ -52,19 +52,13 @@ constexpr index mismatched(index i, index n) { return (i + 1) % n; }
 
 /// KTO's baseline, z0 = max(0, mean (log π(y′|x) − log π_ref(y′|x))) over mismatched pairs of
 /// prompt and completion; a constant for the gradient. A batch of one has no mismatched pair and is
-/// refused. NaN among the log-probabilities makes NaN, which kto refuses.
-/// Over several machines: the mean of the ratios of all.
+/// refused; sequences of length 0 have no part. NaN among the log-probabilities makes NaN, which
+/// kto refuses. Over several machines: the mean of the ratios of all.
 template <class T> double kto_baseline(const sequence_scores<T>& pairs) {
   const char* const name = "kto_baseline";
   const index n = pairs.policy.size;
   core::require(n >= 2, name, "pairs", n, "2 or more: one completion can only meet its own prompt");
-  const core::score_checks<T> checks{name};
-  checks.size("policy", pairs.policy, n);
-  checks.reference("reference", pairs.reference, n);
-  core::exact_sum sum;
-  for (index i = 0; i < n; ++i)
-    sum.add(static_cast<double>(pairs.policy[i]) - static_cast<double>(pairs.reference[i]));
-  const double mean = sum.value() / static_cast<double>(n);
+  const double mean = core::mean_log_ratio(name, pairs).mean;
   return mean < 0 ? 0 : mean;
 }
 
@@ -157,19 +151,14 @@ struct bco_state {
   double delta = 0; ///< mean of all β x so far
   double count = 0; ///< of how many
 
-  /// Takes a batch in: before the loss of that batch, and only in training. Empty: no change.
+  /// Takes a batch in: before the loss of that batch, and only in training. Sequences of length 0
+  /// have no part; none left: no change.
   template <class T> void update(const sequence_scores<T>& scores, double beta) {
     const char* const name = "bco_state";
     core::positive(name, "beta", beta);
-    const index n = scores.policy.size;
-    const core::score_checks<T> checks{name};
-    checks.size("policy", scores.policy, n);
-    checks.reference("reference", scores.reference, n);
-    core::exact_sum sum;
-    for (index i = 0; i < n; ++i)
-      sum.add(static_cast<double>(scores.policy[i]) - static_cast<double>(scores.reference[i]));
-    if (n > 0)
-      update_mean(beta * sum.value() / static_cast<double>(n), static_cast<double>(n));
+    const auto seen = core::mean_log_ratio(name, scores);
+    if (seen.count > 0)
+      update_mean(beta * seen.mean, static_cast<double>(seen.count));
   }
   /// A mean over n rewards, gathered from several machines say.
   void update_mean(double mean, double n) {
