@@ -1,20 +1,24 @@
 // SPDX-License-Identifier: MIT
 
 // The sequence head: formula sheet 0, 1, 2 and 12. Every source of
-// log-probabilities against wide arithmetic, and the gradient of a loss that
-// couples the batch against differences.
+// log-probabilities against wide arithmetic, the gradient of a loss that couples
+// the batch against differences, and losses of divergences from hidden states.
 
 #include <perdita/preference/degrees.hpp>
 #include <perdita/preference/dpo.hpp>
+#include <perdita/preference/token_level.hpp>
+#include <perdita/preference/unlearning.hpp>
 #include <perdita/sequence.hpp>
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <limits>
 #include <span>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "support/accuracy.hpp"
@@ -130,13 +134,13 @@ struct wide_row {
   wide entropy() const {
     wide sum = 0;
     for (const wide& x : z)
-      sum -= exp(wide(x - lse)) * (x - lse);
+      sum -= weighted(exp(wide(x - lse)), wide(x - lse));
     return sum;
   }
   wide divergence_from(const wide_row& q) const {
     wide sum = 0;
     for (std::size_t j = 0; j < z.size(); ++j)
-      sum += exp(wide(z[j] - lse)) * ((z[j] - lse) - (q.z[j] - q.lse));
+      sum += weighted(exp(wide(z[j] - lse)), wide((z[j] - lse) - (q.z[j] - q.lse)));
     return sum;
   }
 };
@@ -158,7 +162,8 @@ template <class T> wide_row row_of(const model<T>& m, source from, index row, do
       }
     }
     r.z.push_back(z / temperature);
-    r.size = larger(r.size, wide(size / temperature));
+    if (is_finite(size)) // a masked class has no rounding
+      r.size = larger(r.size, wide(size / temperature));
   }
   r.lse = log_sum_exp(r.z, [](std::size_t) { return true; });
   return r;
@@ -256,6 +261,58 @@ template <class T> tokens<T> pad(const tokens<T>& p, index steps, std::vector<in
   return q;
 }
 
+/// What is right of the gradients, and what their errors are judged by.
+template <class T> struct expected_gradients {
+  const tokens<T>& p;
+  source from;
+  std::vector<wide> d_first, d_weights, d_bias, u_first, u_weights, u_bias;
+
+  expected_gradients(const tokens<T>& data, source of) : p(data), from(of) {
+    const model<T>& m = p.policy;
+    if (from == source::log_probabilities) {
+      d_first.resize(at(p.rows()));
+    } else if (from == source::scores) {
+      d_first.resize(m.scores.size());
+    } else {
+      d_first.resize(m.hidden.size());
+      d_weights.resize(m.weights.size());
+      d_bias.resize(m.bias.size());
+    }
+    u_first = d_first;
+    u_weights = d_weights;
+    u_bias = d_bias;
+  }
+  /// The gradient of a row's score of class k, and its unit.
+  void add(index row, index k, const wide& g, const wide& u) {
+    const model<T>& m = p.policy;
+    const index v = m.classes, d = m.features;
+    if (from == source::scores) {
+      d_first[at(row * v + k)] = g;
+      u_first[at(row * v + k)] = u;
+      return;
+    }
+    d_bias[at(k)] += g;
+    u_bias[at(k)] += u;
+    for (index i = 0; i < d; ++i) {
+      const wide in = m.hidden[at(row * d + i)], w = m.weights[at(k * d + i)];
+      d_first[at(row * d + i)] += g * w;
+      u_first[at(row * d + i)] += u * size_of(w);
+      d_weights[at(k * d + i)] += g * in;
+      u_weights[at(k * d + i)] += u * size_of(in);
+    }
+  }
+  void judge(const answer<T>& a, double allowed, error_judge& of_slopes) const {
+    const wide epsilon = std::numeric_limits<T>::epsilon();
+    const auto each = [&](const std::vector<T>& got, const auto& right, const auto& units) {
+      for (std::size_t i = 0; i < got.size(); ++i)
+        of_slopes.within(size_of(wide(got[i] - right[i])), allowed, epsilon * units[i]);
+    };
+    each(a.d_first, d_first, u_first);
+    each(a.d_weights, d_weights, u_weights);
+    each(a.d_bias, d_bias, u_bias);
+  }
+};
+
 template <class T>
 void check(const tokens<T>& p, source from, const sequence_options& o, bool weighed,
            error_judge& of_values, error_judge& of_slopes) {
@@ -270,11 +327,8 @@ void check(const tokens<T>& p, source from, const sequence_options& o, bool weig
   const auto a = ask(p, from, o, d_scores, call, p.layout(), true);
 
   std::vector<wide> score(at(p.sequences())), unit(score.size());
-  std::vector<wide> d_first(a.d_first.size()), d_weights(a.d_weights.size()),
-      d_bias(a.d_bias.size());
-  auto u_first = d_first, u_weights = d_weights, u_bias = d_bias;
+  expected_gradients<T> right(p, from);
   std::vector<bool> counted(at(p.rows()), false);
-  const index v = p.policy.classes, d = p.policy.features;
   for (const prediction& x : predicted) {
     const auto r = at(x.row);
     counted[r] = true;
@@ -282,8 +336,8 @@ void check(const tokens<T>& p, source from, const sequence_options& o, bool weig
     if (from == source::log_probabilities) {
       score[at(x.sequence)] += x.factor * p.log_p[r];
       unit[at(x.sequence)] += size_of(wide(x.factor * p.log_p[r])) * wide(0x1p-52) / epsilon;
-      d_first[r] = c;
-      u_first[r] = size_of(c);
+      right.d_first[r] = c;
+      right.u_first[r] = size_of(c);
       CHECK(a.log_p[r] == p.log_p[r]);
       continue;
     }
@@ -304,24 +358,10 @@ void check(const tokens<T>& p, source from, const sequence_options& o, bool weig
                      epsilon * both * (2 + q.divergence_from(z)));
     of_values.within(size_of(wide(a.of_reference[r] - q.log_p(y))), allowed,
                      epsilon * (size_of(q.log_p(y)) + 1 + q.size));
-    for (index k = 0; k < v; ++k) {
+    for (index k = 0; k < p.policy.classes; ++k) {
       const wide share = exp(wide(z.z[at(k)] - z.lse)), hit = k == y ? 1 : 0;
-      const wide g = c * (hit - share) / o.temperature;
-      const wide u = size_of(c) * (share * reach + size_of(wide(hit - share))) / o.temperature;
-      if (from == source::scores) {
-        d_first[at(x.row * v + k)] = g;
-        u_first[at(x.row * v + k)] = u;
-        continue;
-      }
-      d_bias[at(k)] += g;
-      u_bias[at(k)] += u;
-      for (index i = 0; i < d; ++i) {
-        const wide in = p.policy.hidden[at(x.row * d + i)], w = p.policy.weights[at(k * d + i)];
-        d_first[at(x.row * d + i)] += g * w;
-        u_first[at(x.row * d + i)] += u * size_of(w);
-        d_weights[at(k * d + i)] += g * in;
-        u_weights[at(k * d + i)] += u * size_of(in);
-      }
+      right.add(x.row, k, c * (hit - share) / o.temperature,
+                size_of(c) * (share * reach + size_of(wide(hit - share))) / o.temperature);
     }
   }
   for (std::size_t s = 0; s < score.size(); ++s) {
@@ -330,18 +370,123 @@ void check(const tokens<T>& p, source from, const sequence_options& o, bool weig
     if (counts[s] == 0)
       CHECK(a.scores[s] == 0);
   }
-  const auto judge = [&](const std::vector<T>& got, const auto& right, const auto& units) {
-    for (std::size_t i = 0; i < got.size(); ++i)
-      of_slopes.within(size_of(wide(got[i] - right[i])), allowed, epsilon * units[i]);
-  };
-  judge(a.d_first, d_first, u_first);
-  judge(a.d_weights, d_weights, u_weights);
-  judge(a.d_bias, d_bias, u_bias);
+  right.judge(a, allowed, of_slopes);
   for (std::size_t r = 0; r < counted.size(); ++r)
     if (!counted[r])
       for (const auto* of : {&a.log_p, &a.lse, &a.entropy, &a.reverse, &a.forward, &a.of_reference})
         if (!of->empty())
           CHECK((*of)[r] == 0);
+}
+
+// ---- slopes of what belongs to a row
+
+/// ∂L/∂ of every row's log p, KL(p ‖ q), KL(q ‖ p) and H(p); 0 where `kinds` lacks the bit.
+template <class T> struct row_slopes {
+  std::vector<T> log_p, reverse, forward, entropy;
+
+  explicit row_slopes(index rows, int kinds = 15, std::uint64_t seed = 40) {
+    int kind = 1;
+    for (auto* of : {&log_p, &reverse, &forward, &entropy}) {
+      for (const double x : some_slopes(rows, ++seed))
+        of->push_back(static_cast<T>((kinds & kind) != 0 ? x : 0));
+      kind *= 2;
+    }
+  }
+  sequence_gradient<T> how() const {
+    sequence_gradient<T> g;
+    g.d_log_probability = log_p;
+    g.d_reverse_kl = reverse;
+    g.d_forward_kl = forward;
+    g.d_entropy = entropy;
+    return g;
+  }
+};
+
+/// The formulas of gradients, of Σ d_i s_i and of what the slopes are of.
+template <class T>
+expected_gradients<T> right_slopes(const tokens<T>& p, source from, const sequence_options& o,
+                                   const std::vector<double>& d_scores,
+                                   const row_slopes<T>& slopes) {
+  expected_gradients<T> right(p, from);
+  std::vector<index> counts;
+  for (const prediction& x : predictions(p, o, true, counts)) {
+    const auto row = at(x.row);
+    const wide_row z = row_of(p.policy, from, x.row, o.temperature),
+                   q = row_of(p.reference, from, x.row, o.temperature);
+    const wide c = x.factor * d_scores[at(x.sequence)] + slopes.log_p[row], a = slopes.reverse[row],
+               b = slopes.forward[row], e = slopes.entropy[row];
+    const wide kl = a == 0 ? wide(0) : z.divergence_from(q), h = z.entropy();
+    const wide reach = 1 + z.size, both = reach + q.size;
+    for (index k = 0; k < p.policy.classes; ++k) {
+      const wide log_p = z.log_p(k), log_q = q.log_p(k), share = exp(log_p), other = exp(log_q);
+      const wide hit = k == p.labels[at(x.token)] ? 1 : 0;
+      const wide of_kl = weighted(share, wide(log_p - log_q - kl)),
+                 of_h = weighted(share, wide(log_p + h));
+      const wide g = c * (hit - share) + weighted(a, of_kl) + b * (share - other) - e * of_h;
+      const wide u = size_of(c) * (share * reach + size_of(wide(hit - share))) +
+                     weighted(size_of(a), wide(share * both + reach * size_of(of_kl))) +
+                     size_of(b) * (share * reach + other * (1 + q.size)) +
+                     size_of(e) * reach * (share + size_of(of_h));
+      right.add(x.row, k, g / o.temperature, u / o.temperature);
+    }
+  }
+  return right;
+}
+template <class T>
+void check_slopes(const tokens<T>& p, source from, const sequence_options& o, int kinds,
+                  error_judge& judge) {
+  const row_slopes<T> slopes(p.rows(), kinds);
+  auto d_scores = some_slopes(p.sequences(), 5);
+  if ((kinds & 1) == 0) // a divergence or an entropy alone
+    std::fill(d_scores.begin(), d_scores.end(), 0);
+  sequence_call<T> call;
+  call.token_weights = p.token_weights;
+  const auto a = ask(p, from, o, d_scores, call, p.layout(), true, slopes.how());
+  right_slopes(p, from, o, d_scores, slopes).judge(a, 4, judge);
+}
+
+/// The same numbers in wide arithmetic, where they can be moved by little.
+template <class T> tokens<wide> widened(const tokens<T>& p) {
+  tokens<wide> q({}, p.policy.features, p.policy.classes, 1);
+  q.offsets = p.offsets;
+  q.labels = p.labels;
+  q.token_weights.assign(p.token_weights.begin(), p.token_weights.end());
+  for (const auto& [from, to] : {std::pair(&p.policy, &q.policy), {&p.reference, &q.reference}}) {
+    to->features = from->features;
+    to->hidden.assign(from->hidden.begin(), from->hidden.end());
+    to->weights.assign(from->weights.begin(), from->weights.end());
+    to->bias.assign(from->bias.begin(), from->bias.end());
+  }
+  return q;
+}
+/// Judges the gradients of hidden states, weights and bias by differences of loss(p).
+template <class T, class Loss>
+void compare_with_differences(const tokens<T>& p, const std::vector<T>& d_hidden,
+                              const std::vector<T>& d_weights, const std::vector<T>& d_bias,
+                              double allowed, error_judge& judge, Loss loss) {
+  tokens<wide> q = widened(p);
+  const wide h = 1e-9;
+  const auto compare = [&](std::vector<wide>& in, const std::vector<T>& found) {
+    REQUIRE(in.size() == found.size());
+    wide most = 0;
+    std::vector<wide> slopes;
+    for (wide& x : in) {
+      const wide before = x;
+      x = before + h;
+      const wide up = loss(q);
+      x = before - h;
+      slopes.push_back((up - loss(q)) / (2 * h));
+      x = before;
+      most = larger(most, size_of(slopes.back()));
+    }
+    CHECK(most > 0.01);
+    for (std::size_t i = 0; i < found.size(); ++i)
+      judge.within(size_of(wide(found[i] - slopes[i])), allowed,
+                   (1 + most) * wide(std::numeric_limits<T>::epsilon()) + h * h * (1 + most));
+  };
+  compare(q.policy.hidden, d_hidden);
+  compare(q.policy.weights, d_weights);
+  compare(q.policy.bias, d_bias);
 }
 
 } // namespace
@@ -485,6 +630,389 @@ TEST_CASE("sequence_head: gradients of divergences, by differences", "[sequence]
     x = before;
     REQUIRE(std::fabs(slope - found[i]) < 1e-9);
   }
+}
+
+TEMPLATE_TEST_CASE("sequence_head: slopes of log-probabilities, divergences and entropies",
+                   "[sequence]", float, double) {
+  using T = TestType;
+  const char* const names[] = {"", "slopes of rows, of scores", "slopes of rows, of hidden states"};
+  for (const source from : {source::scores, source::hidden}) {
+    error_judge judge, none;
+    const tokens<T> p({7, 1, 12, 0, 5, 2}, 5, 11, 3);
+    for (const bool shift : {true, false})
+      for (const double temperature : {1.0, 1.75})
+        for (const int kinds : {1, 2, 4, 8, 15})
+          check_slopes(p, from, {.average = shift, .shift = shift, .temperature = temperature},
+                       kinds, judge);
+    CHECK(judge.all_within());
+    tokens<T> sure = p; // of its labels, in both models
+    for (auto* m : {&sure.policy, &sure.reference})
+      for (std::size_t k = 0; k < 11; ++k)
+        m->bias[k] = static_cast<T>(k == 4 ? 25 : 0);
+    for (int& label : sure.labels)
+      label = label < 0 ? label : 4;
+    for (std::size_t r = 0; r < at(p.rows()); ++r)
+      sure.policy.scores[11 * r + 4] = sure.reference.scores[11 * r + 4] = 30;
+    tokens<T> near = p; // almost the same model
+    near.reference = near.policy;
+    for (auto* of : {&near.reference.hidden, &near.reference.scores})
+      for (T& x : *of)
+        x *= static_cast<T>(1 + 0x1p-12);
+    for (const auto* q : {&sure, &near})
+      for (const int kinds : {2, 4, 8, 15})
+        check_slopes(*q, from, {.temperature = 1.25}, kinds, judge);
+    CHECK(judge.all_within());
+    report_accuracy<T>("sequence_head", names[static_cast<int>(from)], in_epsilons_of_terms, none,
+                       judge);
+  }
+  // More rows than a block has, classes in parts of a piece, and pieces that are not held.
+  error_judge of_many;
+  check_slopes(tokens<T>({150, 130, 40}, 3, 140, 8), source::hidden, {}, 15, of_many);
+  check_slopes(tokens<T>({3, 4}, 3, 4200, 9), source::hidden, {.shift = false}, 15, of_many);
+  CHECK(of_many.all_within());
+}
+
+TEMPLATE_TEST_CASE("sequence_head: slopes of rows, by differences in wide arithmetic", "[sequence]",
+                   float, double) {
+  using T = TestType;
+  const tokens<T> p({4, 3, 5}, 3, 6, 33);
+  const sequence_options o{.average = true, .temperature = 1.5};
+  const auto d_scores = some_slopes(3, 1);
+  const row_slopes<T> slopes(p.rows());
+  sequence_call<T> call;
+  call.token_weights = p.token_weights;
+  const auto a = ask(p, source::hidden, o, d_scores, call, p.layout(), true, slopes.how());
+  error_judge judge, none;
+  compare_with_differences(
+      p, a.d_first, a.d_weights, a.d_bias, 4, judge, [&](const tokens<wide>& q) {
+        std::vector<index> counts;
+        wide sum = 0;
+        for (const prediction& x : predictions(q, o, true, counts)) {
+          const auto r = at(x.row);
+          const wide_row z = row_of(q.policy, source::hidden, x.row, o.temperature),
+                         y = row_of(q.reference, source::hidden, x.row, o.temperature);
+          sum += (x.factor * d_scores[at(x.sequence)] + slopes.log_p[r]) *
+                     z.log_p(q.labels[at(x.token)]) +
+                 slopes.reverse[r] * z.divergence_from(y) +
+                 slopes.forward[r] * y.divergence_from(z) + slopes.entropy[r] * z.entropy();
+        }
+        return sum;
+      });
+  CHECK(judge.all_within());
+  report_accuracy<T>("sequence_head", "slopes of rows, by differences", in_epsilons_of_terms, none,
+                     judge);
+}
+
+TEMPLATE_TEST_CASE("sequence_head: slopes of rows, ragged or padded, on any threads", "[sequence]",
+                   float, double) {
+  using T = TestType;
+  for (const index v : {70, 4200}) { // held, and not
+    const tokens<T> p(v == 70 ? std::vector{90, 0, 230, 1} : std::vector{5, 0, 7, 1}, 4, v, 12);
+    std::vector<int> lengths;
+    const index steps = v == 70 ? 231 : 9;
+    const tokens<T> padded = pad(p, steps, lengths);
+    const auto lies = sequence_layout::padded(p.sequences(), steps, lengths);
+    const row_slopes<T> slopes(p.rows());
+    row_slopes<T> apart(padded.rows());
+    const auto spread = [&](const std::vector<T>& from, std::vector<T>& to) {
+      to.assign(to.size(), static_cast<T>(nan_d));
+      for (index s = 0; s < p.sequences(); ++s)
+        std::copy(from.begin() + p.offsets[at(s)], from.begin() + p.offsets[at(s + 1)],
+                  to.begin() + s * steps);
+    };
+    spread(slopes.log_p, apart.log_p);
+    spread(slopes.reverse, apart.reverse);
+    spread(slopes.forward, apart.forward);
+    spread(slopes.entropy, apart.entropy);
+    const auto d_scores = some_slopes(p.sequences(), 9);
+    sequence_call<T> call, wide_call;
+    call.run_on = perdita::serial;
+    call.token_weights = p.token_weights;
+    wide_call.token_weights = padded.token_weights;
+    const auto expected =
+        ask<T>(p, source::hidden, {}, d_scores, call, p.layout(), true, slopes.how());
+    const threads_executor run_on(3, task_order::shuffled);
+    call.run_on = run_on;
+    CHECK(ask<T>(p, source::hidden, {}, d_scores, call, p.layout(), true, slopes.how()) ==
+          expected);
+    const auto other =
+        ask<T>(padded, source::hidden, {}, d_scores, wide_call, lies, true, apart.how());
+    CHECK(other.d_weights == expected.d_weights);
+    CHECK(other.d_bias == expected.d_bias);
+    bool same = true;
+    for (index s = 0; s < p.sequences(); ++s)
+      for (index t = 0; t < steps; ++t)
+        for (index i = 0; i < 4; ++i)
+          same =
+              same && other.d_first[at((s * steps + t) * 4 + i)] ==
+                          (t < lengths[at(s)] ? expected.d_first[at((p.offsets[at(s)] + t) * 4 + i)]
+                                              : T(0));
+    CHECK(same);
+
+    auto how = slopes.how();
+    how.accumulate = true;
+    how.scale = 4;
+    const auto more = ask<T>(p, source::hidden, {}, d_scores, call, p.layout(), true, how, T(1));
+    error_judge added;
+    const auto compare = [&](const std::vector<T>& twice, const std::vector<T>& once) {
+      for (std::size_t i = 0; i < twice.size(); ++i)
+        added.within(size_of(wide(twice[i] - (1 + 4 * wide(once[i])))), 32,
+                     wide(std::numeric_limits<T>::epsilon()) * (1 + 4 * size_of(wide(once[i]))));
+    };
+    compare(more.d_weights, expected.d_weights);
+    compare(more.d_bias, expected.d_bias);
+    compare(more.d_first, expected.d_first);
+    CHECK(added.all_within());
+  }
+}
+
+TEST_CASE("sequence_head: slopes of log-probabilities are as good as scores' slopes",
+          "[sequence]") {
+  using T = float;
+  const tokens<T> p({6, 9}, 4, 9, 17);
+  row_slopes<T> slopes(p.rows());
+  const std::vector<double> ones(2, 1), zeros(2, 0);
+  sequence_gradient<T> how;
+  how.d_log_probability = slopes.log_p;
+  sequence_call<T> call;
+  call.token_weights = slopes.log_p;
+  const sequence_options o{.shift = false};
+  for (const source from : all_sources) {
+    const auto by_weight = ask<T>(p, from, o, ones, call, p.layout(), false);
+    const auto by_slope = ask<T>(p, from, o, zeros, {}, p.layout(), false, how);
+    CHECK(by_slope.d_first == by_weight.d_first);
+    CHECK(by_slope.d_weights == by_weight.d_weights);
+    CHECK(by_slope.d_bias == by_weight.d_bias);
+  }
+}
+
+TEMPLATE_TEST_CASE("sequence_head: a model is no distance from itself", "[sequence]", float,
+                   double) {
+  using T = TestType;
+  tokens<T> p({9, 8}, 4, 70, 23);
+  p.reference = p.policy;
+  row_slopes<T> slopes(p.rows(), 2 + 4);
+  for (const double size : {1.0, 100.0}) {
+    for (std::size_t k = 0; k < 70; ++k)
+      p.policy.bias[k] = p.reference.bias[k] = static_cast<T>(size) * p.policy.bias[k];
+    const auto a =
+        ask<T>(p, source::hidden, {.temperature = 0.7}, {0, 0}, {}, p.layout(), true, slopes.how());
+    for (const auto* of : {&a.reverse, &a.forward, &a.d_first, &a.d_weights, &a.d_bias})
+      CHECK(std::count(of->begin(), of->end(), T(0)) == static_cast<index>(of->size()));
+  }
+}
+
+TEMPLATE_TEST_CASE("sequence_head: slopes where classes are masked", "[sequence]", float, double) {
+  using T = TestType;
+  tokens<T> p({4, 3}, 3, 9, 18);
+  const T masked = static_cast<T>(-inf);
+  for (const int label : {1, 5})        // another, and the masked class itself
+    for (const int where : {1, 2, 3}) { // the policy, its reference, both
+      std::fill(p.labels.begin(), p.labels.end(), label);
+      p.policy.bias[5] = (where & 1) != 0 ? masked : T(0);
+      p.reference.bias[5] = (where & 2) != 0 ? masked : T(0);
+      INFO(label << where);
+      // KL(p ‖ q) is inf where the reference alone has it masked: with a slope there is no finite
+      // gradient; all else is what the formula says.
+      for (const int kinds : {1, 2, 4, 8, 13}) {
+        const row_slopes<T> slopes(p.rows(), kinds);
+        const auto a = ask<T>(p, source::hidden, {}, {1, 1}, {}, p.layout(), true, slopes.how());
+        if (kinds == 2 && where == 2) {
+          for (std::size_t i = 0; i < a.d_first.size(); ++i)
+            CHECK((i / 3 == 3 || i / 3 == 6 ? a.d_first[i] == 0 : !std::isfinite(a.d_first[i])));
+          continue;
+        }
+        tokens<T> q = p;
+        q.token_weights.assign(q.token_weights.size(), T(1));
+        error_judge judge;
+        right_slopes(q, source::hidden, {}, {1, 1}, slopes).judge(a, 4, judge);
+        CHECK(judge.all_within());
+      }
+    }
+}
+
+TEST_CASE("sequence_head: slopes of rows from 16 bits, without a bias, without a reference",
+          "[sequence]") {
+  tokens<float> p({6, 6}, 4, 150, 15);
+  std::fill(p.policy.bias.begin(), p.policy.bias.end(), 0.0F);
+  std::fill(p.reference.bias.begin(), p.reference.bias.end(), 0.0F);
+  std::vector<perdita::bfloat16> rounded[2];
+  std::vector<float>* const whole[] = {&p.policy.hidden, &p.reference.weights};
+  for (int i = 0; i < 2; ++i)
+    for (float& x : *whole[i]) {
+      rounded[i].push_back({static_cast<std::uint16_t>(std::bit_cast<std::uint32_t>(x) >> 16)});
+      x = std::bit_cast<float>(std::bit_cast<std::uint32_t>(x) & 0xFFFF0000U);
+    }
+  const row_slopes<float> slopes(p.rows());
+  const perdita::sequence_head<float> head;
+  std::vector<double> s(2);
+  const std::vector<double> d{1, -1};
+  std::vector<float> dx(p.policy.hidden.size()), da(p.policy.weights.size());
+  const auto go = [&](const sequence_call<float>& call, const sequence_gradient<float>& how) {
+    using perdita::bfloat16;
+    head.scores(matrix_view<const bfloat16>(rounded[0].data(), p.rows(), 4), p.policy.a(), p.labels,
+                p.layout(), s, call)
+        .backward(d, matrix_view<float>(dx.data(), p.rows(), 4),
+                  matrix_view<float>(da.data(), 150, 4), how);
+  };
+  sequence_call<float> call;
+  call.reference = perdita::reference_model<float>(
+      p.reference.x(), matrix_view<const perdita::bfloat16>(rounded[1].data(), 150, 6));
+  go(call, slopes.how());
+  auto a = ask<float>(p, source::hidden, {}, d, {}, p.layout(), true, slopes.how());
+  CHECK(dx == a.d_first);
+  CHECK(da == a.d_weights);
+
+  // A bonus on entropy asks for no reference.
+  std::vector<float> entropy(at(p.rows()));
+  sequence_gradient<float> how;
+  how.d_entropy = slopes.entropy;
+  go({.entropy = entropy}, how);
+  a.d_first = dx;
+  a.d_weights = da;
+  a.d_bias.clear();
+  p.token_weights.assign(entropy.size(), 1);
+  error_judge judge;
+  right_slopes(p, source::hidden, {}, d, row_slopes<float>(p.rows(), 8)).judge(a, 4, judge);
+  CHECK(judge.all_within());
+}
+
+/// TDPO of a pair of completions from hidden states, in wide arithmetic. `held`: where given, the
+/// chosen one's Σ KL(q ‖ p) that the second form takes for a constant.
+wide tdpo_value(const tokens<wide>& q, const perdita::tdpo_options& o, const wide* held,
+                wide* divergence_of_chosen = nullptr) {
+  wide s[2] = {}, kl[2] = {};
+  std::vector<index> counts;
+  for (const prediction& x : predictions(q, {}, false, counts)) {
+    const wide_row z = row_of(q.policy, source::hidden, x.row, 1),
+                   y = row_of(q.reference, source::hidden, x.row, 1);
+    const index label = q.labels[at(x.token)];
+    s[x.sequence] += z.log_p(label) - y.log_p(label);
+    kl[x.sequence] += y.divergence_from(z);
+  }
+  if (divergence_of_chosen)
+    *divergence_of_chosen = kl[0];
+  const wide chosen = o.second && held ? *held : kl[0], alpha = o.second ? o.alpha : 1;
+  return softplus(wide(-o.beta * ((s[0] + alpha * chosen) - (s[1] + alpha * kl[1]))));
+}
+
+TEMPLATE_TEST_CASE("sequence_head: TDPO from hidden states to the gradients of both", "[sequence]",
+                   float, double) {
+  using T = TestType;
+  // The same lengths, so that rows are the cells of a matrix of sequences and steps; token 0 is a
+  // prompt, and so are some others.
+  tokens<T> p({5, 5}, 3, 6, 61);
+  const index d = 3, v = 6, steps = 5;
+  const auto layout = sequence_layout::padded(2, steps);
+  const perdita::sequence_head<T> head;
+  error_judge values, slopes;
+  for (const bool second : {false, true}) {
+    std::vector<T> log_p(10), log_q(10), kl(10), d_log_p(10), d_kl(10);
+    std::vector<T> dx(at(10 * d)), da(at(v * d)), db(at(v));
+    std::vector<double> scores(2), none(2, 0);
+    const auto weights = p.policy.a(), of_reference = p.reference.a();
+    sequence_call<T> call;
+    call.reference =
+        perdita::reference_model<T>(p.reference.x(), affine(of_reference, p.reference.bias));
+    call.target_log_probability = log_p;
+    call.reference_log_probability = log_q;
+    call.forward_kl = kl;
+    const auto pass =
+        head.scores(p.policy.x(), affine(weights, p.policy.bias), p.labels, layout, scores, call);
+    const perdita::tdpo_options o{.beta = 0.4, .alpha = 0.7, .second = second};
+    const auto cells = [&](std::vector<T>& x) { return matrix_view<T>(x.data(), 2, steps); };
+    const T value = perdita::tdpo<T>(o)(
+        {.policy = cells(log_p), .reference = cells(log_q), .divergence = cells(kl)},
+        {.gradient = cells(d_log_p), .divergence_gradient = cells(d_kl)});
+    sequence_gradient<T> how;
+    how.d_log_probability = d_log_p;
+    how.d_forward_kl = d_kl;
+    matrix_view<T> d_weights(da.data(), v, d);
+    pass.backward(none, matrix_view<T>(dx.data(), 10, d), affine(d_weights, db), how);
+
+    wide held;
+    const wide right = tdpo_value(widened(p), o, nullptr, &held);
+    values.within(size_of(wide(value - right)), 4, wide(std::numeric_limits<T>::epsilon()));
+    compare_with_differences(p, dx, da, db, 4, slopes,
+                             [&](const tokens<wide>& q) { return tdpo_value(q, o, &held); });
+  }
+  CHECK(values.all_within());
+  CHECK(slopes.all_within());
+  report_accuracy<T>("sequence_head", "TDPO from hidden states", in_epsilons_of_terms, values,
+                     slopes);
+}
+
+TEST_CASE("sequence_head: unlearning with a divergence that retains, from hidden states",
+          "[sequence]") {
+  using T = double;
+  // Sequence 0 is to be forgotten, 1 and 2 are to be kept.
+  tokens<T> p({5, 4, 6}, 3, 6, 71);
+  const index d = 3, v = 6, forgotten = 5;
+  const auto rows = at(p.rows());
+  std::vector<T> log_q(rows), kl(rows), counts(rows), d_kl(rows, T(0));
+  std::vector<T> scores(3), of_reference(1), d_scores(3);
+  const auto weights = p.policy.a(), other = p.reference.a();
+  sequence_call<T> call;
+  call.reference = perdita::reference_model<T>(p.reference.x(), affine(other, p.reference.bias));
+  call.forward_kl = kl;
+  call.reference_log_probability = log_q;
+  std::vector<std::int64_t> n(3);
+  call.counts = n;
+  const perdita::sequence_head<T> head;
+  const auto pass =
+      head.scores(p.policy.x(), affine(weights, p.policy.bias), p.labels, p.layout(), scores, call);
+  for (index r = 0; r < forgotten; ++r)
+    of_reference[0] += log_q[at(r)];
+  for (std::size_t r = at(forgotten); r < rows; ++r) // 0 in rows that predict nothing that counts
+    counts[r] = log_q[r] != 0 ? T(1) : T(0);
+  const auto kept = [&](auto& x) { return std::span(x).subspan(at(forgotten)); };
+  const perdita::retaining loss(perdita::npo<T>({.beta = 0.3}),
+                                {.forget_weight = 0.9, .retain_weight = 0.6, .kl_weight = 1.7});
+  const std::vector<std::int64_t> lengths{n[1], n[2]};
+  perdita::retained<T> keep;
+  keep.sequences.policy = std::span(scores).subspan(1);
+  keep.sequences.lengths = lengths;
+  keep.kl = kept(kl);
+  keep.kl_weights = kept(counts);
+  perdita::sequence_scores<T> forget;
+  forget.policy = std::span(scores).first(1);
+  forget.reference = of_reference;
+  const T value = loss(forget, keep,
+                       {std::span(d_scores).first(1), std::span(d_scores).subspan(1), kept(d_kl)});
+  std::vector<T> dx(p.policy.hidden.size()), da(p.policy.weights.size()), db(at(v));
+  matrix_view<T> d_weights(da.data(), v, d);
+  sequence_gradient<T> how;
+  how.d_forward_kl = d_kl;
+  pass.backward(d_scores, matrix_view<T>(dx.data(), p.rows(), d), affine(d_weights, db), how);
+
+  const auto right = [&](const tokens<wide>& q) {
+    wide ratio = 0, likelihood = 0, divergence = 0, kept_rows = 0;
+    std::vector<index> of_sequence;
+    for (const prediction& x : predictions(q, {}, false, of_sequence)) {
+      const wide_row z = row_of(q.policy, source::hidden, x.row, 1),
+                     y = row_of(q.reference, source::hidden, x.row, 1);
+      const index label = q.labels[at(x.token)];
+      if (x.sequence == 0) {
+        ratio += z.log_p(label) - y.log_p(label);
+        continue;
+      }
+      likelihood += z.log_p(label);
+      divergence += y.divergence_from(z);
+      kept_rows += 1;
+    }
+    const wide beta = 0.3;
+    return 0.9 * (2 / beta) * softplus(wide(beta * ratio)) - 0.6 * likelihood / kept_rows +
+           1.7 * divergence / kept_rows;
+  };
+  error_judge values, slopes;
+  const wide expected = right(widened(p));
+  values.within(size_of(wide(value - expected)), 4,
+                (1 + size_of(expected)) * wide(std::numeric_limits<T>::epsilon()));
+  compare_with_differences(p, dx, da, db, 4, slopes, right);
+  CHECK(values.all_within());
+  CHECK(slopes.all_within());
+  report_accuracy<T>("sequence_head", "unlearning from hidden states", in_epsilons_of_terms, values,
+                     slopes);
 }
 
 TEMPLATE_TEST_CASE("sequence_head: ragged or padded, on any threads, the same bits", "[sequence]",
@@ -887,6 +1415,55 @@ TEST_CASE("sequence_head: bad input", "[sequence]") {
   std::vector<double> out(2);
   const auto of_capped = capped.scores(z, all, p.layout(), out, {.reference = call.reference});
   fails([&] { of_capped.backward(d, gradient, {.d_forward_kl = view}); }, "softcap is 5");
+  fails([&] { of_capped.backward(d, gradient, {.d_entropy = view}); }, "softcap is 5, expected 0");
+  const std::vector<float> ten(10);
+  fails([&] { pass.backward(d, gradient, {.d_log_probability = ten}); },
+        "size of d_log_probability is 10, expected 11");
+  fails([&] { pass.backward(d, gradient, {.d_entropy = ten}); }, "size of d_entropy is 10");
+  const auto of_log_p = scores(p.log_p, all, out);
+  std::vector<float> row(11, 7);
+  fails([&] { of_log_p.backward(d, row, {.d_entropy = view}); },
+        "the gradient of a divergence or an entropy is given");
+  CHECK(row == std::vector<float>(11, 7));
+  CHECK(g == untouched);
+
+  // from hidden states
+  std::vector<float> reference_weights = p.reference.weights;
+  const matrix_view<float> dx(g.data(), 11, 4), da(g.data() + 44, 9, 4);
+  const matrix_view<float> w(reference_weights.data(), 9, 6);
+  const auto plain = head.scores(p.policy.x(), p.policy.a(), all, p.layout(), out);
+  fails([&] { plain.backward(d, dx, da, {.d_forward_kl = view}); },
+        "reference is missing, expected a reference_model of hidden states and weights");
+  fails([&] { plain.backward(d, dx, da, {.d_reverse_kl = view}); }, "reference is missing");
+  fails([&] { plain.backward(d, dx, da, {.d_entropy = view}); }, "entropy is missing");
+  fails([&] { plain.backward(d, dx, da, {.d_log_probability = ten}); },
+        "size of d_log_probability is 10, expected 11");
+  const perdita::sequence_head<float> filtered({.head = {.drop_mass = 0.5}});
+  call = {};
+  call.reference = perdita::reference_model<float>(p.reference.x(), w);
+  for (const auto* by : {&head, &filtered}) {
+    const auto compared = by->scores(p.policy.x(), p.policy.a(), all, p.layout(), out, call);
+    if (by == &filtered) {
+      fails([&] { compared.backward(d, dx, da, {.d_forward_kl = view}); }, "drop_mass");
+      continue;
+    }
+    fails([&] { compared.backward(d, dx, da, {.d_reverse_kl = ten}); },
+          "size of d_reverse_kl is 10, expected 11");
+    fails([&] { compared.backward(d, dx, da, {.d_forward_kl = ten}); }, "size of d_forward_kl");
+    fails([&] { compared.backward(three, dx, da, {.d_forward_kl = view}); }, "size of d_scores");
+    fails(
+        [&] {
+          compared.backward(d, dx, matrix_view<float>(g.data() + 44, 8, 4), {.d_forward_kl = view});
+        },
+        "rows of the gradient of the weights");
+    fails(
+        [&] {
+          compared.backward(d, dx, matrix_view<float>(reference_weights.data() + 8, 9, 4),
+                            {.d_forward_kl = view});
+        },
+        "a gradient overlaps an input");
+  }
+  CHECK(reference_weights == p.reference.weights);
   CHECK(g == untouched);
 
   using layout = sequence_layout;

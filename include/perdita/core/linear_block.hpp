@@ -18,6 +18,7 @@ template <class Formula, class T> class linear_block {
   using statistic = typename Formula::statistic;
   static constexpr auto width = static_cast<index>(lanes<T>);
   static constexpr index parts = wide_lanes<T>::parts;
+  static constexpr int coefficients = slope_coefficients<Formula>();
   static_assert(statistic::terms <= row_record::terms);
 
 public:
@@ -34,7 +35,7 @@ public:
     rivals_ = memory.take<T>(size(slices_ * most_));
     partial_ = memory.take<summary<statistic, W>>(size(slices_ * most_ / finish_rows));
     merged_ = memory.take<summary<statistic, W>>(size(most_ / finish_rows));
-    slopes_ = memory.take<panel_slopes<T>>(size(most_ / width));
+    slopes_ = memory.take<panel_slopes<Formula, T>>(size(most_ / width));
   }
 
   /// How many rows there are; their numbers; and how many panels they take.
@@ -156,7 +157,7 @@ public:
     if (total)
       values.add_to(*total);
   }
-  const panel_slopes<T>& slopes(index panel) const { return slopes_[panel]; }
+  const panel_slopes<Formula, T>& slopes(index panel) const { return slopes_[panel]; }
   /// Σ_j |∂value/∂score| of the rows of a panel where every slope but the label's is an image's
   /// share, and about that for other formulas of a softmax.
   V mass(index panel) const {
@@ -202,7 +203,7 @@ private:
       s.classes = W(static_cast<double>(job_.scores.cols));
       const auto row = with_own(formula_, s, std::min(finish_rows, count_ - at),
                                 [&](index i) { return rows_[at + i]; });
-      const row_outcome<W> result = formula_.finish(row);
+      const auto result = formula_.finish(row);
       if (values && at < count_)
         report(row, result.value, at, raw_target[h], rivals[h], *values);
       shift[h] = s.shift;
@@ -212,7 +213,7 @@ private:
       for (int k = 0; k < coefficients; ++k)
         c[k][h] = result.coefficient[k];
     }
-    panel_slopes<T>& to = slopes_[p];
+    panel_slopes<Formula, T>& to = slopes_[p];
     to.shift = narrow(shift);
     to.factor = narrow(factor);
     to.cut = V(std::numeric_limits<T>::min()) / abs(to.factor);
@@ -257,7 +258,7 @@ private:
   double *scale_ = nullptr, *label_weight_ = nullptr, *target_side_ = nullptr;
   T *raw_target_ = nullptr, *rivals_ = nullptr;
   summary<statistic, W>*partial_ = nullptr, *merged_ = nullptr; // of every slice; of all
-  panel_slopes<T>* slopes_ = nullptr;
+  panel_slopes<Formula, T>* slopes_ = nullptr;
 };
 
 } // namespace perdita::inline PERDITA_ABI::core

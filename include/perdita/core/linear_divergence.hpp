@@ -2,14 +2,19 @@
 #pragma once
 
 /// Two linear heads over the same classes, row by row: the divergences of their distributions, from
-/// pieces of both kinds of scores that are made side by side and never all held.
+/// pieces of both kinds of scores that are made side by side and never all held; and the gradient
+/// of those, of the entropy and of the label's log-probability, by the first head's scores.
 
 #include <algorithm>
+#include <array>
+#include <cstdint>
+#include <span>
 #include <vector>
 
 #include "executor.hpp"
 #include "linear_block.hpp"
-#include "product.hpp"
+#include "linear_scores.hpp"
+#include "row_loss.hpp"
 
 namespace perdita::inline PERDITA_ABI::core {
 
@@ -43,16 +48,19 @@ template <class T> struct divergence_formula : row_formula {
   template <class V> PERDITA_INLINE V score(const V& x) const { return x * V(inverse_temperature); }
 };
 
-/// The operands of a linear head.
-template <class T> struct linear_operands {
-  matrix_data<T> hidden, weights;
-  const T* bias = nullptr;
+/// What a row's gradient needs to know of the second head, with scores r beside the first one's z
+/// and its p, all over the temperature.
+struct divergence_record {
+  double log_sum_exp = 0, surprise = 0; ///< log Σ e^r, and −log q of the label
+  double of_target = 0;                 ///< z − r of the label
+  double of_rivals = 0;                 ///< mean of z − r over the other classes, by p
 };
 
 /// What is wanted of every row; null for what is not.
 template <class T> struct divergence_results {
   vector_view<T> reverse_kl, forward_kl, reference_log_probability;
-  row_record* records = nullptr; ///< of the first head
+  row_record* records = nullptr;         ///< of the first head
+  divergence_record* compared = nullptr; ///< of the second
 };
 
 /// One worker's passes over blocks of rows.
@@ -96,7 +104,7 @@ public:
     for (index first = 0; first < shape_.classes; first += shape_.piece()) {
       const index n = std::min(shape_.piece(), shape_.classes - first);
       for (int h = 0; h < 2; ++h)
-        make_piece(heads_[h], rows, count, first, n, pieces_[h]);
+        make_scores(heads_[h], rows, count, first, n, packed_, copy_, pieces_[h], shape_.panel());
       for (index p = 0; p < used; ++p)
         absorb(p, first, n, tile::place(labels + p * width, first, n));
     }
@@ -107,24 +115,6 @@ public:
 private:
   const T* bias(int h, index first) const {
     return heads_[h].bias ? heads_[h].bias + first : nullptr;
-  }
-  void make_piece(const linear_operands<T>& head, const index* rows, index count, index first,
-                  index n, T* scores) const {
-    const index depth = head.hidden.cols, used = (count + width - 1) / width;
-    if (depth == 0)
-      std::fill_n(scores, used * shape_.panel(), T(0));
-    for (index k = 0; k < depth; k += shape::depth) {
-      const index terms = std::min(shape::depth, depth - k);
-      for (index p = 0; p < used; ++p)
-        panel_of_rows(head.hidden, rows + p * width, std::min(width, count - p * width), k, terms,
-                      copy_, packed_ + p * terms * width);
-      for (index c = 0; c < n; c += shape::strip) {
-        const index some = std::min(shape::strip, n - c);
-        multiply<T>(rows_of(head.weights, first + c, some, k, terms, copy_),
-                    {packed_, terms * width}, {scores + c * width, width, shape_.panel()}, some,
-                    used * width, terms, k > 0);
-      }
-    }
   }
   void absorb(index p, index first, index n, const V& label) const {
     const T* z[2] = {pieces_[0] + p * shape_.panel(), pieces_[1] + p * shape_.panel()};
@@ -155,7 +145,7 @@ private:
     sums_[0][p].rivals.store(rivals);
     for (index part = 0; part < parts && part * finish_rows < count; ++part) {
       row_summary<statistic> s[2];
-      W lse[2], mean[2], log_p[2];
+      W lse[2], mean[2], rivals_mean[2], surprise[2];
       const W apart = target[0][part] - target[1][part], zero(0);
       for (int h = 0; h < 2; ++h) {
         s[h].shift = shift[h][part];
@@ -164,17 +154,18 @@ private:
         s[h].target = target[h][part];
         const target_odds<T, W> o(s[h]);
         lse[h] = o.log_sum_exp();
-        log_p[h] = zero - o.surprise;
-        mean[h] = weighted(o.hit, apart) +
-                  weighted(o.miss, select(s[h].term[0] == zero, zero, s[h].term[1] / s[h].term[0]));
+        surprise[h] = o.surprise;
+        rivals_mean[h] = per_rival(s[h].term[1], s[h]);
+        mean[h] = weighted(o.hit, apart) + weighted(o.miss, rivals_mean[h]);
       }
       const W off = lse[0] - lse[1];
       const W reverse = mean[0] - off, forward = off - mean[1];
       const index at = part * finish_rows, n = std::min(finish_rows, count - at);
       put(results_.reverse_kl, rows + at, n, select(reverse < zero, zero, reverse));
       put(results_.forward_kl, rows + at, n, select(forward < zero, zero, forward));
-      put(results_.reference_log_probability, rows + at, n, log_p[1]);
+      put(results_.reference_log_probability, rows + at, n, zero - surprise[1]);
       put_records(rows + at, n, s[0], raw[0][part], rivals + at);
+      put_compared(rows + at, n, {lse[1], surprise[1], apart, rivals_mean[0]});
     }
   }
   static void put(const vector_view<T>& to, const index* rows, index n, const W& x) {
@@ -195,6 +186,14 @@ private:
     for (index i = 0; i < n; ++i)
       results_.records[rows[i]] = {
           shift[i], {image[i], 0, 0, mean[i]}, static_cast<double>(rivals[i]), target[i], 1};
+  }
+
+  void put_compared(const index* rows, index n, const std::array<W, 4>& x) const {
+    alignas(64) double v[4][finish_rows];
+    for (std::size_t k = 0; k < 4; ++k)
+      x[k].store(v[k]);
+    for (index i = 0; i < n; ++i)
+      results_.compared[rows[i]] = {v[0][i], v[1][i], v[2][i], v[3][i]};
   }
 
   linear_operands<T> heads_[2];
@@ -241,5 +240,123 @@ void find_divergences(const linear_operands<T>& policy, const linear_operands<T>
     make(mine).run(rows.data() + first, targets.data() + first, std::min(each, count - first));
   });
 }
+
+/// ∂L/∂ of what a row has: log p of its label, KL(p ‖ q), KL(q ‖ p), and H(p).
+struct token_slopes {
+  double log_probability = 0, reverse_kl = 0, forward_kl = 0, entropy = 0;
+  bool any() const {
+    return log_probability != 0 || reverse_kl != 0 || forward_kl != 0 || entropy != 0;
+  }
+};
+
+/// The gradient that a row's token_slopes c, a, b, e make by the scores z, beside which lie those
+/// of another head, r. With d = z − r and means over p,
+///
+///   p_j (a (d_j − mean d) − e (z_j − mean z) − c) + b (p_j − q_j) + c [j is the label]
+///
+/// over the temperature. p_j − q_j is −p_j expm1(log q_j/p_j) where that is near 0, so that nothing
+/// cancels where the heads are nearly the same.
+template <class T> struct token_gradient_formula : row_formula {
+  using statistic = log_sum_exp_and_moments;
+  static constexpr bool proportional = false;
+  static constexpr bool linear = false;
+  static constexpr bool has_side = true;
+  static constexpr int coefficients = 8;
+
+  std::span<const token_slopes> slopes;        ///< of every row
+  std::span<const divergence_record> compared; ///< likewise, where there is another head
+  linear_operands<T> other;
+  double inverse_temperature;
+
+  double own(index r) const { return static_cast<double>(r); }
+  side_cursor<T> side(index) const { return {nullptr, nullptr, nullptr, T(1), T(0)}; }
+  template <class V> PERDITA_INLINE V score(const V& x) const {
+    return x * V(static_cast<T>(inverse_temperature));
+  }
+
+  template <class V> PERDITA_INLINE V slope(const V& z, const V& p, const V& r, const V* k) const {
+    const V zero(0), &c = k[0], &a = k[1], &b = k[2], &e = k[3];
+    const V d = z - r, ratio = d - k[6]; // log p_j/q_j
+    // An infinite difference must not meet a slope of 0, nor a probability of 0.
+    const V of_kl = select(a == zero, zero, a * (d - k[4]));
+    const V of_entropy = select(e == zero, zero, e * (z - k[5]));
+    const V own = select(p == zero, zero, p * (of_kl - of_entropy - c));
+    const V apart =
+        select(abs(ratio) <= V(T(0.5)), -(p * expm1(-ratio)), p - exp_shifted(r - k[7]));
+    return own + select(b == zero, zero, b * apart);
+  }
+
+  template <class W> struct outcome {
+    static constexpr int coefficients = token_gradient_formula::coefficients;
+    W value, image_scale, coefficient[coefficients], target_gradient;
+  };
+  template <class Row> PERDITA_NOINLINE auto finish(const Row& row) const {
+    using W = decltype(row.target);
+    const W zero(0), one(1);
+    const target_odds<T, W> o(row);
+    const numbers<W> n = of_rows<W>(row.own);
+    const W both = o.hit * o.miss; // a target's z less the mean is (1 − p) times its z less others'
+    const W rivals = row.shift + per_rival(row.term[3], row);
+    const W mean = weighted(o.hit, row.target) + weighted(o.miss, rivals);
+    const W difference = weighted(o.hit, n.of_target) + weighted(o.miss, n.of_rivals);
+    const W ratio = n.surprise - o.surprise; // log p/q of the target
+    const W hit_apart = select(abs(ratio) <= one, zero - o.hit * expm1(zero - ratio),
+                               o.hit - exp(zero - n.surprise));
+    outcome<W> out;
+    out.value = zero;
+    out.image_scale = select(row.term[0] == zero, zero, o.per_rival);
+    out.target_gradient = n.c * o.miss + weighted(n.a, weighted(both, n.of_target - n.of_rivals)) -
+                          weighted(n.e, weighted(both, row.target - rivals)) +
+                          weighted(n.b, hit_apart);
+    const W all[] = {n.c, n.a, n.b, n.e, difference, mean, o.log_sum_exp() - n.lse, n.lse};
+    for (int k = 0; k < coefficients; ++k)
+      out.coefficient[k] = all[k];
+    return out;
+  }
+
+private:
+  template <class W> struct numbers { W c, a, b, e, lse, surprise, of_target, of_rivals; };
+
+  template <class W> numbers<W> of_rows(const W& row) const {
+    alignas(64) double at[finish_rows], x[8][finish_rows] = {};
+    row.store(at);
+    for (index i = 0; i < finish_rows; ++i) {
+      const auto r = static_cast<std::size_t>(at[i]);
+      const token_slopes& s = slopes[r];
+      const divergence_record q = compared.empty() ? divergence_record{} : compared[r];
+      const double all[] = {s.log_probability * inverse_temperature,
+                            s.reverse_kl * inverse_temperature,
+                            s.forward_kl * inverse_temperature,
+                            s.entropy * inverse_temperature,
+                            q.log_sum_exp,
+                            q.surprise,
+                            q.of_target,
+                            q.of_rivals};
+      for (int k = 0; k < 8; ++k)
+        x[k][i] = all[k];
+    }
+    return {W::load(x[0]), W::load(x[1]), W::load(x[2]), W::load(x[3]),
+            W::load(x[4]), W::load(x[5]), W::load(x[6]), W::load(x[7])};
+  }
+};
+
+/// That gradient as what a linear head takes a loss for. Its value is 0.
+template <class T> struct token_gradient : row_loss<token_gradient<T>, T> {
+  struct options {
+    std::int64_t ignore_index;
+    perdita::reduction reduction = perdita::reduction::sum;
+  };
+  static constexpr const char* name = "token_gradient";
+  static constexpr bool takes_soft_targets = false;
+  static constexpr bool has_softmax = false;
+
+  token_gradient_formula<T> formula;
+  options how;
+
+  token_gradient(const token_gradient_formula<T>& f, std::int64_t ignore_index)
+      : formula(f), how{ignore_index} {}
+  const options& settings() const { return how; }
+  template <class F> void visit(const row_job<T>&, F f) const { f(formula); }
+};
 
 } // namespace perdita::inline PERDITA_ABI::core

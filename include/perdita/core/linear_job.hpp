@@ -43,6 +43,8 @@ template <class T> struct linear_shape {
   static constexpr index columns = panels * width;
   static constexpr index depth = 256; ///< terms of a product that are added up at once
   static constexpr index strip = 48;  ///< rows of the broadcast operand that pass over all panels
+  /// Classes of which another head's scores are made at once, to lie beside those of a piece.
+  static constexpr index beside = 128;
   index classes;
 
   /// Classes in a piece: fewer where there are few, so that there is work for several threads.
@@ -52,6 +54,7 @@ template <class T> struct linear_shape {
   index pieces() const { return (classes + piece() - 1) / piece(); }
   /// Elements from panel to panel of a piece: not a power of two, for the caches' sake.
   index panel() const { return (std::min(piece(), classes) + 1) * width; }
+  index panel_beside() const { return (std::min(std::min(beside, piece()), classes) + 1) * width; }
   /// Elements of a piece of `rows` rows.
   index slot(index rows) const { return (rows + width - 1) / width * panel(); }
 };

@@ -7,6 +7,10 @@
 /// two products follow that the gradients of the inputs consist of. Either the pieces of a block
 /// are kept in between ("roomy"), or only a few are, and they are made again ("tight").
 ///
+/// A formula of two heads has the other's operands as `other`: where there are any, that head's
+/// scores of the same rows and classes are the side numbers of the gradient. What is known of rows
+/// has been found elsewhere (core/linear_divergence.hpp): there is only the way back, from records.
+///
 /// Work is shared out by classes (and for the gradient of the hidden states by its columns), so
 /// that every element of every result is added up by one task, in an order that depends on the
 /// shape alone.
@@ -16,8 +20,8 @@
 
 #include "executor.hpp"
 #include "linear_block.hpp"
+#include "linear_scores.hpp"
 #include "linear_tiles.hpp"
-#include "product.hpp"
 
 namespace perdita::inline PERDITA_ABI::core {
 
@@ -30,6 +34,11 @@ template <class Formula, class T, bool Gradient> class linear_kernel {
   static constexpr index width = shape::width;
   /// Runs of pieces that are summed up each by one task, and then merged.
   static constexpr index most_slices = statistic::terms <= 2 ? 32 : 16;
+  static constexpr bool two_heads = requires(const Formula& f) {
+    f.other;
+    /// Two heads are compared by the same products, so that what is equal cancels.
+    static constexpr bool may_use_tiles = tiles::possible && !two_heads;
+  };
 
 public:
   linear_kernel(const Formula& formula, const row_job<T>& job, const linear_job<T>& linear,
@@ -50,7 +59,7 @@ public:
   std::size_t scratch_bytes() const { return memory_.used(); }
 
   /// Σ of the weighted values of all rows, and their gradients.
-  double run() {
+  double run() requires(!two_heads) {
     exact_sum total;
     for_blocks([&](bool first) {
       sum_up();
@@ -85,6 +94,7 @@ private:
     T* panels; // an operand in panels
     T* rows;   // rows that do not lie as they should
     T* soft;   // a panel of soft targets
+    T* beside; // another head's scores of a few classes
     panel_sums<statistic, T>* sums;
     typename linear_thresholds<T>::masses* masses;
     index number;
@@ -106,6 +116,9 @@ private:
       w.panels = memory_.take<T>(size(shape::columns * shape::depth));
       w.rows = memory_.take<T>(size(std::max(depth_, shape::strip * shape::depth)));
       w.soft = memory_.take<T>(size(job_.sparse ? shape_.panel() : 0));
+      if constexpr (Gradient && two_heads)
+        w.beside =
+            memory_.take<T>(size(formula_.other.weights ? panels * shape_.panel_beside() : 0));
       w.sums = memory_.take<panel_sums<statistic, T>>(size(panels));
       if (Gradient && thresholds_.measured())
         w.masses = memory_.take<typename linear_thresholds<T>::masses>(size(panels));
@@ -140,7 +153,7 @@ private:
         for (index i = 0; i < block_.count(); ++i)
           places_[i] = hidden_lies_ ? linear_.d_hidden.pointer(block_.rows()[i], 0)
                                     : stage_hidden_ + i * depth_;
-      if constexpr (tiles::possible)
+      if constexpr (may_use_tiles)
         if (tiles_.used())
           for_each(tiles::parts(block_.count()), [this](const worker&, index part) {
             tiles_.take(block_.rows(), block_.count(), part);
@@ -172,24 +185,12 @@ private:
 
   /// The scores of a piece, without the bias.
   void make_piece(const worker& w, index piece, T* scores) const {
-    const index first = first_of(piece), n = size_of(piece), panels = block_.panels();
-    if constexpr (tiles::possible)
+    if constexpr (may_use_tiles)
       if (tiles_.used())
-        return tiles_.make_scores(first, n, panels, scores, w.panels);
-    if (depth_ == 0)
-      std::fill_n(scores, panels * shape_.panel(), T(0));
-    for (index k = 0; k < depth_; k += shape::depth) {
-      const index terms = std::min(shape::depth, depth_ - k);
-      for (index p = 0; p < panels; ++p)
-        panel_of_rows(linear_.hidden, block_.rows() + p * width, block_.rows_in(p), k, terms,
-                      w.rows, w.panels + p * terms * width);
-      for (index c = 0; c < n; c += shape::strip) {
-        const index rows = std::min(shape::strip, n - c);
-        multiply<T>(rows_of(linear_.weights, first + c, rows, k, terms, w.rows),
-                    {w.panels, terms * width}, {scores + c * width, width, shape_.panel()}, rows,
-                    panels * width, terms, k > 0);
-      }
-    }
+        return tiles_.make_scores(first_of(piece), size_of(piece), block_.panels(), scores,
+                                  w.panels);
+    make_scores<T>({linear_.hidden, linear_.weights}, block_.rows(), block_.count(),
+                   first_of(piece), size_of(piece), w.panels, w.rows, scores, shape_.panel());
   }
 
   void sum_up() {
@@ -247,10 +248,40 @@ private:
   void emit(const worker& w, index piece, T* scores, bool made) const {
     if (!made)
       make_piece(w, piece, scores);
-    const index first = first_of(piece), n = size_of(piece);
-    for (index p = 0; p < block_.panels(); ++p)
-      tile::emit(formula_, scores + p * shape_.panel(), bias(first), n,
-                 block_.side(p, first, n, w.soft), block_.labels(p, first, n), block_.slopes(p));
+    const index step = has_other() ? shape::beside : size_of(piece);
+    for (index c = 0; c < size_of(piece); c += step) {
+      const index first = first_of(piece) + c, n = std::min(step, size_of(piece) - c);
+      if (has_other())
+        make_beside(w, first, n);
+      for (index p = 0; p < block_.panels(); ++p)
+        tile::emit(formula_, scores + p * shape_.panel() + c * width, bias(first), n,
+                   side(w, p, first, n), block_.labels(p, first, n), block_.slopes(p));
+    }
+  }
+  bool has_other() const {
+    if constexpr (two_heads)
+      return static_cast<bool>(formula_.other.weights);
+    return false;
+  }
+  /// The other head's scores of n classes, complete.
+  void make_beside(const worker& w, index first, index n) const {
+    if constexpr (two_heads) {
+      const auto& head = formula_.other;
+      make_scores(head, block_.rows(), block_.count(), first, n, w.panels, w.rows, w.beside,
+                  shape_.panel_beside());
+      for (index p = 0; p < block_.panels(); ++p)
+        for (index j = 0; j < n; ++j) {
+          T* const at = w.beside + p * shape_.panel_beside() + j * width;
+          const V x = V::load(at);
+          formula_.score(head.bias ? x + V(head.bias[first + j]) : x).store(at);
+        }
+    }
+  }
+  piece_side<T> side(const worker& w, index p, index first, index n) const {
+    piece_side<T> result = block_.side(p, first, n, w.soft);
+    if (has_other())
+      result.soft = w.beside + p * shape_.panel_beside();
+    return result;
   }
 
   // ---- filtering
@@ -338,7 +369,7 @@ private:
     const index step = weights_lie_ ? linear_.d_weights.row_stride : depth_;
     T* to = weights_lie_ ? linear_.d_weights.pointer(first, 0) : stage_weights_ + first * depth_;
     live_[s] = -1;
-    if constexpr (tiles::possible)
+    if constexpr (may_use_tiles)
       if (tiles_.used()) {
         tiles_.add_to_weights(gradient, n, count, to, step, accumulate, w.panels);
         return tiles_.turn(gradient, n, block_.panels(), w.rows);
@@ -395,7 +426,7 @@ private:
     const bool accumulate = piece > 0 || (hidden_lies_ && job_.accumulate);
     if (live_[s] >= 0)
       return add_live_to_hidden(w, piece, s, d, cols, accumulate);
-    if constexpr (tiles::possible)
+    if constexpr (may_use_tiles)
       if (tiles_.used())
         return tiles_.add_to_hidden(slot(s), first_of(piece), size_of(piece), block_.count(), d,
                                     cols, places_, accumulate, w.panels);
@@ -483,7 +514,10 @@ template <bool Gradient, class Formula, class T>
 double run_linear(const Formula& formula, const row_job<T>& job, const linear_job<T>& linear,
                   const executor& run_on, workspace* memory, const row_record* records) {
   return with_linear_kernel<Gradient>(formula, job, linear, run_on, memory, [=](auto& kernel) {
-    return records ? kernel.resume(records) : kernel.run();
+    if constexpr (requires { kernel.run(); })
+      if (!records)
+        return kernel.run();
+    return kernel.resume(records);
   });
 }
 

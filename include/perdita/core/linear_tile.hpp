@@ -43,9 +43,17 @@ template <class Statistic, class T> struct panel_sums {
   }
 };
 
+/// How many coefficients the formula's slope() takes: as many as it says, or as a row_outcome has.
+template <class Formula> constexpr int slope_coefficients() {
+  if constexpr (requires { Formula::coefficients; })
+    return Formula::coefficients;
+  else
+    return coefficients;
+}
+
 /// What a finished row hands to its gradient, one row in each lane.
-template <class T> struct panel_slopes {
-  pack<T> shift, factor, cut, scale, target, coefficient[coefficients];
+template <class Formula, class T> struct panel_slopes {
+  pack<T> shift, factor, cut, scale, target, coefficient[slope_coefficients<Formula>()];
 };
 
 template <class Formula, class T> class linear_tile {
@@ -57,7 +65,7 @@ template <class Formula, class T> class linear_tile {
 
 public:
   using sums = panel_sums<statistic, T>;
-  using slopes = panel_slopes<T>;
+  using slopes = panel_slopes<Formula, T>;
 
   /// Where in a piece each row's label is; -1 where it is not there.
   static V place(const std::int64_t* labels, index first, index n) {

@@ -90,6 +90,14 @@ struct tdpo_options {
 ///   perdita::tdpo<float> loss({.beta = 0.1, .alpha = 0.5});
 ///   float value = loss({.policy = l, .reference = q, .divergence = d, .lengths = n},
 ///                      {.gradient = d_l, .divergence_gradient = d_d});
+///
+/// From hidden states: sequence_head (sequence.hpp) over a padded layout of 2B sequences × tokens
+/// makes l, q and D as its by-products target_log_probability, reference_log_probability and
+/// forward_kl, one number a row, of which matrices are views; all three are 0 in rows that predict
+/// nothing that counts, so that no mask is needed. It takes both gradients back:
+///
+///   pass.backward(zeros, d_hidden, d_weights,
+///                 {.d_log_probability = d_l, .d_forward_kl = d_d});
 template <class Options, class T = float> class token_preference {
   static_assert(std::is_same_v<T, float> || std::is_same_v<T, double>);
 

@@ -729,6 +729,9 @@ struct retaining_terms {
 ///
 ///   perdita::retaining loss(perdita::npo<float>({.beta = 0.1}), {.kl_weight = 1});
 ///   float value = loss(forget, {.sequences = retain, .kl = kl}, {d_forget, d_retain, d_kl});
+///
+/// sequence_head (sequence.hpp) makes the sums and, as forward_kl, the KL from hidden states, and
+/// takes all three gradients back: the last as sequence_gradient::d_forward_kl.
 template <class Forget> class retaining {
 public:
   using T = typename Forget::value_type;
