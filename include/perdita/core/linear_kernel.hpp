@@ -34,11 +34,9 @@ template <class Formula, class T, bool Gradient> class linear_kernel {
   static constexpr index width = shape::width;
   /// Runs of pieces that are summed up each by one task, and then merged.
   static constexpr index most_slices = statistic::terms <= 2 ? 32 : 16;
-  static constexpr bool two_heads = requires(const Formula& f) {
-    f.other;
-    /// Two heads are compared by the same products, so that what is equal cancels.
-    static constexpr bool may_use_tiles = tiles::possible && !two_heads;
-  };
+  static constexpr bool two_heads = requires(const Formula& f) { f.other; };
+  /// Two heads are compared by the same products, so that what is equal cancels.
+  static constexpr bool may_use_tiles = tiles::possible && !two_heads;
 
 public:
   linear_kernel(const Formula& formula, const row_job<T>& job, const linear_job<T>& linear,
