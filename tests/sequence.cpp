@@ -14,6 +14,7 @@
 #include <bit>
 #include <cmath>
 #include <cstdint>
+#include <functional>
 #include <limits>
 #include <span>
 #include <stdexcept>
@@ -1361,7 +1362,7 @@ TEST_CASE("sequence_head: bad input", "[sequence]") {
                           const sequence_call<float>& call = {}) {
     return head.scores(source, labels, p.layout(), out, call);
   };
-  const auto fails = [&](const auto& call, const char* message) {
+  const auto fails = [&](const std::function<void()>& call, const char* message) {
     CHECK_THROWS_WITH(call(), ContainsSubstring(message));
     CHECK(s == std::vector<double>(2, 7));
   };

@@ -10,6 +10,7 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <limits>
 #include <string>
 #include <vector>
@@ -114,9 +115,17 @@ struct judges {
   error_judge values, slopes;
 };
 
-/// psi(c, r): the margin of row r. The sum over rows.
-template <class T, class Loss, class Psi>
-void check_given(const std::string& name, double s, Loss loss, Psi psi, judges& judge) {
+/// The margin of a row, from its target's cosine.
+using margin_of_row = std::function<wide_point(const wide&, index)>;
+/// A call of any loss of given cosines.
+template <class T>
+using given_call =
+    std::function<T(const batch<T>&, const labels&, batch<T>&, const perdita::call_options<T>&)>;
+
+/// The sum over rows.
+template <class T>
+void check_given(const std::string& name, double s, const given_call<T>& loss,
+                 const margin_of_row& psi, judges& judge) {
   const wide epsilon = std::numeric_limits<T>::epsilon();
   struct shape {
     index rows, cols;
@@ -168,10 +177,10 @@ template <class T> std::vector<T> row_numbers(double low, double high) {
 }
 
 /// A call of a loss of rows, with gradient.
-template <class Loss> auto of_rows(const Loss& loss) {
-  return [loss](const auto& c, const labels& y, auto& g, const auto& call) {
-    return loss(c.seen(), y, g.view(), call);
-  };
+template <class Loss> given_call<typename Loss::value_type> of_rows(const Loss& loss) {
+  using T = typename Loss::value_type;
+  return [loss](const batch<T>& c, const labels& y, batch<T>& g,
+                const perdita::call_options<T>& call) { return loss(c.seen(), y, g.view(), call); };
 }
 template <class T> vector_view<const T> first(const std::vector<T>& numbers, index n) {
   return {numbers.data(), n};
@@ -240,7 +249,7 @@ TEMPLATE_TEST_CASE("angular margins: given cosines", "[angular_margin]", float, 
     const T m = T(0.4);
     check_given<T>(
         "adaface", 64,
-        [&](const auto& c, const labels& y, auto& g, const auto& call) {
+        [&](const batch<T>& c, const labels& y, batch<T>& g, const perdita::call_options<T>& call) {
           const perdita::adaface<T> loss({.quality = first(quality, c.rows), .reduction = sum});
           return loss(c.seen(), y, g.view(), call);
         },
@@ -274,7 +283,7 @@ TEMPLATE_TEST_CASE("magface: given cosines and norms", "[angular_margin]", float
     };
     check_given<T>(
         "magface", 32,
-        [&](const auto& c, const labels& y, auto& g, const auto& call) {
+        [&](const batch<T>& c, const labels& y, batch<T>& g, const perdita::call_options<T>& call) {
           std::vector<T> d_norms(at(c.rows), 7);
           const T value =
               loss(c.seen(), first(norms, c.rows), y, g.view(), vector_view<T>(d_norms), call);
@@ -312,14 +321,13 @@ TEMPLATE_TEST_CASE("magface: given cosines and norms", "[angular_margin]", float
 namespace {
 
 /// Values and gradients through both normalisations, of the mean over rows.
-template <class T> struct wide_head {
+struct wide_head {
   wide value = 0;
   wide_matrix d_x, d_w;
 
-  template <class Psi>
-  wide_head(const batch<T>& x, const batch<T>& w, const labels& y, const wide& s, Psi psi)
-      : d_x(x.rows, x.cols), d_w(w.rows, w.cols) {
-    const wide_matrix a(x), b(w);
+  wide_head(const wide_matrix& a, const wide_matrix& b, const labels& y, const wide& s,
+            const margin_of_row& psi)
+      : d_x(a.rows, a.cols), d_w(b.rows, b.cols) {
     std::vector<wide> of_x, of_w;
     const auto norm = [](const wide_matrix& m, index r) {
       wide square = 0;
@@ -354,16 +362,29 @@ template <class T> struct wide_head {
   }
 };
 
-template <class T, class Loss, class Psi>
-void check_head(const Loss& loss, double s, Psi psi, judges& judge) {
-  const perdita::similarity head(loss);
+/// A call of any loss on the similarity head; its gradients where they are wanted.
+template <class T>
+using head_call = std::function<T(const batch<T>& x, const batch<T>& w, const labels&,
+                                  batch<T>* d_x, batch<T>* d_w, const perdita::call_options<T>&)>;
+template <class Loss> head_call<typename Loss::value_type> on_head(const Loss& loss) {
+  using T = typename Loss::value_type;
+  return [head = perdita::similarity(loss)](const batch<T>& x, const batch<T>& w, const labels& y,
+                                            batch<T>* d_x, batch<T>* d_w,
+                                            const perdita::call_options<T>& call) {
+    return d_x ? head(x.seen(), w.seen(), y, d_x->view(), d_w->view(), call)
+               : head(x.seen(), w.seen(), y, call);
+  };
+}
+
+template <class T>
+void check_head(const head_call<T>& head, double s, const margin_of_row& psi, judges& judge) {
   for (const index classes : {5, 40}) {
     const auto x = random_batch<T>(23, 9, 1), w = random_batch<T>(classes, 9, 2);
     const labels y = some_labels(x.rows, w.rows);
     batch<T> d_x(x.rows, x.cols), d_w(w.rows, w.cols);
-    const T value = head(x.seen(), w.seen(), y, d_x.view(), d_w.view());
-    CHECK(head(x.seen(), w.seen(), y) == value);
-    const wide_head<T> expected(x, w, y, s, psi);
+    const T value = head(x, w, y, &d_x, &d_w, {});
+    CHECK(head(x, w, y, nullptr, nullptr, {}) == value);
+    const wide_head expected(wide_matrix(x), wide_matrix(w), y, s, psi);
     // Cosines err by a few ε; these are not near ±1.
     CHECK(judge.values.within(size_of(wide(value - expected.value)), 4,
                               wide(std::numeric_limits<T>::epsilon() * (s + expected.value))));
@@ -378,20 +399,20 @@ TEMPLATE_TEST_CASE("angular margins: on the similarity head", "[angular_margin]"
   using T = TestType;
   judges j;
   check_head<T>(
-      perdita::arcface<T>({.scale = 16}), 16,
+      on_head(perdita::arcface<T>({.scale = 16})), 16,
       [](const wide& c, index) { return arc(c, T(0.5), false, true); }, j);
   check_head<T>(
-      perdita::cosface<T>({.scale = 16}), 16,
+      on_head(perdita::cosface<T>({.scale = 16})), 16,
       [](const wide& c, index) {
         return wide_point{c - T(0.35), 1};
       },
       j);
   check_head<T>(
-      perdita::sphereface<T>({.scale = 16, .margin = 3}), 16,
+      on_head(perdita::sphereface<T>({.scale = 16, .margin = 3})), 16,
       [](const wide& c, index) { return sphere(c, 3); }, j);
   std::vector<T> quality = row_numbers<T>(-1, 1);
   check_head<T>(
-      perdita::adaface<T>({.scale = 16, .quality = first(quality, 23)}), 16,
+      on_head(perdita::adaface<T>({.scale = 16, .quality = first(quality, 23)})), 16,
       [&](const wide& c, index r) { return ada(c, T(0.4), quality[at(r)]); }, j);
   report_accuracy<T>("arcface", "similarity head", in_allowances,
                      {j.values.worst(), -1, std::max(j.values.share(), j.slopes.share())});
@@ -405,15 +426,14 @@ TEST_CASE("angular margins: golden values", "[angular_margin]") {
     w.x[k] = std::sin(1.1 * t + 0.2 + 0.15 * t * t);
   }
   const labels y{0, 0, 1, 1, 2, 2};
-  const auto check = [&](const auto& loss, double value, double of_x, double of_w) {
-    const perdita::similarity head(loss);
-    CHECK(near(head(x.seen(), w.seen(), y, d_x.view(), d_w.view()), value, 1e-11));
+  const auto check = [&](const head_call<double>& head, double value, double of_x, double of_w) {
+    CHECK(near(head(x, w, y, &d_x, &d_w, {}), value, 1e-11));
     CHECK(near(length_of(d_x.x), of_x, 1e-8));
     CHECK(near(length_of(d_w.x), of_w, 1e-8));
   };
-  check(perdita::arcface<double>({.scale = 16}), 5.35974712224, 4.43844034, 4.40052729);
-  check(perdita::cosface<double>({.scale = 16}), 4.72660491702, 4.90987481, 4.1031594);
-  check(perdita::normalised_softmax<double>(), 3.13775709496, 3.81001512, 3.55066128);
+  check(on_head(perdita::arcface<double>({.scale = 16})), 5.35974712224, 4.43844034, 4.40052729);
+  check(on_head(perdita::cosface<double>({.scale = 16})), 4.72660491702, 4.90987481, 4.1031594);
+  check(on_head(perdita::normalised_softmax<double>()), 3.13775709496, 3.81001512, 3.55066128);
 }
 
 TEST_CASE("angular margins: the gradients are the derivatives", "[angular_margin]") {
@@ -426,7 +446,8 @@ TEST_CASE("angular margins: the gradients are the derivatives", "[angular_margin
   const std::vector<double> weights{1, 2, 0.5, 1, 0, 3}, upstream{1, 1, 1, 1, 1, 1},
       quality{-1, 0.5, 0.2, 0, 1, -0.3};
   const perdita::call_options<double> call{.row_weights = weights, .upstream = upstream};
-  const auto check = [&](auto run) {
+  using run_of_both = std::function<double(batch<double> & d_x, batch<double> & d_w)>;
+  const auto check = [&](const run_of_both& run) {
     auto d_x = x, d_w = w, aside_x = x, aside_w = w;
     run(d_x, d_w);
     for (const bool of_x : {true, false}) {
@@ -436,23 +457,20 @@ TEST_CASE("angular margins: the gradients are the derivatives", "[angular_margin
       CHECK(report.ok);
     }
   };
-  const auto on_head = [&](const auto& loss) {
-    check([&](auto& d_x, auto& d_w) {
-      return perdita::similarity(loss)(x.seen(), w.seen(), y, d_x.view(), d_w.view(), call);
-    });
+  const auto check_head_of = [&](const head_call<double>& head) {
+    check([&](batch<double>& d_x, batch<double>& d_w) { return head(x, w, y, &d_x, &d_w, call); });
   };
-  on_head(perdita::arcface<double>({.scale = 8}));
-  on_head(perdita::sphereface<double>({.scale = 8}));
-  on_head(perdita::adaface<double>({.scale = 8, .quality = quality}));
+  check_head_of(on_head(perdita::arcface<double>({.scale = 8})));
+  check_head_of(on_head(perdita::sphereface<double>({.scale = 8})));
+  check_head_of(on_head(perdita::adaface<double>({.scale = 8, .quality = quality})));
   for (const bool easy : {true, false}) {
     const perdita::magface<double> loss({.scale = 8, .easy_margin = easy});
-    check([&](auto& d_x, auto& d_w) {
+    const run_of_both embedded = [&](batch<double>& d_x, batch<double>& d_w) {
       return loss.embedded(x.seen(), w.seen(), y, d_x.view(), d_w.view(), call);
-    });
-    CHECK(loss.embedded(x.seen(), w.seen(), y, call) == [&] {
-      auto d_x = x, d_w = w;
-      return loss.embedded(x.seen(), w.seen(), y, d_x.view(), d_w.view(), call);
-    }());
+    };
+    check(embedded);
+    auto d_x = x, d_w = w;
+    CHECK(loss.embedded(x.seen(), w.seen(), y, call) == embedded(d_x, d_w));
   }
   // The norm's part alone, with scale and upstream, added to what is there.
   const perdita::magface<double> loss({.scale = 8});
@@ -470,17 +488,17 @@ TEMPLATE_TEST_CASE("angular margins: special values", "[angular_margin]", float,
   using T = TestType;
   constexpr T inf = std::numeric_limits<T>::infinity(), nan = std::numeric_limits<T>::quiet_NaN();
   constexpr T epsilon = std::numeric_limits<T>::epsilon();
-  const auto evaluate = [&](const auto& loss, T target, T rival, batch<T>& g) {
+  const auto evaluate = [&](const given_call<T>& loss, T target, T rival, batch<T>& g) {
     batch<T> c(2, 3);
     c.x = {target, rival, T(-0.5), T(0.1), T(0.2), T(0.3)};
     std::vector<T> values(2);
-    loss(c.seen(), labels{0, 1}, g.view(), {.values = values});
+    loss(c, labels{0, 1}, g, {.values = values});
     CHECK(std::isfinite(values[1]));
     CHECK(std::isfinite(g(1, 0) + g(1, 1) + g(1, 2)));
     return values[0];
   };
   batch<T> g(2, 3);
-  const auto everywhere = [&](const auto& loss) {
+  const auto everywhere = [&](const given_call<T>& loss) {
     for (const T c : {T(1), T(-1), T(1) + epsilon, T(-1) - epsilon, T(0), T(1) - epsilon}) {
       CHECK(std::isfinite(evaluate(loss, c, T(0.5), g)));
       CHECK(std::isfinite(g(0, 0)));
@@ -493,25 +511,26 @@ TEMPLATE_TEST_CASE("angular margins: special values", "[angular_margin]", float,
     CHECK(std::isnan(g(0, 0)));
     CHECK(std::isnan(evaluate(loss, T(0.5), nan, g)));
   };
-  everywhere(perdita::cosface<T>());
-  everywhere(perdita::arcface<T>());
-  everywhere(perdita::arcface<T>({.easy_margin = true}));
-  everywhere(perdita::sphereface<T>());
+  everywhere(of_rows(perdita::cosface<T>()));
+  everywhere(of_rows(perdita::arcface<T>()));
+  everywhere(of_rows(perdita::arcface<T>({.easy_margin = true})));
+  everywhere(of_rows(perdita::sphereface<T>()));
   const std::vector<T> quality{T(-1), T(0.5)}, bad{nan, T(0)};
-  everywhere(perdita::adaface<T>({.quality = quality}));
-  CHECK(std::isnan(evaluate(perdita::adaface<T>({.quality = bad}), T(0.5), T(0.1), g)));
+  everywhere(of_rows(perdita::adaface<T>({.quality = quality})));
+  CHECK(std::isnan(evaluate(of_rows(perdita::adaface<T>({.quality = bad})), T(0.5), T(0.1), g)));
 
   // The tangent: value and slope at c = 1 and −1.
-  const perdita::arcface<T> arc_s1({.scale = 1, .margin = T(0.5)});
-  const auto slope_at = [&](const auto& loss, T c) { // less the softmax's part
+  const auto arc_s1 = of_rows(perdita::arcface<T>({.scale = 1, .margin = T(0.5)}));
+  const auto sphere_s1 = of_rows(perdita::sphereface<T>({.scale = 1}));
+  const auto slope_at = [&](const given_call<T>& loss, T c) { // less the softmax's part
     const T value = evaluate(loss, c, T(0), g);
     return -static_cast<double>(g(0, 0)) * 2 / -std::expm1(-static_cast<double>(value));
   };
   const double m = static_cast<double>(T(0.5)), sine = std::sqrt(1e-7 * (2 - 1e-7));
   CHECK(near(slope_at(arc_s1, 1), std::cos(m) + (1 - 1e-7) * std::sin(m) / sine, 1e-4));
   CHECK(near(slope_at(arc_s1, -1), 1, 1e-4)); // beyond π
-  CHECK(near(slope_at(perdita::sphereface<T>({.scale = 1}), 1), 16, 1e-4));
-  CHECK(near(slope_at(perdita::sphereface<T>({.scale = 1}), -1), 16, 1e-4));
+  CHECK(near(slope_at(sphere_s1, 1), 16, 1e-4));
+  CHECK(near(slope_at(sphere_s1, -1), 16, 1e-4));
 
   // The head: a zero embedding, a zero class vector, a class without rows, embeddings that equal
   // their class vector.
@@ -543,9 +562,9 @@ TEMPLATE_TEST_CASE("angular margins: special values", "[angular_margin]", float,
 namespace {
 
 /// UNPG by its definition: value, and slopes of all cosines with class vectors and of pairs.
-template <class T, class Psi>
-wide unpg_of(const wide_matrix& x, const wide_matrix& w, const labels& y, double s, double whiskers,
-             Psi psi) {
+/// Of CosFace, with a margin of a half.
+wide unpg_of(const wide_matrix& x, const wide_matrix& w, const labels& y, double s,
+             double whiskers) {
   const auto cosine = [](const wide_matrix& a, index i, const wide_matrix& b, index j) {
     wide ab = 0, aa = 0, bb = 0;
     for (index k = 0; k < a.cols; ++k) {
@@ -571,7 +590,7 @@ wide unpg_of(const wide_matrix& x, const wide_matrix& w, const labels& y, double
   for (index i = 0; i < x.rows; ++i) {
     if (y[at(i)] < 0)
       continue;
-    const wide target = psi(cosine(x, i, w, y[at(i)]));
+    const wide target = cosine(x, i, w, y[at(i)]) - 0.5;
     wide rivals = extra;
     for (index c = 0; c < w.rows; ++c)
       rivals += c == y[at(i)] ? wide(0) : wide(exp(wide(s * cosine(x, i, w, c))));
@@ -583,9 +602,8 @@ wide unpg_of(const wide_matrix& x, const wide_matrix& w, const labels& y, double
 
 } // namespace
 
-TEMPLATE_TEST_CASE("unpg", "[angular_margin]", float, double) {
+TEMPLATE_TEST_CASE("unpg is its definition", "[angular_margin]", float, double) {
   using T = TestType;
-  using Catch::Matchers::ContainsSubstring;
   judges j;
   const double infinite = std::numeric_limits<double>::infinity();
   for (const index classes : {1, 4, 9})
@@ -600,10 +618,7 @@ TEMPLATE_TEST_CASE("unpg", "[angular_margin]", float, double) {
       const T value = loss(x.seen(), w.seen(), y, d_x.view(), d_w.view());
       CHECK(loss(x.seen(), w.seen(), y) == value);
       wide_matrix wide_x(x), wide_w(w);
-      const auto reference = [&] {
-        return unpg_of<T>(wide_x, wide_w, y, 8, whiskers,
-                          [](const wide& c) { return wide(c - wide(0.5)); });
-      };
+      const auto reference = [&] { return unpg_of(wide_x, wide_w, y, 8, whiskers); };
       const wide expected = reference();
       const auto derivative = [&](wide_matrix& of) {
         wide_matrix g(of.rows, of.cols);
@@ -629,7 +644,11 @@ TEMPLATE_TEST_CASE("unpg", "[angular_margin]", float, double) {
     }
   report_accuracy<T>("unpg", "", in_allowances,
                      {j.values.worst(), -1, std::max(j.values.share(), j.slopes.share())});
+}
 
+TEST_CASE("unpg: calls", "[angular_margin]") {
+  using T = double;
+  using Catch::Matchers::ContainsSubstring;
   const auto x = random_batch<T>(150, 6, 1), w = random_batch<T>(20, 6, 2);
   const labels y = some_labels(150, 20);
   batch<T> d_x(150, 6), d_w(20, 6), again_x(150, 6, 1), again_w(20, 6, 1);

@@ -49,41 +49,12 @@ struct anchor_subject {
   double value_budget = 64, gradient_budget = 256; ///< ε of 1 and of the largest slope
 };
 
-inline wide_matrix unit_rows(wide_matrix x) {
-  for (perdita::index r = 0; r < x.rows; ++r) {
-    wide square = 0;
-    for (perdita::index c = 0; c < x.cols; ++c)
-      square += x(r, c) * x(r, c);
-    for (perdita::index c = 0; c < x.cols && square > 0; ++c)
-      x(r, c) /= sqrt(square);
-  }
-  return x;
-}
-inline wide_comparisons compare(const wide_matrix& raw_x, const wide_matrix& raw_y,
-                                const std::vector<std::vector<int>>& relation,
-                                const anchor_subject& subject) {
-  const wide_matrix x = subject.normalise ? unit_rows(raw_x) : raw_x;
-  const wide_matrix y = subject.normalise ? unit_rows(raw_y) : raw_y;
-  wide_comparisons result{wide_matrix(x.rows, y.rows), relation};
-  for (perdita::index i = 0; i < x.rows; ++i)
-    for (perdita::index j = 0; j < y.rows; ++j) {
-      wide sum = 0;
-      for (perdita::index k = 0; k < x.cols; ++k) {
-        const wide d = x(i, k) - y(j, k);
-        sum += subject.distances ? wide(d * d) : wide(x(i, k) * y(j, k));
-      }
-      result.score(i, j) = subject.distances ? wide(sqrt(sum)) : sum;
-    }
-  return result;
-}
-inline std::vector<std::vector<int>> relations(const std::vector<int>& x, const std::vector<int>& y,
-                                               bool alone) {
-  std::vector<std::vector<int>> result(x.size(), std::vector<int>(y.size()));
-  for (std::size_t i = 0; i < x.size(); ++i)
-    for (std::size_t j = 0; j < y.size(); ++j)
-      result[i][j] = alone && i == j ? 0 : x[i] == y[j] ? 1 : -1;
-  return result;
-}
+wide_matrix unit_rows(wide_matrix x);
+wide_comparisons compare(const wide_matrix& x, const wide_matrix& y,
+                         const std::vector<std::vector<int>>& relation,
+                         const anchor_subject& subject);
+std::vector<std::vector<int>> relations(const std::vector<int>& x, const std::vector<int>& y,
+                                        bool alone);
 /// The last comparisons that were not near those before: what constants of a loss are made of.
 class constants {
 public:
@@ -101,162 +72,79 @@ private:
 };
 
 /// (f(m + h) − f(m − h))/2h of every element.
-template <class F> wide_matrix differences(wide_matrix& m, F f) {
-  const wide h = 1e-11;
-  wide_matrix result(m.rows, m.cols);
-  for (std::size_t k = 0; k < m.x.size(); ++k) {
-    const wide kept = m.x[k];
-    m.x[k] = kept + h;
-    const wide above = f();
-    m.x[k] = kept - h;
-    result.x[k] = (above - f()) / (2 * h);
-    m.x[k] = kept;
-  }
-  return result;
-}
+wide_matrix differences(wide_matrix& m, const std::function<wide()>& f);
 
+/// The calls of any loss of anchors, so that what checks them is compiled once.
+template <class T> class anchor_calls {
+public:
+  using matrix = perdita::matrix_view<const T>;
+  using slopes = perdita::matrix_view<T>;
+  using labels = std::vector<int>;
+  using options = perdita::anchor_options<T>;
+  anchor_calls() = default;
+  anchor_calls(const anchor_calls&) = delete;
+  anchor_calls& operator=(const anchor_calls&) = delete;
+  virtual ~anchor_calls() = default;
+
+  virtual T operator()(const matrix& x, const labels& of_x, const options& = {}) const = 0;
+  virtual T operator()(const matrix& x, const labels& of_x, const slopes& d_x) const = 0;
+  virtual T operator()(const matrix& x, const matrix& y, const labels& of_x, const labels& of_y,
+                       const options& = {}) const = 0;
+  virtual T operator()(const matrix& x, const matrix& y, const labels& of_x, const labels& of_y,
+                       const slopes& d_x, const slopes& d_y, const options& = {}) const = 0;
+  virtual T views(const matrix& x, perdita::index n, const slopes& d_x) const = 0;
+};
+template <class Loss> class anchor_calls_of final : public anchor_calls<typename Loss::value_type> {
+public:
+  using T = typename Loss::value_type;
+  using typename anchor_calls<T>::matrix, typename anchor_calls<T>::slopes,
+      typename anchor_calls<T>::labels, typename anchor_calls<T>::options;
+  explicit anchor_calls_of(const Loss& loss) : loss_(loss) {}
+
+  T operator()(const matrix& x, const labels& of_x, const options& o) const override {
+    return loss_(x, of_x, o);
+  }
+  T operator()(const matrix& x, const labels& of_x, const slopes& d_x) const override {
+    return loss_(x, of_x, d_x);
+  }
+  T operator()(const matrix& x, const matrix& y, const labels& of_x, const labels& of_y,
+               const options& o) const override {
+    return loss_(x, y, of_x, of_y, o);
+  }
+  T operator()(const matrix& x, const matrix& y, const labels& of_x, const labels& of_y,
+               const slopes& d_x, const slopes& d_y, const options& o) const override {
+    return loss_(x, y, of_x, of_y, d_x, d_y, o);
+  }
+  T views(const matrix& x, perdita::index n, const slopes& d_x) const override {
+    return loss_.views(x, n, d_x);
+  }
+
+private:
+  const Loss& loss_;
+};
+
+/// How many rows, others, features and classes.
+struct anchor_shape {
+  perdita::index n = 9, m = 17, d = 3;
+  int classes = 4;
+};
 /// Values and gradients of n rows compared with one another, and of those with m others.
+template <class T>
+void check_values_of_calls(const std::string& name, const anchor_calls<T>& loss,
+                           const anchor_subject& subject, const anchor_definition& definition,
+                           const anchor_shape& shape);
 template <class T, class Loss>
 void check_anchor_values(const std::string& name, const Loss& loss, const anchor_subject& subject,
                          const anchor_definition& definition, perdita::index n = 9,
                          perdita::index m = 17, perdita::index d = 3, int classes = 4) {
-  error_judge values, slopes;
-  const auto close = [&](T got, const wide& expected) {
-    const wide unit = std::numeric_limits<T>::epsilon() * (1 + size_of(expected));
-    CHECK(values.within(size_of(wide(got - expected)), subject.value_budget, unit));
-  };
-  for (const std::uint64_t seed : {1U, 2U}) {
-    const auto x = random_batch<T>(n, d, seed), y = random_batch<T>(m, d, seed + 10);
-    wide_matrix wide_x(x), wide_y(y);
-    std::vector<int> labels_x, labels_y;
-    for (int i = 0; i < n; ++i)
-      labels_x.push_back((i * i + i / 3) % classes);
-    for (int j = 0; j < m; ++j)
-      labels_y.push_back((j * j + j / 5) % classes);
-    {
-      INFO(name << ", with themselves, seed " << seed);
-      const auto who = relations(labels_x, labels_x, true);
-      const auto value = [&] { return definition(compare(wide_x, wide_x, who, subject)); };
-      batch<T> g(n, d, T(7));
-      close(loss(x.view(), labels_x, g.view()), value());
-      close(loss(x.view(), labels_x), value());
-      CHECK(slopes_within(slopes, g, differences(wide_x, value), subject.gradient_budget));
-    }
-    {
-      INFO(name << ", with others, seed " << seed);
-      const auto who = relations(labels_x, labels_y, false);
-      const auto value = [&] { return definition(compare(wide_x, wide_y, who, subject)); };
-      batch<T> g(n, d, T(7)), h(m, d, T(7));
-      close(loss(x.view(), y.view(), labels_x, labels_y, g.view(), h.view()), value());
-      CHECK(slopes_within(slopes, g, differences(wide_x, value), subject.gradient_budget));
-      CHECK(slopes_within(slopes, h, differences(wide_y, value), subject.gradient_budget));
-    }
-  }
-  report_accuracy<T>(name, "", in_epsilons, values, slopes);
+  check_values_of_calls<T>(name, anchor_calls_of(loss), subject, definition, {n, m, d, classes});
 }
 
 /// Threads, layouts, accumulation, weights, by-products and refusals. Every anchor of the loss must
 /// count.
+template <class T> void check_calls_of(const anchor_calls<T>& loss);
 template <class Loss> void check_anchor_calls(const Loss& loss) {
-  using T = typename Loss::value_type;
-  using Catch::Matchers::ContainsSubstring;
-  using perdita::index;
-  const index n = 30, m = 75, d = 7;
-  const auto x = random_batch<T>(n, d, 3), y = random_batch<T>(m, d, 4);
-  std::vector<int> of_x, of_y;
-  for (int i = 0; i < n; ++i)
-    of_x.push_back(i % 5 - 2);
-  for (int j = 0; j < m; ++j)
-    of_y.push_back(j % 5 - 2);
-  batch<T> g(n, d), h(m, d);
-  const T value =
-      loss(x.view(), y.view(), of_x, of_y, g.view(), h.view(), {.run_on = perdita::serial});
-  const T alone = loss(x.view(), of_x, {.run_on = perdita::serial});
-
-  for (const std::size_t threads : {2U, 7U}) {
-    const threads_executor pool(threads, task_order::shuffled);
-    batch<T> again(n, d), other(m, d);
-    CHECK(loss(x.view(), y.view(), of_x, of_y, again.view(), other.view(), {.run_on = pool}) ==
-          value);
-    CHECK(again.x == g.x);
-    CHECK(other.x == h.x);
-  }
-  { // Added to what is there, and by columns.
-    batch<T> again(d, n, T(1)), other(m, 2 * d, T(1)), turned(d, n);
-    for (index i = 0; i < n; ++i)
-      for (index k = 0; k < d; ++k)
-        turned(k, i) = x(i, k);
-    const perdita::matrix_view<const T> columns(turned.x.data(), n, d, 1, n);
-    const perdita::matrix_view<T> to(again.x.data(), n, d, 1, n);
-    const perdita::matrix_view<T> spaced(other.x.data(), m, d, 2 * d, 2);
-    CHECK(loss(columns, y.view(), of_x, of_y, to, spaced, {.scale = 3, .accumulate = true}) ==
-          value);
-    bool same = true;
-    const T unit = 8 * std::numeric_limits<T>::epsilon();
-    for (index i = 0; i < n; ++i)
-      for (index k = 0; k < d; ++k)
-        same &= std::abs(again(k, i) - (1 + 3 * g(i, k))) <= unit * (1 + 3 * std::abs(g(i, k)));
-    for (index j = 0; j < m; ++j)
-      for (index k = 0; k < d; ++k)
-        same &= other(j, 2 * k + 1) == 1 &&
-                std::abs(other(j, 2 * k) - (1 + 3 * h(j, k))) <= unit * (1 + 3 * std::abs(h(j, k)));
-    CHECK(same);
-  }
-  { // Weights of 0 and 1 are a choice of anchors; a filter can take candidates away.
-    std::vector<T> weights(static_cast<std::size_t>(n), 1), values(weights);
-    for (std::size_t i = 20; i < 30; ++i)
-      weights[i] = 0;
-    const T some = loss(x.view(), y.view(), of_x, of_y, {.row_weights = weights, .values = values});
-    const perdita::matrix_view<const T> first(x.x.data(), 20, d);
-    const std::vector<int> first_of_x(of_x.begin(), of_x.begin() + 20);
-    CHECK(near(static_cast<double>(some),
-               static_cast<double>(loss(first, y.view(), first_of_x, of_y)), 1e-5));
-    CHECK(values[25] == 0);
-    const auto near_only = [](index, T* relation, index count) {
-      for (index j = 40; j < count; ++j)
-        relation[j] = 0;
-    };
-    const perdita::matrix_view<const T> nearer(y.x.data(), 40, d);
-    const std::vector<int> nearer_of_y(of_y.begin(), of_y.begin() + 40);
-    CHECK(near(static_cast<double>(loss(x.view(), y.view(), of_x, of_y, {.filter = near_only})),
-               static_cast<double>(loss(x.view(), nearer, of_x, nearer_of_y)), 1e-5));
-  }
-  { // What is no number stays one; nothing at all is 0.
-    auto spoilt = x;
-    spoilt(3, 2) = std::numeric_limits<T>::quiet_NaN();
-    CHECK(std::isnan(loss(spoilt.view(), y.view(), of_x, of_y)));
-    CHECK(std::isnan(loss(spoilt.view(), of_x)));
-    spoilt(3, 2) = std::numeric_limits<T>::infinity();
-    CHECK(std::isnan(loss(spoilt.view(), of_x)));
-    const std::vector<int> none;
-    CHECK(loss(perdita::matrix_view<const T>(nullptr, 0, d), none) == 0);
-  }
-  { // Equal and zero vectors, whoever belongs to whom, make numbers; one row is compared with none.
-    const batch<T> equal(6, d, T(2)), zero(6, d), one(1, d, T(2));
-    batch<T> to(6, d), to_one(1, d, T(7));
-    const std::vector<int> alike(6, 1), apart{1, 2, 3, 4, 5, 6}, twos{1, 2, 3, 1, 2, 3};
-    for (const auto& labels : {alike, apart, twos}) {
-      CHECK(std::isfinite(loss(equal.view(), labels, to.view())));
-      for (const T slope : to.x)
-        CHECK(std::isfinite(slope));
-      CHECK(std::isfinite(loss(zero.view(), labels, to.view())));
-      CHECK(to.x == std::vector<T>(to.x.size(), T(0)));
-    }
-    CHECK(loss(one.view(), std::vector<int>{1}, to_one.view()) == 0);
-    CHECK(to_one.x == std::vector<T>(to_one.x.size(), T(0)));
-  }
-  // Refused, with nothing written.
-  const auto kept = g;
-  const std::vector<int> few(3);
-  CHECK_THROWS_WITH(loss(x.view(), few, g.view()), ContainsSubstring("labels is 3, expected 30"));
-  CHECK_THROWS_WITH(loss(x.view(), of_x, h.view()),
-                    ContainsSubstring("rows of the gradient of x is 75"));
-  auto overlapping = x;
-  CHECK_THROWS_WITH(loss(overlapping.view(), of_x, overlapping.view()),
-                    ContainsSubstring("overlaps"));
-  CHECK_THROWS_WITH(loss.views(x.view(), 4, g.view()), ContainsSubstring("views is 4"));
-  CHECK(g.x == kept.x);
-  CHECK(loss(x.view(), of_x) == alone);
+  check_calls_of<typename Loss::value_type>(anchor_calls_of(loss));
 }
 
 } // namespace perdita_tests

@@ -19,9 +19,12 @@
 
 #define PERDITA_TEST_ANCHORS(how, T)                                                               \
   how double run_anchors<T>(const anchor_function<T>&, const anchor_job<T>&, bool,                 \
-                            const executor&, workspace*);
+                            const executor&, workspace*);                                          \
+  how T anchor_request<T>::run(const anchor_function<T>&, const anchor_options<T>&);
 
 #define PERDITA_TEST_ROW_KERNELS(how, T)                                                           \
+  how double settle(const row_facts<T>&, row_job<T>&, const call_options<T>&);                     \
+  how void check_matrices(const char*, const row_job<T>&, const call_options<T>&, bool);           \
   PERDITA_TEST_ROWS(how, T, cross_entropy_formula<T, log_sum_exp>)                                 \
   PERDITA_TEST_ROWS(how, T, cross_entropy_formula<T, log_sum_exp_and_total>)                       \
   PERDITA_TEST_ROWS(how, T, cross_entropy_formula<T, log_sum_exp_and_moments>)                     \
@@ -29,6 +32,14 @@
   PERDITA_TEST_ROWS(how, T, ldr_kl_formula<T>)                                                     \
   PERDITA_TEST_ROWS(how, T, z_loss_formula)                                                        \
   PERDITA_TEST_ROWS(how, T, sparsemax_formula)
+
+#define PERDITA_TEST_SIMILARITY(how, T, ...)                                                       \
+  how double run_similarity(const __VA_ARGS__&, const row_job<T>&, const similarity_job<T>&,       \
+                            const executor&, workspace*);
+#define PERDITA_TEST_SIMILARITY_KERNELS(how, T)                                                    \
+  PERDITA_TEST_SIMILARITY(how, T, cross_entropy_formula<T, log_sum_exp>)                           \
+  PERDITA_TEST_SIMILARITY(how, T, cross_entropy_formula<T, log_sum_exp_and_total>)                 \
+  PERDITA_TEST_SIMILARITY(how, T, cross_entropy_formula<T, log_sum_exp_and_moments>)
 
 #define PERDITA_TEST_LINEAR_KERNELS(how, T)                                                        \
   PERDITA_TEST_LINEAR(how, T, cross_entropy_formula<T, log_sum_exp>)                               \
@@ -41,6 +52,8 @@ PERDITA_TEST_ROW_KERNELS(extern template, float)
 PERDITA_TEST_ROW_KERNELS(extern template, double)
 PERDITA_TEST_ANCHORS(extern template, float)
 PERDITA_TEST_ANCHORS(extern template, double)
+PERDITA_TEST_SIMILARITY_KERNELS(extern template, float)
+PERDITA_TEST_SIMILARITY_KERNELS(extern template, double)
 PERDITA_TEST_LINEAR_KERNELS(extern template, float)
 PERDITA_TEST_LINEAR_KERNELS(extern template, double)
 } // namespace perdita::inline PERDITA_ABI::core

@@ -47,6 +47,120 @@ inline void require_temperature(const char* name, double temperature) {
   require(temperature > 0 && std::isfinite(temperature), name, "temperature", temperature,
           "a finite number above 0");
 }
+
+/// The labels of one side of a call: the caller's, or the rows' numbers modulo a period (0: as they
+/// are).
+struct anchor_labels {
+  index period = 0;
+  std::int64_t (*reader)(const void*, index) = nullptr; ///< null: the rows' numbers
+  const void* data = nullptr;
+  index size = 0, stride = 1;
+
+  template <class L> static anchor_labels of(const vector_view<L>& labels) {
+    const auto read = [](const void* from, index i) {
+      return static_cast<std::int64_t>(static_cast<const L*>(from)[i]);
+    };
+    return {0, read, labels.data, labels.size, labels.stride};
+  }
+  std::int64_t operator()(index r) const {
+    return reader ? reader(data, r * stride) : period > 0 ? r % period : r;
+  }
+};
+
+/// One call of any loss of anchors, its checks and its labels: what depends on neither the loss nor
+/// the caller's types, so that it is compiled once.
+template <class T> struct anchor_request {
+  const char* name;
+  anchor_job<T> job;
+  anchor_labels labels_x, labels_y;
+  bool gradient, both; ///< which gradients are wanted: any; that of y, too
+
+  void check(const anchor_options<T>& call) const;
+  T run(const anchor_function<T>& formula, const anchor_options<T>& call);
+
+private:
+  void require_size(const std::string& what, index got, index expected) const {
+    if (got != expected) [[unlikely]]
+      fail(name, what, to_text(got), to_text(expected));
+  }
+  void require_memory(const std::string& what, const void* data, index elements) const {
+    if (!data && elements > 0) [[unlikely]]
+      fail(name, what, "null", "a pointer to memory");
+  }
+  template <class V> void check_per_row(const char* what, const V& v) const {
+    if (v.data || v.size > 0)
+      require_size(what, v.size, job.x.rows);
+  }
+  void check_gradient(const std::string& side, const matrix_data<T, true>& d,
+                      const matrix_data<T>& x) const {
+    require_size("rows of the gradient of " + side, d.rows, x.rows);
+    require_size("columns of the gradient of " + side, d.cols, x.cols);
+    require_memory("gradient of " + side, d.data, x.rows * x.cols);
+  }
+  void check_labels(const char* what, const anchor_labels& labels, index rows) const {
+    if (!labels.reader)
+      return;
+    require_size(what, labels.size, rows);
+    require_memory(what, labels.data, rows);
+  }
+};
+
+template <class T> void anchor_request<T>::check(const anchor_options<T>& call) const {
+  require_size("columns of y", job.y.cols, job.x.cols);
+  require_memory("x", job.x.data, job.x.rows * job.x.cols);
+  require_memory("y", job.y.data, job.y.rows * job.y.cols);
+  require(job.y.rows <= index(1) << 24, name, "rows of y", job.y.rows, "2^24 at the most");
+  check_per_row("row_weights", call.row_weights);
+  check_per_row("upstream", call.upstream);
+  check_per_row("values", call.values);
+  require(call.normaliser >= 0 && std::isfinite(call.normaliser), name, "normaliser",
+          call.normaliser, "a finite number above 0, or 0 for the reduction's own");
+  for (index r = 0; r < call.row_weights.size; ++r)
+    if (!(call.row_weights[r] >= T(0)) || !std::isfinite(call.row_weights[r]))
+      fail_at(name, "row_weights", r, to_text(call.row_weights[r]),
+              "a finite number, not negative");
+  if (gradient) {
+    const bool of_y = both && !job.alone;
+    check_gradient("x", job.d_x, job.x);
+    if (of_y)
+      check_gradient("y", job.d_y, job.y);
+    const extent all[] = {bytes_of(job.d_x), of_y ? bytes_of(job.d_y) : extent{0, 0},
+                          bytes_of(job.x), bytes_of(job.y)};
+    require_apart(name, all, 2);
+  }
+  check_labels(job.alone ? "labels" : "labels of x", labels_x, job.x.rows);
+  if (!job.alone)
+    check_labels("labels of y", labels_y, job.y.rows);
+}
+
+template <class T>
+T anchor_request<T>::run(const anchor_function<T>& formula, const anchor_options<T>& call) {
+  job.accumulate = call.accumulate;
+  job.filter = call.filter;
+  job.weight = {call.row_weights};
+  job.upstream = call.upstream;
+  job.values = call.values;
+  job.scale = call.scale;
+  job.normaliser = call.normaliser;
+  check(call);
+
+  // Labels as numbers that T holds exactly; equal where the labels are.
+  workspace own; // of the labels: the kernel's is the call's
+  T* const label = reinterpret_cast<T*>(
+      own.request(static_cast<std::size_t>(job.x.rows + job.y.rows) * sizeof(T)));
+  std::unordered_map<std::int64_t, std::size_t> seen;
+  const auto number = [&](const anchor_labels& labels, index rows, T* to) {
+    for (index r = 0; r < rows; ++r)
+      to[r] = static_cast<T>(labels.reader ? seen.try_emplace(labels(r), seen.size()).first->second
+                                           : static_cast<std::size_t>(labels(r)));
+  };
+  number(labels_x, job.x.rows, label);
+  if (!job.alone)
+    number(labels_y, job.y.rows, label + job.x.rows);
+  job.label_x = label;
+  job.label_y = job.alone ? label : label + job.x.rows;
+  return static_cast<T>(run_anchors<T>(formula, job, gradient, call.run_on, call.memory));
+}
 } // namespace core
 
 /// Base of every loss of anchors, each of which is compared with all candidates. Derived declares
@@ -63,7 +177,7 @@ inline void require_temperature(const char* name, double temperature) {
 ///                                             is compared with itself
 ///   loss.views(x, n, d_x)                     the same: x holds n views of each item, all first
 ///                                             views, then all second, …
-///   loss(x, y, labels_x, labels_y, d_x, d_y)  x with y
+///   loss(x, y, labels_of(labels_x), labels_of(labels_y), d_x, d_y)  x with y
 ///   loss.pairs(x, y, d_x, d_y)                the same: y_i, and no other, belongs to x_i
 ///
 /// Without d_y, in the last two, only the gradient of x is made, a third faster.
@@ -85,58 +199,61 @@ public:
   template <class X, core::labels_like L>
   requires core::scores_like<X, T> T operator()(X&& x, L&& labels,
                                                 const anchor_options<T>& call = {}) const {
-    return run<false>(x, x, labels, labels, none_, none_, call, true);
+    const auto of = labels_of(labels);
+    return run<false>(x, x, of, of, none_, none_, call, true);
   }
   template <class X, core::labels_like L, class DX>
   requires core::scores_like<X, T> && core::gradient_like<DX, T>
       T operator()(X&& x, L&& labels, DX&& d_x, const anchor_options<T>& call = {}) const {
-    return run<true>(x, x, labels, labels, d_x, none_, call, true);
+    const auto of = labels_of(labels);
+    return run<true>(x, x, of, of, d_x, none_, call, true);
   }
 
   template <class X, class Y, core::labels_like L, core::labels_like M>
   requires core::scores_like<X, T> && core::scores_like<Y, T> T
   operator()(X&& x, Y&& y, L&& labels_x, M&& labels_y, const anchor_options<T>& call = {}) const {
-    return run<false>(x, y, labels_x, labels_y, none_, none_, call, false);
+    return run<false>(x, y, labels_of(labels_x), labels_of(labels_y), none_, none_, call, false);
   }
   template <class X, class Y, core::labels_like L, core::labels_like M, class DX, class DY>
   requires core::scores_like<X, T> && core::scores_like<Y, T> && core::gradient_like<DX, T> &&
       core::gradient_like<DY, T>
           T operator()(X&& x, Y&& y, L&& labels_x, M&& labels_y, DX&& d_x, DY&& d_y,
                        const anchor_options<T>& call = {}) const {
-    return run<true>(x, y, labels_x, labels_y, d_x, d_y, call, false);
+    return run<true>(x, y, labels_of(labels_x), labels_of(labels_y), d_x, d_y, call, false);
   }
   template <class X, class Y, core::labels_like L, core::labels_like M, class DX>
   requires core::scores_like<X, T> && core::scores_like<Y, T> && core::gradient_like<DX, T>
       T operator()(X&& x, Y&& y, L&& labels_x, M&& labels_y, DX&& d_x,
                    const anchor_options<T>& call = {}) const {
-    return run<true, false>(x, y, labels_x, labels_y, d_x, none_, call, false);
+    return run<true, false>(x, y, labels_of(labels_x), labels_of(labels_y), d_x, none_, call,
+                            false);
   }
 
   template <class X, class Y>
   requires core::scores_like<X, T> && core::scores_like<Y, T>
       T pairs(X&& x, Y&& y, const anchor_options<T>& call = {})
-  const { return run<false>(x, y, numbers{}, numbers{}, none_, none_, call, false); }
+  const { return run<false>(x, y, row_numbers, row_numbers, none_, none_, call, false); }
   template <class X, class Y, class DX, class DY>
   requires core::scores_like<X, T> && core::scores_like<Y, T> && core::gradient_like<DX, T> &&
       core::gradient_like<DY, T>
           T pairs(X&& x, Y&& y, DX&& d_x, DY&& d_y, const anchor_options<T>& call = {})
-  const { return run<true>(x, y, numbers{}, numbers{}, d_x, d_y, call, false); }
+  const { return run<true>(x, y, row_numbers, row_numbers, d_x, d_y, call, false); }
   template <class X, class Y, class DX>
   requires core::scores_like<X, T> && core::scores_like<Y, T> && core::gradient_like<DX, T>
       T pairs(X&& x, Y&& y, DX&& d_x, const anchor_options<T>& call = {})
-  const { return run<true, false>(x, y, numbers{}, numbers{}, d_x, none_, call, false); }
+  const { return run<true, false>(x, y, row_numbers, row_numbers, d_x, none_, call, false); }
 
   template <class X>
   requires core::scores_like<X, T> T views(X&& x, index n, const anchor_options<T>& call = {})
   const {
-    const numbers items = items_of(core::as_matrix(x).rows, n);
+    const auto items = items_of(core::as_matrix(x).rows, n);
     return run<false>(x, x, items, items, none_, none_, call, true);
   }
   template <class X, class DX>
   requires core::scores_like<X, T> && core::gradient_like<DX, T>
       T views(X&& x, index n, DX&& d_x, const anchor_options<T>& call = {})
   const {
-    const numbers items = items_of(core::as_matrix(x).rows, n);
+    const auto items = items_of(core::as_matrix(x).rows, n);
     return run<true>(x, x, items, items, d_x, none_, call, true);
   }
 
@@ -144,121 +261,35 @@ private:
   const Derived& self() const { return static_cast<const Derived&>(*this); }
   inline static const matrix_view<T> none_{};
 
-  /// Row r has label r, or r modulo a period.
-  struct numbers {
-    index period = 0;
-  };
-  numbers items_of(index rows, index n) const {
+  static constexpr core::anchor_labels row_numbers{};
+  template <class L> static core::anchor_labels labels_of(L& labels) {
+    return core::anchor_labels::of(core::as_vector(labels));
+  }
+  static core::anchor_labels items_of(index rows, index n) {
     core::require(n > 0 && rows % n == 0, Derived::name, "views", n,
                   "a divisor of the number of rows");
-    return {rows / n};
+    return {.period = rows / n};
   }
 
-  /// Labels as numbers that T holds exactly; equal where the labels are.
-  class numbering {
-  public:
-    void set(const numbers& n, index rows, T* to) {
-      for (index r = 0; r < rows; ++r)
-        to[r] = static_cast<T>(n.period > 0 ? r % n.period : r);
-    }
-    template <class L> void set(const L& labels, index rows, T* to) {
-      const auto view = core::as_vector(labels);
-      for (index r = 0; r < rows; ++r)
-        to[r] = static_cast<T>(
-            seen_.try_emplace(static_cast<std::int64_t>(view[r]), seen_.size()).first->second);
-    }
-
-  private:
-    std::unordered_map<std::int64_t, std::size_t> seen_;
-  };
-  void check_labels(const char*, const numbers&, index) const {}
-  template <class L> void check_labels(const char* what, const L& labels, index rows) const {
-    const auto view = core::as_vector(labels);
-    check(what, view.size, rows);
-    check_memory(what, view.data, rows);
-  }
-
-  static void check(const std::string& what, index got, index expected) {
-    if (got != expected) [[unlikely]]
-      core::fail(Derived::name, what, core::to_text(got), core::to_text(expected));
-  }
-  static void check_memory(const std::string& what, const void* data, index elements) {
-    if (!data && elements > 0) [[unlikely]]
-      core::fail(Derived::name, what, "null", "a pointer to memory");
-  }
-  template <bool Gradient, bool Both>
-  static void check_shapes(const core::anchor_job<T>& job, const anchor_options<T>& call) {
-    check("columns of y", job.y.cols, job.x.cols);
-    check_memory("x", job.x.data, job.x.rows * job.x.cols);
-    check_memory("y", job.y.data, job.y.rows * job.y.cols);
-    core::require(job.y.rows <= index(1) << 24, Derived::name, "rows of y", job.y.rows,
-                  "2^24 at the most");
-    const auto per_row = [&](const char* what, const auto& v) {
-      if (v.data || v.size > 0)
-        check(what, v.size, job.x.rows);
-    };
-    per_row("row_weights", call.row_weights);
-    per_row("upstream", call.upstream);
-    per_row("values", call.values);
-    core::require(call.normaliser >= 0 && std::isfinite(call.normaliser), Derived::name,
-                  "normaliser", call.normaliser,
-                  "a finite number above 0, or 0 for the reduction's own");
-    for (index r = 0; r < call.row_weights.size; ++r)
-      if (!(call.row_weights[r] >= T(0)) || !std::isfinite(call.row_weights[r]))
-        core::fail_at(Derived::name, "row_weights", r, core::to_text(call.row_weights[r]),
-                      "a finite number, not negative");
-    if constexpr (Gradient) {
-      const auto fits = [](const char* side, const auto& d, const auto& x) {
-        check(std::string("rows of the gradient of ") + side, d.rows, x.rows);
-        check(std::string("columns of the gradient of ") + side, d.cols, x.cols);
-        check_memory(std::string("gradient of ") + side, d.data, x.rows * x.cols);
-      };
-      fits("x", job.d_x, job.x);
-      if (Both && !job.alone)
-        fits("y", job.d_y, job.y);
-      const core::extent all[] = {core::bytes_of(job.d_x),
-                                  !Both || job.alone ? core::extent{0, 0} : core::bytes_of(job.d_y),
-                                  core::bytes_of(job.x), core::bytes_of(job.y)};
-      core::require_apart(Derived::name, all, 2);
-    }
-  }
-
-  template <bool Gradient, bool Both = true, class X, class Y, class L, class M, class DX, class DY>
-  T run(X& x, Y& y, const L& labels_x, const M& labels_y, DX& d_x, DY& d_y,
-        const anchor_options<T>& call, bool alone) const {
-    core::anchor_job<T> job;
+  template <bool Gradient, bool Both = Gradient, class X, class Y, class DX, class DY>
+  T run(X& x, Y& y, const core::anchor_labels& labels_x, const core::anchor_labels& labels_y,
+        DX& d_x, DY& d_y, const anchor_options<T>& call, bool alone) const {
+    core::anchor_request<T> request{Derived::name, {}, labels_x, labels_y, Gradient, Both};
+    auto& job = request.job;
     job.x = core::matrix_data<T>(core::as_matrix(x));
     job.y = core::matrix_data<T>(core::as_matrix(y));
     job.d_x = core::matrix_data<T, true>(core::as_matrix(d_x));
     job.d_y = core::matrix_data<T, true>(core::as_matrix(d_y));
     job.alone = alone;
-    job.normalise = self().settings().normalise;
-    job.accumulate = call.accumulate;
-    job.filter = call.filter;
-    job.weight = {call.row_weights};
-    job.upstream = call.upstream;
-    job.values = call.values;
-    job.scale = call.scale;
-    job.normaliser = call.normaliser;
-    job.mean = self().settings().reduction == reduction::mean;
-    core::anchor_access::set_extra(self(), job);
-    check_shapes<Gradient, Both>(job, call);
-    check_labels(alone ? "labels" : "labels of x", labels_x, job.x.rows);
-    if (!alone)
-      check_labels("labels of y", labels_y, job.y.rows);
-
-    workspace own; // of the labels: the kernel's is the call's
-    T* const label = reinterpret_cast<T*>(
-        own.request(static_cast<std::size_t>(job.x.rows + job.y.rows) * sizeof(T)));
-    numbering number;
-    number.set(labels_x, job.x.rows, label);
-    if (!alone)
-      number.set(labels_y, job.y.rows, label + job.x.rows);
-    job.label_x = label;
-    job.label_y = alone ? label : label + job.x.rows;
+    return settle_and_run(request, call);
+  }
+  T settle_and_run(core::anchor_request<T>& request, const anchor_options<T>& call) const {
+    const auto& options = self().settings();
+    request.job.normalise = options.normalise;
+    request.job.mean = options.reduction == reduction::mean;
+    core::anchor_access::set_extra(self(), request.job);
     const auto formula = core::anchor_access::formula(self());
-    return static_cast<T>(core::run_anchors<T>(core::anchor_function<T>(formula), job, Gradient,
-                                               call.run_on, call.memory));
+    return request.run(core::anchor_function<T>(formula), call);
   }
 };
 

@@ -23,7 +23,7 @@ template <class T> bool prefers_columns(const row_job<T>& job) {
   return short_rows || (job.scores.row_stride == 1 && job.scores.col_stride != 1);
 }
 
-template <class Formula, class T, bool Gradient> class column_kernel {
+template <class Formula, class T> class column_kernel {
   using V = pack<T>;
   using W = pack<double>;
   using statistic = typename Formula::statistic;
@@ -154,9 +154,10 @@ private:
           for (index p = 0; p < packs_; ++p)
             lane(sums_, k, j)[p].add(lane(part_, k, j)[p]);
     }
+    const bool gradient = job_.has_gradient();
     for (index p = 0; p < packs_; ++p)
-      finish(p, block, totals);
-    if constexpr (Gradient) {
+      gradient ? finish<true>(p, block, totals) : finish<false>(p, block, totals);
+    if (gradient) {
       for (index c = 0; c < cols_; c += chunk_columns)
         emit(c, chunk_size(c));
       if (short_rows_ && job_.gradient.row_stride != 1)
@@ -399,7 +400,7 @@ private:
     return wide[h];
   }
 
-  void finish(index p, index block, value_sum* totals) {
+  template <bool Gradient> void finish(index p, index block, value_sum* totals) {
     W target_gradient[halves], gradient_scale[halves], coefficient[coefficients][halves];
     // Unrolled, so that what is computed stays in registers.
     const auto finish_half = [&](auto number) __attribute__((always_inline)) {

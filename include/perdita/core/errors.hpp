@@ -45,11 +45,17 @@ template <class N> PERDITA_NOINLINE std::string to_text(N value) {
   fail(std::string("perdita::") + loss + ": " + argument + " is " + got + ", expected " + expected);
 }
 
+/// Apart, so that no text is made where nothing fails.
+template <class N>
+[[noreturn]] PERDITA_NOINLINE void fail_with(const char* loss, const char* argument, N got,
+                                             const char* expected) {
+  fail(loss, argument, to_text(got), expected);
+}
 template <class N>
 PERDITA_INLINE void require(bool holds, const char* loss, const char* argument, N got,
                             const char* expected) {
   if (!holds) [[unlikely]]
-    fail(loss, argument, to_text(got), expected);
+    fail_with(loss, argument, got, expected);
 }
 
 /// An option that must be a finite number above 0.

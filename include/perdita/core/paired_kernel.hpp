@@ -24,7 +24,7 @@ concept paired_formula = requires {
 template <class Formula>
 concept whole_row_formula = paired_formula<Formula> || resident_formula<Formula>;
 
-template <class Formula, class T, bool Gradient> class paired_kernel {
+template <class Formula, class T> class paired_kernel {
 public:
   static index rows_per_sum(const row_job<T>& job) { return block_rows(job); }
   static index rows_per_task(const row_job<T>& job, std::size_t) { return block_rows(job); }
@@ -59,7 +59,7 @@ public:
         write_unit(static_cast<index>(label));
       store_value(job_, r, formula_(x_, target_, cols_, static_cast<index>(label), slopes_),
                   *total);
-      if constexpr (Gradient)
+      if (job_.has_gradient())
         write(r);
     }
   }

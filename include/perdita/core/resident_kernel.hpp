@@ -21,7 +21,7 @@ concept resident_formula = requires {
   Formula::statistic::resident;
 };
 
-template <class Formula, class T, bool Gradient> class resident_kernel {
+template <class Formula, class T> class resident_kernel {
   using V = pack<T>;
   using statistic = typename Formula::statistic;
   static constexpr index width = static_cast<index>(lanes<T>);
@@ -70,7 +70,7 @@ public:
 
 private:
   void ignore(index r) {
-    if (Gradient && !job_.accumulate) {
+    if (job_.has_gradient() && !job_.accumulate) {
       std::fill_n(out_, cols_, T(0));
       job_.gradient.write(r, 0, cols_, out_);
     }
@@ -115,7 +115,7 @@ private:
       result.coefficient[k].store(out[2 + k]);
     for (index i = 0; i < count; ++i) {
       store_value(job_, rows[i], out[0][i], total);
-      if constexpr (Gradient) {
+      if (job_.has_gradient()) {
         double c[coefficients];
         for (int k = 0; k < coefficients; ++k)
           c[k] = out[2 + k][i];

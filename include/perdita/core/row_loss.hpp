@@ -129,6 +129,149 @@ void read_labels(const void* labels, index stride, index first, index n, std::in
   }
 }
 
+[[noreturn]] PERDITA_NOINLINE inline void fail_null(const char* name, const char* what) {
+  fail(name, what, "null", "a pointer to memory");
+}
+[[noreturn]] PERDITA_NOINLINE inline void fail_size(const char* name, const char* what, index got,
+                                                    index expected, const char* of) {
+  fail(name, what, to_text(got), to_text(expected) + " (" + of + ")");
+}
+inline void require_memory(const char* name, const char* what, const void* data, index elements) {
+  if (!data && elements > 0) [[unlikely]] // no text, and no heap, before
+    fail_null(name, what);
+}
+inline void require_size(const char* name, const char* what, index got, index expected,
+                         const char* of = "as many as the scores have") {
+  if (got != expected) [[unlikely]]
+    fail_size(name, what, got, expected, of);
+}
+
+/// What the checks of a call ask of a loss, whichever it is: they are compiled once.
+template <class T> struct row_facts {
+  const char* name;
+  bool has_softmax;
+  std::int64_t ignore_index;
+  reduction reduce;
+  const void* loss;
+  void (*check)(const void* loss, const row_job<T>&);
+  /// Class weights of n labels, those that are ignored left out; null: all are 1.
+  void (*weigh)(const void* loss, const std::int64_t* labels, index n, double* weights);
+};
+
+template <class T>
+void check_matrices(const char* name, const row_job<T>& job, const call_options<T>& call,
+                    bool has_gradient) {
+  const index rows = job.scores.rows, cols = job.scores.cols;
+  require_memory(name, "scores", job.scores.data, rows * cols);
+  if (has_gradient) {
+    require_size(name, "gradient rows", job.gradient.rows, rows);
+    require_size(name, "gradient columns", job.gradient.cols, cols);
+    require_memory(name, "gradient", job.gradient.data, rows * cols);
+    const bool same = check_overlap(name, job);
+    if (same && call.accumulate && rows * cols > 0)
+      fail(std::string("perdita::") + name +
+           ": accumulate is true, expected false where the gradient overwrites the scores");
+  }
+}
+
+/// For the first label out of range among those of n rows, of which there is one.
+template <class T>
+void fail_at_label(const char* name, const row_job<T>& job, const std::int64_t* labels, index first,
+                   index n) {
+  const index cols = job.scores.cols;
+  for (index i = 0; i < n; ++i)
+    if (labels[i] != job.ignore_index && (labels[i] < 0 || labels[i] >= cols))
+      fail_at(name, "labels", first + i, to_text(labels[i]),
+              "0 to " + to_text(cols - 1) + ", or ignore_index " + to_text(job.ignore_index));
+}
+
+/// Checks everything but matrices; returns the mean's denominator.
+template <class T>
+double check_and_weigh(const row_facts<T>& facts, const row_job<T>& job,
+                       const call_options<T>& call) {
+  const index rows = job.scores.rows, cols = job.scores.cols;
+  const char* name = facts.name;
+  const auto per_row = [&](const char* what, const void* data, index size) {
+    if (data || size > 0)
+      require_size(name, what, size, rows);
+  };
+  per_row("row_weights", call.row_weights.data, call.row_weights.size);
+  per_row("upstream", call.upstream.data, call.upstream.size);
+  per_row("values", call.values.data, call.values.size);
+  per_row("log_sum_exp", call.log_sum_exp.data, call.log_sum_exp.size);
+  per_row("target_log_probability", call.target_log_probability.data,
+          call.target_log_probability.size);
+  per_row("entropy", call.entropy.data, call.entropy.size);
+  per_row("penalty", call.penalty.data, call.penalty.size);
+  per_row("hits", call.hits.data, call.hits.size);
+  if (!facts.has_softmax && job.report.any())
+    fail(std::string("perdita::") + name +
+         ": a by-product of a softmax is asked for, expected none but values");
+  require(call.normaliser >= 0 && std::isfinite(call.normaliser), name, "normaliser",
+          call.normaliser, "a finite number above 0, or 0 for the reduction's own");
+  if (rows > 0)
+    require(cols > 0, name, "columns", cols, "at least 1 class");
+  if (cols > 0)
+    facts.check(facts.loss, job);
+
+  exact_sum weights;
+  index ones = 0; // weights of 1 are only counted
+  constexpr index batch = 256;
+  std::int64_t labels[batch];
+  double of_label[batch];
+  const bool weigh = job.labels && facts.weigh, equal = !job.row_weights.data && !facts.weigh;
+  for (index first = 0; first < rows; first += batch) {
+    const index n = std::min(batch, rows - first);
+    std::int64_t ignored = 0, wrong = 0;
+    if (job.labels) {
+      job.read_labels(first, n, labels);
+      for (index i = 0; i < n; ++i) { // without a branch
+        const bool counts = labels[i] != job.ignore_index;
+        ignored += !counts;
+        wrong += counts & ((labels[i] < 0) | (labels[i] >= cols));
+      }
+    }
+    if (wrong) [[unlikely]]
+      fail_at_label(name, job, labels, first, n);
+    if (equal) {
+      ones += n - ignored;
+      continue;
+    }
+    if (weigh)
+      facts.weigh(facts.loss, labels, n, of_label);
+    for (index i = 0; i < n; ++i) {
+      if (job.labels && labels[i] == job.ignore_index)
+        continue;
+      const double weight = (weigh ? of_label[i] : 1) * job.row_weight(first + i);
+      if (weight == 1)
+        ++ones;
+      else
+        weights.add(weight);
+    }
+  }
+  return weights.value() + static_cast<double>(ones);
+}
+
+/// Checks a job and settles its scale; returns what the sum over the rows is multiplied by.
+template <class T>
+double settle(const row_facts<T>& facts, row_job<T>& job, const call_options<T>& call) {
+  job.ignore_index = facts.ignore_index;
+  job.accumulate = call.accumulate;
+  job.row_weights = call.row_weights;
+  job.upstream = call.upstream;
+  job.report = {call.values,  call.log_sum_exp, call.target_log_probability,
+                call.entropy, call.penalty,     call.hits};
+  const double weights = check_and_weigh(facts, job, call);
+
+  double share = 1;
+  if (facts.reduce == reduction::mean) {
+    const double denominator = call.normaliser != 0 ? call.normaliser : weights;
+    share = denominator != 0 ? 1 / denominator : 0;
+  }
+  job.scale = static_cast<double>(call.scale) * share;
+  return share;
+}
+
 /// What a head may do with a loss of rows.
 struct row_head {
   template <class Loss, class T, class L>
@@ -176,24 +319,22 @@ protected:
   /// Checks a job, settles its scale and runs it with the formula that visit(job, f) hands to f.
   template <bool Gradient, class Visit>
   T evaluate(core::row_job<T>& job, const call_options<T>& call, Visit visit) const {
-    check_matrices(job, call, Gradient);
-    return reduce(job, call, [&] {
-      double total = 0;
-      if (job.scores.rows > 0)
-        visit(job, [&](const auto& formula) {
-          total = core::run_rows<Gradient>(formula, job, call.run_on, call.memory);
-        });
-      return total;
-    });
+    core::check_matrices(self().name, job, call, Gradient);
+    const double share = core::settle(facts(), job, call);
+    double total = 0;
+    if (job.scores.rows > 0)
+      visit(job, [&](const auto& formula) {
+        total = core::run_rows<Gradient>(formula, job, call.run_on, call.memory);
+      });
+    return reduced(total, share);
   }
   /// For a head: a job whose scores have a shape, but no memory. run(formula) makes of it the sum
   /// of the rows' weighted values, and their gradients.
   template <class Run> T drive(core::row_job<T>& job, const call_options<T>& call, Run run) const {
-    return reduce(job, call, [&] {
-      double total = 0;
-      self().visit(job, [&](const auto& formula) { total = run(formula); });
-      return total;
-    });
+    const double share = core::settle(facts(), job, call);
+    double total = 0;
+    self().visit(job, [&](const auto& formula) { total = run(formula); });
+    return reduced(total, share);
   }
   template <class L> void set_labels(core::row_job<T>& job, vector_view<L> labels) const {
     check_size("labels", labels.size, job.scores.rows);
@@ -203,13 +344,10 @@ protected:
     job.label_stride = labels.stride;
   }
   void require_memory(const char* what, const void* data, index elements) const {
-    if (!data && elements > 0) [[unlikely]]
-      core::fail(self().name, what, "null", "a pointer to memory");
+    core::require_memory(self().name, what, data, elements);
   }
   void check_size(const char* what, index got, index expected) const {
-    if (got != expected) [[unlikely]]
-      core::fail(self().name, what, core::to_text(got),
-                 core::to_text(expected) + " (as many as the scores have)");
+    core::require_size(self().name, what, got, expected);
   }
 
   /// For losses of two matrices, `what` being the second: the job of the gradient of the first.
@@ -270,136 +408,38 @@ private:
       check_size("target columns", soft.cols, scores.cols);
       job.soft = core::matrix_data<T>(soft);
     }
+    return run_job<Gradient>(job, call);
+  }
+  template <bool Gradient> T run_job(core::row_job<T>& job, const call_options<T>& call) const {
     return evaluate<Gradient>(job, call,
                               [this](const auto& settled, auto f) { self().visit(settled, f); });
   }
 
-  void check_matrices(const core::row_job<T>& job, const call_options<T>& call,
-                      bool has_gradient) const;
-  double check_and_weigh(const core::row_job<T>& job, const call_options<T>& call) const;
-  void fail_at_label(const core::row_job<T>& job, const std::int64_t* labels, index first,
-                     index n) const;
-  template <class Run> T reduce(core::row_job<T>& job, const call_options<T>& call, Run run) const;
+  static T reduced(double total, double share) {
+    return static_cast<T>(share == 0 ? 0 : total * share);
+  }
+  core::row_facts<T> facts() const {
+    using plain_label_weight = double (row_loss::*)(index) const;
+    constexpr bool plain = std::is_same_v<decltype(&Derived::label_weight), plain_label_weight>;
+    const auto& options = self().settings();
+    return {self().name,
+            Derived::has_softmax,
+            options.ignore_index,
+            options.reduction,
+            this,
+            &check_job,
+            !plain && self().has_label_weights() ? &weigh : nullptr};
+  }
+  static void check_job(const void* loss, const core::row_job<T>& job) {
+    static_cast<const row_loss*>(loss)->self().check(job);
+  }
+  static void weigh(const void* loss, const std::int64_t* labels, index n, double* weights) {
+    const Derived& derived = static_cast<const row_loss*>(loss)->self();
+    for (index i = 0; i < n; ++i)
+      if (labels[i] != derived.settings().ignore_index)
+        weights[i] = derived.label_weight(static_cast<index>(labels[i]));
+  }
 };
-
-template <class Derived, class T>
-void row_loss<Derived, T>::check_matrices(const core::row_job<T>& job, const call_options<T>& call,
-                                          bool has_gradient) const {
-  const index rows = job.scores.rows, cols = job.scores.cols;
-  const char* name = self().name;
-  require_memory("scores", job.scores.data, rows * cols);
-  if (has_gradient) {
-    check_size("gradient rows", job.gradient.rows, rows);
-    check_size("gradient columns", job.gradient.cols, cols);
-    require_memory("gradient", job.gradient.data, rows * cols);
-    const bool same = core::check_overlap(name, job);
-    if (same && call.accumulate && rows * cols > 0)
-      core::fail(std::string("perdita::") + name +
-                 ": accumulate is true, expected false where the gradient overwrites the scores");
-  }
-}
-
-/// Checks everything but matrices; returns the mean's denominator.
-template <class Derived, class T>
-double row_loss<Derived, T>::check_and_weigh(const core::row_job<T>& job,
-                                             const call_options<T>& call) const {
-  const index rows = job.scores.rows, cols = job.scores.cols;
-  const char* name = self().name;
-  const auto per_row = [&](const char* what, const auto& v) {
-    if (v.data || v.size > 0)
-      check_size(what, v.size, rows);
-  };
-  per_row("row_weights", call.row_weights);
-  per_row("upstream", call.upstream);
-  per_row("values", call.values);
-  per_row("log_sum_exp", call.log_sum_exp);
-  per_row("target_log_probability", call.target_log_probability);
-  per_row("entropy", call.entropy);
-  per_row("penalty", call.penalty);
-  per_row("hits", call.hits);
-  if constexpr (!Derived::has_softmax)
-    if (job.report.any())
-      core::fail(std::string("perdita::") + name +
-                 ": a by-product of a softmax is asked for, expected none but values");
-  core::require(call.normaliser >= 0 && std::isfinite(call.normaliser), name, "normaliser",
-                call.normaliser, "a finite number above 0, or 0 for the reduction's own");
-  if (rows > 0)
-    core::require(cols > 0, name, "columns", cols, "at least 1 class");
-  if (cols > 0)
-    self().check(job);
-
-  using plain_label_weight = double (row_loss::*)(index) const;
-  constexpr bool plain = std::is_same_v<decltype(&Derived::label_weight), plain_label_weight>;
-  const bool equal = !job.row_weights.data && (plain || !self().has_label_weights());
-  core::exact_sum weights;
-  index ones = 0; // weights of 1 are only counted
-  constexpr index batch = 256;
-  std::int64_t labels[batch];
-  for (index first = 0; first < rows; first += batch) {
-    const index n = std::min(batch, rows - first);
-    std::int64_t ignored = 0, wrong = 0;
-    if (job.labels) {
-      job.read_labels(first, n, labels);
-      for (index i = 0; i < n; ++i) { // without a branch
-        const bool counts = labels[i] != job.ignore_index;
-        ignored += !counts;
-        wrong += counts & ((labels[i] < 0) | (labels[i] >= cols));
-      }
-    }
-    if (wrong) [[unlikely]]
-      fail_at_label(job, labels, first, n);
-    if (equal) {
-      ones += n - ignored;
-      continue;
-    }
-    for (index i = 0; i < n; ++i) {
-      if (job.labels && labels[i] == job.ignore_index)
-        continue;
-      const double of_label = job.labels ? self().label_weight(static_cast<index>(labels[i])) : 1;
-      const double weight = of_label * job.row_weight(first + i);
-      if (weight == 1)
-        ++ones;
-      else
-        weights.add(weight);
-    }
-  }
-  return weights.value() + static_cast<double>(ones);
-}
-
-/// For the first label out of range among those of n rows, of which there is one.
-template <class Derived, class T>
-void row_loss<Derived, T>::fail_at_label(const core::row_job<T>& job, const std::int64_t* labels,
-                                         index first, index n) const {
-  const index cols = job.scores.cols;
-  for (index i = 0; i < n; ++i)
-    if (labels[i] != job.ignore_index && (labels[i] < 0 || labels[i] >= cols))
-      core::fail_at(self().name, "labels", first + i, core::to_text(labels[i]),
-                    "0 to " + core::to_text(cols - 1) + ", or ignore_index " +
-                        core::to_text(job.ignore_index));
-}
-
-/// Checks a job, settles its scale, and reduces what run() returns.
-template <class Derived, class T>
-template <class Run>
-T row_loss<Derived, T>::reduce(core::row_job<T>& job, const call_options<T>& call, Run run) const {
-  const auto& options = self().settings();
-  job.ignore_index = options.ignore_index;
-  job.accumulate = call.accumulate;
-  job.row_weights = call.row_weights;
-  job.upstream = call.upstream;
-  job.report = {call.values,  call.log_sum_exp, call.target_log_probability,
-                call.entropy, call.penalty,     call.hits};
-  const double weights = check_and_weigh(job, call);
-
-  double share = 1;
-  if (options.reduction == reduction::mean) {
-    const double denominator = call.normaliser != 0 ? call.normaliser : weights;
-    share = denominator != 0 ? 1 / denominator : 0;
-  }
-  job.scale = static_cast<double>(call.scale) * share;
-  const double total = run();
-  return static_cast<T>(share == 0 ? 0 : total * share);
-}
 
 template <class Loss, class T, class L>
 void core::row_head::set_labels(const Loss& loss, row_job<T>& job, vector_view<L> labels) {

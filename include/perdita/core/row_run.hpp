@@ -46,19 +46,21 @@ double run_blocks(const Formula& formula, const row_job<T>& job, const executor&
 /// Whether a gradient of this many bytes will not fit the caches, and need not pass through them.
 constexpr bool exceeds_caches(index bytes) { return bytes > (index{4} << 20); }
 
-/// Gradient (if the job has one, which is known where the call is compiled), by-products and Σ of
-/// the weighted values of all rows.
+/// Gradient (if one is wanted), by-products and Σ of the weighted values of all rows. Only the
+/// traversal of long rows is compiled for values alone: it gains by that.
 template <bool Gradient, class Formula, class T>
 double run_rows(const Formula& formula, row_job<T>& job, const executor& run_on,
                 workspace* memory) {
+  if constexpr (!Gradient)
+    job.gradient = {};
   const index bytes = job.scores.rows * job.scores.cols * static_cast<index>(sizeof(T));
   job.streaming = Gradient && !job.in_place() && !job.accumulate && exceeds_caches(bytes);
   if constexpr (paired_formula<Formula>)
-    return run_blocks<paired_kernel<Formula, T, Gradient>>(formula, job, run_on, memory);
+    return run_blocks<paired_kernel<Formula, T>>(formula, job, run_on, memory);
   else if constexpr (resident_formula<Formula>)
-    return run_blocks<resident_kernel<Formula, T, Gradient>>(formula, job, run_on, memory);
+    return run_blocks<resident_kernel<Formula, T>>(formula, job, run_on, memory);
   else if (prefers_columns(job))
-    return run_blocks<column_kernel<Formula, T, Gradient>>(formula, job, run_on, memory);
+    return run_blocks<column_kernel<Formula, T>>(formula, job, run_on, memory);
   else
     return run_blocks<row_kernel<Formula, T, Gradient>>(formula, job, run_on, memory);
 }
