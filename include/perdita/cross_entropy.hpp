@@ -168,7 +168,7 @@ template <class T, bool Product> struct cross_entropy_hessian : row_formula {
       return share * fma(v, c[0], c[1]);
     return share * fma(share, c[1], c[0]);
   }
-  template <class Row> auto finish(const Row& row) const {
+  template <class Row> PERDITA_NOINLINE auto finish(const Row& row) const {
     const target_odds o(row);
     using W = decltype(o.hit);
     const W zero(0), one(1), two(2);

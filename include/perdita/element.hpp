@@ -798,7 +798,7 @@ private:
   T with_job(X& mean, Y& targets, S& variance, F f) const {
     const auto with = [&](const auto& formula) {
       auto job = this->make_job(formula, mean, targets);
-      this->set_input(job, 2, "variance", core::as_elements(variance));
+      core::set_input(job, 2, "variance", core::as_elements(variance));
       return f(job);
     };
     return options_.full ? with(core::gaussian_formula<T, true>{{}, options_.eps})
@@ -806,8 +806,8 @@ private:
   }
   template <class G, class H>
   void set_outputs(core::element_job<T>& job, G& of_mean, H& of_variance) const {
-    this->set_output(job, 0, "first result", core::as_elements(of_mean));
-    this->set_output(job, 1, "second result", core::as_elements(of_variance));
+    core::set_output(job, 0, "first result", core::as_elements(of_mean));
+    core::set_output(job, 1, "second result", core::as_elements(of_variance));
   }
   options options_;
 };

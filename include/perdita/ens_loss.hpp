@@ -231,7 +231,7 @@ public:
       T operator()(X&& scores, Y&& labels, G&& gradient, std::uint64_t step,
                    const element_options<T>& call = {}) const {
     return run(scores, labels, step, call, [&](auto& job) {
-      this->set_output(job, 0, "gradient", core::as_elements(gradient));
+      core::set_output(job, 0, "gradient", core::as_elements(gradient));
     });
   }
 

@@ -553,8 +553,8 @@ public:
 private:
   core::bpr_formula<T> formula() const { return {{}, options_.margin}; }
   template <class G, class H> void set_outputs(core::element_job<T>& job, G& of_a, H& of_b) const {
-    this->set_output(job, 0, "first result", core::as_elements(of_a));
-    this->set_output(job, 1, "second result", core::as_elements(of_b));
+    core::set_output(job, 0, "first result", core::as_elements(of_a));
+    core::set_output(job, 1, "second result", core::as_elements(of_b));
   }
   options options_;
 };

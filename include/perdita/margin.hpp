@@ -556,7 +556,7 @@ private:
       return;
     const index rows = job.in[0].rows(), cols = job.in[0].cols();
     core::require(size == cols, name, "size of pos_weight", size, "0, 1 or the number of columns");
-    this->set_input(job, 2, "pos_weight",
+    core::set_input(job, 2, "pos_weight",
                     matrix_view<const T>(pos_weight_.data(), rows, cols, 0, 1));
   }
   options options_;

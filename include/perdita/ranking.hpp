@@ -116,12 +116,12 @@ private:
     const core::margin_ranking_formula<T> formula{
         {}, T(zero_one ? 2 : 1), T(zero_one ? -1 : 0), options_.margin};
     auto job = this->make_job(formula, a, labels);
-    this->set_input(job, 2, "second scores", core::as_elements(b));
+    core::set_input(job, 2, "second scores", core::as_elements(b));
     return f(job);
   }
   template <class G, class H> void set_outputs(core::element_job<T>& job, G& of_a, H& of_b) const {
-    this->set_output(job, 0, "first result", core::as_elements(of_a));
-    this->set_output(job, 1, "second result", core::as_elements(of_b));
+    core::set_output(job, 0, "first result", core::as_elements(of_a));
+    core::set_output(job, 1, "second result", core::as_elements(of_b));
   }
   options options_;
 };

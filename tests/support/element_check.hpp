@@ -160,13 +160,24 @@ void judge(const std::string& name, const element_points<T>& points,
                                 share(worst.curvature, budget.curvature)})});
 }
 
-/// The loss (with reduction none) at every point.
+/// Room for as many results.
+template <class T> element_results<T> results_of(std::size_t n) {
+  return {std::vector<T>(n), std::vector<T>(n), std::vector<T>(n)};
+}
+template <class T> perdita::element_options<T> serially(std::vector<T>* values = nullptr) {
+  perdita::element_options<T> call;
+  if (values)
+    call.values = *values;
+  call.run_on = perdita::serial;
+  return call;
+}
+
+/// The loss (with reduction none) at every point. As short as can be: there is one for each loss.
 template <class Loss, class T = typename Loss::value_type>
 element_results<T> apply(const Loss& loss, const element_points<T>& p) {
-  const std::size_t n = p.x.size();
-  element_results<T> r{std::vector<T>(n), std::vector<T>(n), std::vector<T>(n)};
-  loss(p.x, p.t, r.slope, {.values = r.value, .run_on = perdita::serial});
-  loss.hessian_diagonal(p.x, p.t, r.curvature, {.run_on = perdita::serial});
+  auto r = results_of<T>(p.x.size());
+  loss(p.x, p.t, r.slope, serially(&r.value));
+  loss.hessian_diagonal(p.x, p.t, r.curvature, serially<T>());
   return r;
 }
 
@@ -181,28 +192,34 @@ struct special_element {
   double x, t, value, slope, curvature;
 };
 
-template <class Loss>
-void check_specials(const Loss& loss, const std::vector<special_element>& elements) {
-  using T = typename Loss::value_type;
+template <class T> element_points<T> points_of(const std::vector<special_element>& elements) {
   element_points<T> p;
   for (const auto& e : elements) {
     p.x.push_back(static_cast<T>(e.x));
     p.t.push_back(static_cast<T>(e.t));
   }
-  const auto r = apply(loss, p);
+  return p;
+}
+template <class T>
+void judge_specials(const char* name, const std::vector<special_element>& elements,
+                    const element_results<T>& r) {
   const auto same = [](T got, double expected) {
     double worst = 0;
     return std::isinf(expected) ? static_cast<double>(got) == expected
                                 : near(got, wide(expected), -1, 4, worst);
   };
-  for (std::size_t i = 0; i < p.x.size(); ++i) {
+  for (std::size_t i = 0; i < elements.size(); ++i) {
     const auto& e = elements[i];
-    INFO(Loss::name << " at x = " << e.x << ", t = " << e.t << ": " << r.value[i] << ", "
-                    << r.slope[i] << ", " << r.curvature[i]);
+    INFO(name << " at x = " << e.x << ", t = " << e.t << ": " << r.value[i] << ", " << r.slope[i]
+              << ", " << r.curvature[i]);
     CHECK(same(r.value[i], e.value));
     CHECK(same(r.slope[i], e.slope));
     CHECK(same(r.curvature[i], e.curvature));
   }
+}
+template <class Loss, class T = typename Loss::value_type>
+void check_specials(const Loss& loss, const std::vector<special_element>& elements) {
+  judge_specials<T>(Loss::name, elements, apply(loss, points_of<T>(elements)));
 }
 
 /// The sum over a formula sheet's vector, and its gradient, to the sheet's digits.

@@ -154,15 +154,14 @@ private:
           for (index p = 0; p < packs_; ++p)
             lane(sums_, k, j)[p].add(lane(part_, k, j)[p]);
     }
-    const bool gradient = job_.has_gradient();
     for (index p = 0; p < packs_; ++p)
-      gradient ? finish<true>(p, block, totals) : finish<false>(p, block, totals);
-    if (gradient) {
-      for (index c = 0; c < cols_; c += chunk_columns)
-        emit(c, chunk_size(c));
-      if (short_rows_ && job_.gradient.row_stride != 1)
-        put_rows();
-    }
+      finish(p, block, totals);
+    if (!job_.has_gradient())
+      return;
+    for (index c = 0; c < cols_; c += chunk_columns)
+      emit(c, chunk_size(c));
+    if (short_rows_ && job_.gradient.row_stride != 1)
+      put_rows();
   }
 
   void begin() {
@@ -377,40 +376,35 @@ private:
   }
 
   /// Half h of the rows of a pack.
-  template <index h> PERDITA_INLINE row_summary<statistic> summary_of(index p) const {
+  static PERDITA_INLINE W half(const V& a, index h) {
+    W wide[halves];
+    widen(a, wide);
+    return wide[h];
+  }
+  PERDITA_INLINE auto summary_of(index p, index h) const {
     const index at = p * width + h * finish_rows;
     row_summary<statistic> s;
-    s.shift = half<h>(shift_[p]);
-    s.target = half<h>(formula_.score(raw_target_[p]));
+    s.shift = half(shift_[p], h);
+    s.target = half(formula_.score(raw_target_[p]), h);
     s.target_side = W::load(target_side_ + at);
     s.label_weight = W::load(label_weight_ + at);
     s.classes = W(static_cast<double>(cols_));
     for (int k = 0; k < statistic::terms; ++k)
       s.term[k] = folded([&](index i) { return lane(sums_, k, i)[p].folded(static_cast<int>(h)); });
-    return s;
-  }
-  template <index h> PERDITA_INLINE auto finishing(index p) const {
-    const index at = p * width + h * finish_rows;
-    return with_own(formula_, summary_of<h>(p), std::min(finish_rows, rows_ - at),
+    return with_own(formula_, s, std::min(finish_rows, rows_ - at),
                     [&](index i) { return first_ + at + i; });
   }
-  template <index h> static PERDITA_INLINE W half(const V& a) {
-    W wide[halves];
-    widen(a, wide);
-    return wide[h];
-  }
 
-  template <bool Gradient> void finish(index p, index block, value_sum* totals) {
+  void finish(index p, index block, value_sum* totals) {
     W target_gradient[halves], gradient_scale[halves], coefficient[coefficients][halves];
     // Unrolled, so that what is computed stays in registers.
-    const auto finish_half = [&](auto number) __attribute__((always_inline)) {
-      constexpr index h = number();
+    const auto finish_half = [&](index h) __attribute__((always_inline)) {
       const index at = p * width + h * finish_rows;
-      const row_outcome<W> result = formula_.finish(finishing<h>(p));
-      add_values(select(half<h>(keep_[p]) == W(0), W(0), result.value * W::load(weight_ + at)), at,
+      const row_outcome<W> result = formula_.finish(summary_of(p, h));
+      add_values(select(half(keep_[p], h) == W(0), W(0), result.value * W::load(weight_ + at)), at,
                  block, totals);
       if (job_.report.any()) [[unlikely]]
-        report<h>(p);
+        report(p, h);
       const W scale = W::load(scale_ + at);
       (Formula::linear ? result.image_scale * scale : result.image_scale).store(image_scale_ + at);
       target_gradient[h] = result.target_gradient * scale;
@@ -418,15 +412,15 @@ private:
       for (int k = 0; k < coefficients; ++k)
         coefficient[k][h] = result.coefficient[k];
     };
-    finish_half(std::integral_constant<index, 0>{});
+    finish_half(0);
     if constexpr (halves > 1)
-      finish_half(std::integral_constant<index, 1>{});
-    if constexpr (Gradient) {
-      target_gradient_[p] = narrow(target_gradient);
-      gradient_scale_[p] = narrow(gradient_scale);
-      for (int k = 0; k < coefficients; ++k)
-        coefficient_[k][p] = narrow(coefficient[k]);
-    }
+      finish_half(1);
+    if (!job_.has_gradient())
+      return;
+    target_gradient_[p] = narrow(target_gradient);
+    gradient_scale_[p] = narrow(gradient_scale);
+    for (int k = 0; k < coefficients; ++k)
+      coefficient_[k][p] = narrow(coefficient[k]);
   }
 
   /// The weighted values of eight rows from number `at` of the tile on; 0 for those that do not
@@ -450,7 +444,7 @@ private:
     }
   }
 
-  template <index h> PERDITA_NOINLINE void report(index p) {
+  PERDITA_NOINLINE void report(index p, index h) {
     const index at = p * width + h * finish_rows;
     index numbers[finish_rows], lanes_of[finish_rows], count = 0;
     alignas(64) T keep[lanes<T>];
@@ -463,8 +457,8 @@ private:
         numbers[count++] = first_ + at + i;
       }
     }
-    store_report(formula_, job_, finishing<h>(p), numbers, lanes_of, half<h>(raw_target_[p]),
-                 half<h>(rivals_[p]), count);
+    store_report(formula_, job_, summary_of(p, h), numbers, lanes_of, half(raw_target_[p], h),
+                 half(rivals_[p], h), count);
   }
 
   /// The factors from image to share for the chunk that starts at a column.

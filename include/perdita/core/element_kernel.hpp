@@ -581,6 +581,26 @@ void check_array(const element_job<T>& job, const char* what, const element_arra
     fail(job.name, what, "null", "a pointer to memory");
 }
 
+template <class T, class S>
+void set_input(element_job<T>& job, int k, const char* what, const matrix_view<S>& m) {
+  job.in[k] = element_array<T>(m);
+  check_array(job, what, job.in[k]);
+}
+template <class T, class S>
+void set_output(element_job<T>& job, int k, const char* what, const matrix_view<S>& m) {
+  job.out[k] = element_array<T, true>(m);
+  check_array(job, what, job.out[k]);
+}
+
+template <class T, class X, class Y>
+element_job<T> make_element_job(const char* loss, const element_function<T>& function,
+                                const matrix_view<X>& predictions, const matrix_view<Y>& targets) {
+  element_job<T> job(loss, function);
+  set_input(job, 0, "predictions", predictions);
+  set_input(job, 1, "targets", targets);
+  return job;
+}
+
 /// What is written lies apart from what is read or, unless `apart`, is the very same elements.
 template <class T, bool M>
 void check_overlap(const element_job<T>& job, const char* what, const element_array<T, true>& mine,
@@ -711,7 +731,7 @@ public:
     core::element_access::visit(self(), [&](const auto& formula) {
       auto job = make_job(formula, predictions, targets);
       job.second_order = true;
-      set_output(job, 0, "result", core::as_elements(result));
+      core::set_output(job, 0, "result", core::as_elements(result));
       reduce(job, call);
     });
   }
@@ -719,27 +739,14 @@ public:
 protected:
   template <class Formula, class X, class Y>
   core::element_job<T> make_job(const Formula& formula, X& predictions, Y& targets) const {
-    core::element_job<T> job(Derived::name, core::element_function<T>(formula));
-    set_input(job, 0, "predictions", core::as_elements(predictions));
-    set_input(job, 1, "targets", core::as_elements(targets));
+    auto job = core::make_element_job(Derived::name, core::element_function<T>(formula),
+                                      core::as_elements(predictions), core::as_elements(targets));
     core::element_access::add_inputs(self(), job);
     return job;
   }
   /// A job refers to its formula, which therefore has to outlive it.
   template <class Formula, class X, class Y>
   core::element_job<T> make_job(const Formula&& formula, X& predictions, Y& targets) const = delete;
-  template <class S>
-  static void set_input(core::element_job<T>& job, int k, const char* what,
-                        const matrix_view<S>& m) {
-    job.in[k] = core::element_array<T>(m);
-    core::check_array(job, what, job.in[k]);
-  }
-  template <class S>
-  static void set_output(core::element_job<T>& job, int k, const char* what,
-                         const matrix_view<S>& m) {
-    job.out[k] = core::element_array<T, true>(m);
-    core::check_array(job, what, job.out[k]);
-  }
   T reduce(core::element_job<T>& job, const element_options<T>& call) const {
     return core::reduce_elements(job, call, self().settings().reduction,
                                  Derived::mean_counts_elements);
@@ -754,7 +761,7 @@ private:
     return core::element_access::visit(self(), [&](const auto& formula) {
       auto job = make_job(formula, predictions, targets);
       if (has_gradient)
-        set_output(job, 0, "gradient", gradient);
+        core::set_output(job, 0, "gradient", gradient);
       return reduce(job, call);
     });
   }

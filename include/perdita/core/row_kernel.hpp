@@ -149,15 +149,10 @@ template <class T> index block_rows(const row_job<T>& job) {
 }
 
 /// One chunk of columns at a time of one row's sums and of another row's gradient.
-template <class Formula, class T, bool Gradient> class row_kernel {
+template <class Formula, class T> class row_kernel {
   using V = pack<T>;
   using statistic = typename Formula::statistic;
   static constexpr index width = static_cast<index>(lanes<T>);
-  /// The gradient can be made of the images, so these are all that a row leaves behind.
-  static constexpr bool may_carry = Gradient && statistic::has_image;
-  /// With no gradient to overwrite the scores, a chunk is summed with the shift of the chunk
-  /// before, and again in the rare case that its maximum is too far above it.
-  static constexpr bool speculates = !Gradient && statistic::look_is_maximum;
   static constexpr index chunk_packs = chunk_columns / width;
   static constexpr index prefetch_distance = 16384 / static_cast<index>(sizeof(T));
 
@@ -173,7 +168,8 @@ public:
         soft_in_place_(job.soft.direct() && job.soft.col_stride == 1),
         gradient_in_place_(job.gradient.direct() && job.gradient.col_stride == 1 &&
                            !job.accumulate),
-        images_in_row_(job.in_place() && scores_in_place_ && gradient_in_place_) {
+        images_in_row_(job.in_place() && scores_in_place_ && gradient_in_place_),
+        has_gradient_(job.has_gradient()) {
     carver memory(scratch);
     lay_out(memory, scratch != nullptr);
     scratch_bytes_ = memory.used();
@@ -185,7 +181,7 @@ public:
 
   /// Rows [first, last): adds their weighted values to the total. The gradient of the last rows is
   /// left for the next call, or drain(), to write.
-  void run(index first, index last, value_sum* total) {
+  template <bool Gradient> void run(index first, index last, value_sum* total) {
     const index capacity = group_size(cols_);
     std::int64_t labels[finish_rows] = {};
     for (index r = first; r < last;) {
@@ -201,14 +197,14 @@ public:
       }
       if (count == 0)
         continue;
-      advance(count);
+      advance<Gradient>(count);
       finish(current_, count, *total);
       pending_ = Gradient ? count : 0;
       std::swap(current_, previous_);
     }
   }
-  void drain() {
-    advance(0);
+  template <bool Gradient> void drain() {
+    advance<Gradient>(0);
     pending_ = 0;
     if (job_.streaming)
       stream_fence();
@@ -278,7 +274,7 @@ private:
     for (index k = 0; k < n; ++k) {
       T* shifts = memory.take<T>(static_cast<std::size_t>(chunks_ + width));
       T* factors = memory.take<T>(static_cast<std::size_t>(chunks_ + width));
-      T* image = carries() && !images_in_row_
+      T* image = keeps_images() && !images_in_row_
                      ? memory.take<T>(static_cast<std::size_t>(cols_ + 2 * width))
                      : nullptr;
       if (!real)
@@ -293,7 +289,11 @@ private:
       *stage = memory.take<T>(static_cast<std::size_t>(chunk_columns + 2 * width));
   }
 
-  PERDITA_INLINE bool carries() const { return may_carry && !formula_.slope_reads_score(); }
+  /// The gradient can be made of the images, so these are all that a row leaves behind.
+  PERDITA_INLINE bool uses_images() const {
+    return statistic::has_image && !formula_.slope_reads_score();
+  }
+  bool keeps_images() const { return has_gradient_ && uses_images(); }
   index chunk_size(index c) const { return std::min(chunk_columns, cols_ - c * chunk_columns); }
   // ---- sources
 
@@ -377,7 +377,7 @@ private:
   }
 
   T* image_of(live_row& row, index column) const {
-    if (!carries())
+    if (!keeps_images())
       return nullptr;
     return row.image ? row.image + column : row.gradient + column;
   }
@@ -393,7 +393,7 @@ private:
     if constexpr (Formula::has_side)
       side = select(here, a.side.first(at, n), V(0));
     const V image = statistic::absorb(a.sum, z, a.shift, side);
-    if (carries())
+    if (keeps_images())
       store_first(image, a.image + at, n);
   }
 
@@ -401,7 +401,7 @@ private:
 
   /// Prepares the row's first chunk. A streamed row starts at its first aligned address.
   void open(const live_row& row, emit_cursor& e) const {
-    e.streaming = job_.streaming && gradient_in_place_ && (carries() || scores_in_place_) &&
+    e.streaming = job_.streaming && gradient_in_place_ && (uses_images() || scores_in_place_) &&
                   (!job_.soft || soft_in_place_);
     e.head = 0;
     if (e.streaming) {
@@ -432,7 +432,7 @@ private:
       return 0;
     const index hole = row.label - first;
     set_hole(hole >= 0 && hole < n ? hole : -1, e.hole, e.hole_lane);
-    e.from = carries() ? image_of(row, first) : scores(row, first, n, stage_emit_);
+    e.from = uses_images() ? image_of(row, first) : scores(row, first, n, stage_emit_);
     e.to = gradient_in_place_ ? row.gradient + first : stage_gradient_;
     e.side = side(row.row, first, n, stage_soft_emit_);
     // The last pack of a streamed chunk reaches into the next, which may have another shift.
@@ -458,7 +458,7 @@ private:
 
   /// A pack of the gradient, from images or, where the formula needs them, scores.
   PERDITA_INLINE V gradient_of(const V& read, const V& side, const emit_cursor& e) const {
-    if (carries())
+    if (uses_images())
       return slope_at(formula_, V(0), multiply_unless_less(read, e.cut, e.factor), side, e.scale,
                       e.coefficient);
     return slope_of(formula_, formula_.score(read), e.shift, e.factor, e.cut, side, e.scale,
@@ -506,15 +506,15 @@ private:
   // ---- the traversal
 
   /// The sums of the current rows and the gradient of the previous ones.
-  void advance(index count) {
-    if constexpr (speculates) {
+  template <bool Gradient> void advance(index count) {
+    if constexpr (Gradient || !statistic::look_is_maximum) {
+      for (index k = 0; k < std::max(count, pending_); ++k)
+        advance(k < count ? &current_[k] : nullptr, k < pending_ ? &previous_[k] : nullptr,
+                k + 1 < count ? &current_[k + 1] : nullptr);
+    } else {
       for (index k = 0; k < count; ++k)
         sum_up(current_[k]);
-      return;
     }
-    for (index k = 0; k < std::max(count, pending_); ++k)
-      advance(k < count ? &current_[k] : nullptr, k < pending_ ? &previous_[k] : nullptr,
-              k + 1 < count ? &current_[k + 1] : nullptr);
   }
 
   /// Up to which chunk they can be taken in one go: where nothing is copied first, and for the
@@ -550,7 +550,9 @@ private:
       row.rivals = std::max(row.rivals, max_lanes(a.rivals));
   }
 
-  /// All chunks of a row's sums.
+  /// All chunks of a row's sums. With no gradient to overwrite the scores, a chunk is summed with
+  /// the shift of the chunk before, and again in the rare case that its maximum is too far above
+  /// it.
   void sum_up(live_row& row) {
     const V nothing = statistic::template look_at_nothing<V>();
     absorb_cursor a;
@@ -567,7 +569,7 @@ private:
       if (row.label >= first && row.label < first + n)
         row.raw_target = a.x[row.label - first];
       start_sums(row, a, c);
-      const index packs = step<true, false>(0, n / width, a, none);
+      const index packs = step<true, false, true>(0, n / width, a, none);
       if (packs < n / width) {
         run = packs / chunk_packs;
       } else if (n % width) {
@@ -605,9 +607,8 @@ private:
                                  : look_at(*a, absorbing.x, 0, chunk_size(0), 0,
                                            statistic::template look_at_nothing<V>());
     }
-    if constexpr (Gradient)
-      if (e)
-        open(*e, emitting);
+    if (e)
+      open(*e, emitting);
     const index at_once = chunks_at_once(e, emitting);
     for (index c = 0; c < chunks_;) {
       const index run = run_from(c, at_once, e);
@@ -616,9 +617,8 @@ private:
       const index done = take(absorb_packs, emit_packs, run, absorbing, emitting);
       if (a)
         settle(*a, absorbing, c, run, done);
-      if constexpr (Gradient)
-        if (e)
-          flush(*e, emitting, c, done);
+      if (e)
+        flush(*e, emitting, c, done);
       c += done;
     }
   }
@@ -660,15 +660,13 @@ private:
   index take(index absorb_packs, index emit_packs, index run, absorb_cursor& absorbing,
              const emit_cursor& emitting) const {
     index at = 0;
-    if constexpr (Gradient) {
-      const index both = std::min(absorb_packs, emit_packs);
-      if (both > 0)
-        at = step<true, true>(0, both, absorbing, emitting);
-      if (at < both)
-        return at / chunk_packs;
-      if (emit_packs > both)
-        step<false, true>(both, emit_packs, absorbing, emitting);
-    }
+    const index both = std::min(absorb_packs, emit_packs);
+    if (both > 0)
+      at = step<true, true>(0, both, absorbing, emitting);
+    if (at < both)
+      return at / chunk_packs;
+    if (emit_packs > both)
+      step<false, true>(both, emit_packs, absorbing, emitting);
     if (absorb_packs > at)
       at = step<true, false>(at, absorb_packs, absorbing, emitting);
     return at < absorb_packs ? at / chunk_packs : run;
@@ -704,11 +702,12 @@ private:
   }
 
   /// Packs [begin, end) of what the cursors point at; returns the end, or where before it a chunk
-  /// ended after which the shift has to move.
-  template <bool Absorb, bool Emit>
+  /// ended after which the shift has to move. Speculating, it looks at what it sums, and not ahead.
+  template <bool Absorb, bool Emit, bool Speculating = false>
   PERDITA_NOINLINE index step(index begin, index end, absorb_cursor& absorbing,
                               const emit_cursor& emitting) const {
     const V nothing = statistic::template look_at_nothing<V>();
+    const bool keeps = !Speculating && (Emit ? uses_images() : keeps_images());
     absorb_cursor a; // copies, for registers
     emit_cursor e;
     if constexpr (Absorb)
@@ -733,9 +732,9 @@ private:
             look = select(here, nothing, look);
           }
           const V image = statistic::absorb(a.sum, z, a.shift, side);
-          if (carries())
+          if (keeps)
             image.store(a.image + j);
-          if constexpr (!speculates) {
+          if constexpr (!Speculating) {
             const index ahead = std::min(j + a.next.offset, a.next.last);
             look = V::load(a.next.x + ahead);
             if (ahead == a.next.hole) [[unlikely]]
@@ -758,7 +757,7 @@ private:
         for (int k = 0; k < statistic::terms; ++k)
           absorbing.sum[k] = a.sum[k];
         absorbing.seen = a.seen;
-        if (i == end || !turn(absorbing))
+        if (i == end || !turn<Speculating>(absorbing))
           break;
         for (V& sum : a.sum)
           sum = V(0);
@@ -770,9 +769,9 @@ private:
   }
 
   /// From one chunk of a run to the next; false if the shift has to move first.
-  PERDITA_NOINLINE bool turn(absorb_cursor& a) const {
+  template <bool Speculating> PERDITA_NOINLINE bool turn(absorb_cursor& a) const {
     const index c = a.chunk + 1, n = chunk_size(c);
-    if (!speculates && n % width) {
+    if (!Speculating && n % width) {
       const index first = c * chunk_columns;
       a.seen = look_at(*a.row, a.row->x + first, first, n, n / width * width, a.seen);
     }
@@ -781,7 +780,7 @@ private:
     accept(*a.row, a);
     a.rivals = max(a.seen, a.rivals);
     a.chunk = c;
-    if (!speculates && c + 1 == chunks_)
+    if (!Speculating && c + 1 == chunks_)
       look_ahead(a);
     return true;
   }
@@ -832,7 +831,7 @@ private:
     for (index i = 0; i < count; ++i) {
       live_row& row = rows[i];
       store_value(job_, row.row, out[0][i], total);
-      if constexpr (Gradient) {
+      if (has_gradient_) {
         fill_factors(row, Formula::linear ? out[1][i] * row.scale : out[1][i]);
         for (int k = 0; k < coefficients; ++k)
           row.coefficient[k] = static_cast<T>(out[3 + k][i]);
@@ -860,13 +859,24 @@ private:
   const Formula& formula_;
   const row_job<T>& job_;
   index cols_, chunks_;
-  bool scores_in_place_, soft_in_place_, gradient_in_place_, images_in_row_;
+  bool scores_in_place_, soft_in_place_, gradient_in_place_, images_in_row_, has_gradient_;
   std::size_t scratch_bytes_ = 0;
   live_row *current_ = nullptr, *previous_ = nullptr;
   index pending_ = 0; // rows of previous_ whose gradient is not written
   T* stage_x_[2] = {nullptr, nullptr};
   T *stage_emit_ = nullptr, *stage_gradient_ = nullptr, *stage_sum_ = nullptr;
   T *stage_soft_ = nullptr, *stage_soft_emit_ = nullptr;
+};
+
+/// The same where it is known when a call is compiled whether it has a gradient: what it does not
+/// need is not compiled, and most of what it does need is compiled once for both.
+template <class Formula, class T, bool Gradient> class row_pass : public row_kernel<Formula, T> {
+public:
+  using row_kernel<Formula, T>::row_kernel;
+  void run(index first, index last, value_sum* total) {
+    row_kernel<Formula, T>::template run<Gradient>(first, last, total);
+  }
+  void drain() { row_kernel<Formula, T>::template drain<Gradient>(); }
 };
 
 } // namespace perdita::inline PERDITA_ABI::core

@@ -62,7 +62,7 @@ double run_rows(const Formula& formula, row_job<T>& job, const executor& run_on,
   else if (prefers_columns(job))
     return run_blocks<column_kernel<Formula, T>>(formula, job, run_on, memory);
   else
-    return run_blocks<row_kernel<Formula, T, Gradient>>(formula, job, run_on, memory);
+    return run_blocks<row_pass<Formula, T, Gradient>>(formula, job, run_on, memory);
 }
 
 } // namespace perdita::inline PERDITA_ABI::core
