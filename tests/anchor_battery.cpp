@@ -163,6 +163,22 @@ template <class T> void check_calls_of(const anchor_calls<T>& loss) {
     CHECK(near(static_cast<double>(loss(x.view(), y.view(), of_x, of_y, {.filter = near_only})),
                static_cast<double>(loss(x.view(), nearer, of_x, nearer_of_y)), 1e-5));
   }
+  { // An anchor of weight 0 is nothing, whatever it is, and whatever it is compared with.
+    std::vector<T> weights(static_cast<std::size_t>(n), 1);
+    weights[3] = 0;
+    const perdita::anchor_options<T> call{.row_weights = weights};
+    batch<T> sound(n, d), of_others(m, d), again(n, d, T(5)), other(m, d, T(5));
+    const T without = loss(x.view(), y.view(), of_x, of_y, sound.view(), of_others.view(), call);
+    auto spoilt = x;
+    spoilt(3, 2) = std::numeric_limits<T>::quiet_NaN();
+    spoilt(3, 1) = std::numeric_limits<T>::infinity();
+    CHECK(loss(spoilt.view(), y.view(), of_x, of_y, again.view(), other.view(), call) == without);
+    CHECK((again.x == sound.x && other.x == of_others.x));
+    auto rival = y;
+    rival(1, 0) = std::numeric_limits<T>::quiet_NaN();
+    CHECK(std::isnan(loss(x.view(), rival.view(), of_x, of_y, again.view(), other.view(), call)));
+    CHECK((std::isnan(again(2, 0)) && again(3, 0) == 0));
+  }
   { // What is no number stays one; nothing at all is 0.
     auto spoilt = x;
     spoilt(3, 2) = std::numeric_limits<T>::quiet_NaN();

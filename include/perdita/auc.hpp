@@ -54,6 +54,26 @@ void check_batch(const char* name, const binary_batch<T>& batch, const vector_vi
   checks.gradient(matrix_data<T>(column(batch.scores)), matrix_data<T, true>(column(*gradient)),
                   accumulate);
 }
+/// That a batch of n consists of different samples of a state.
+template <class T>
+void check_samples(const char* name, const integer_rows& samples, index n, std::size_t known) {
+  const sequence_checks<T> checks{name};
+  checks.size("ids", samples.cols, n, "as many as there are scores");
+  checks.memory("ids", samples.data, n);
+  std::vector<std::int64_t> seen(static_cast<std::size_t>(n));
+  const auto most = static_cast<std::int64_t>(known);
+  for (index i = 0; i < n; ++i) {
+    const std::int64_t id = samples.at(0, i);
+    if (id < 0 || id >= most)
+      fail_at(name, "ids", i, to_text(id),
+              "0 to " + to_text(most - 1) + ", the samples of the state");
+    seen[static_cast<std::size_t>(i)] = id;
+  }
+  std::sort(seen.begin(), seen.end());
+  const auto twice = std::adjacent_find(seen.begin(), seen.end());
+  if (twice != seen.end())
+    fail(name, "ids", to_text(*twice) + " twice", "different numbers");
+}
 template <class T> void put(vector_view<T> to, index i, double slope, bool accumulate) {
   to[i] = static_cast<T>(accumulate ? static_cast<double>(to[i]) + slope : slope);
 }
@@ -333,23 +353,9 @@ private:
              const soap_state& state) const {
     const core::sequence_checks<T> checks{name};
     const index n = batch.scores.size;
-    checks.size("ids", samples.cols, n, "as many as there are scores");
-    checks.memory("ids", samples.data, n);
     checks.size("positives of the state", static_cast<index>(state.positives.size()),
                 static_cast<index>(state.all.size()), "as many as all");
-    std::vector<std::int64_t> seen(at(n));
-    const auto most = static_cast<std::int64_t>(state.all.size());
-    for (index i = 0; i < n; ++i) {
-      const std::int64_t id = samples.at(0, i);
-      if (id < 0 || id >= most)
-        core::fail_at(name, "ids", i, core::to_text(id),
-                      "0 to " + core::to_text(most - 1) + ", the samples of the state");
-      seen[at(i)] = id;
-    }
-    std::sort(seen.begin(), seen.end());
-    const auto twice = std::adjacent_find(seen.begin(), seen.end());
-    if (twice != seen.end())
-      core::fail(name, "ids", core::to_text(*twice) + " twice", "different numbers");
+    core::check_samples<T>(name, samples, n, state.all.size());
   }
 
   averages average(const core::binary_batch<T>& batch, const core::integer_rows& samples,

@@ -55,6 +55,17 @@ private:
   }
 };
 
+/// The gradient of one view: the other times `weights`, back through the standardisation.
+template <class T>
+void differentiate_view(const standardised_batch& own, const standardised_batch& other,
+                        const panelled& weights, const matrix_view<T>& to,
+                        const embedding_options<T>& call) {
+  panelled slopes(own.values.rows(), own.values.cols());
+  add_product(other.values, weights, slopes, call.run_on);
+  own.differentiate(slopes, call.run_on);
+  store_slopes(to, call, [&](index r, index j) { return slopes(r, j); });
+}
+
 } // namespace core
 
 /// Barlow Twins: two views a and b of a batch of n, whose features shall correlate across the views
@@ -139,8 +150,8 @@ private:
     if (!std::isfinite(value.value()))
       return core::give_up(gradients, call);
     if (gradients) {
-      differentiate(a, b, core::transpose(h, call.run_on), (*gradients)[0], call);
-      differentiate(b, a, h, (*gradients)[1], call);
+      core::differentiate_view(a, b, core::transpose(h, call.run_on), (*gradients)[0], call);
+      core::differentiate_view(b, a, h, (*gradients)[1], call);
     }
     return static_cast<T>(value.value());
   }
@@ -162,16 +173,6 @@ private:
       ((mean + lacking) * 0.5).store(missing.data() + at);
     });
     return missing;
-  }
-
-  /// The gradient of one view: other times `weights`, back through the standardisation.
-  static void differentiate(const core::standardised_batch& own,
-                            const core::standardised_batch& other, const core::panelled& weights,
-                            const matrix_view<T>& to, const embedding_options<T>& call) {
-    core::panelled slopes(own.values.rows(), own.values.cols());
-    core::add_product(other.values, weights, slopes, call.run_on);
-    own.differentiate(slopes, call.run_on);
-    core::store_slopes(to, call, [&](index r, index j) { return slopes(r, j); });
   }
 
   options options_;

@@ -311,4 +311,89 @@ private:
   options options_;
 };
 
+/// Supervised alignment of features with what is known of items (SepCLR's attributes): items whose
+/// attributes are alike are drawn together,
+///
+///   L = (2/(n (n − 1))) Σ_{i<j} w_ij ‖x_i − x_j‖²,  ∂L/∂x_i = (4/(n (n − 1))) Σ_j w_ij (x_i − x_j)
+///   w_ij = e^{−(y_i − y_j)²/(2 τ)} of attributes that are numbers, or [y_i = y_j] of integers
+///
+/// with one feature per attribute in the authors' code, and any number here. Shapes: x and d_x
+/// items × features of T, any strides, memory apart; y one number, of T or of any integral type,
+/// per item. One item or none: 0. NaN of x makes the value NaN, and the gradients of what is
+/// compared with it by a weight that is not 0; NaN of y, or infinities of one sign, those of all.
+/// O(n² d), in double, of differences; no bit depends on the number of threads. Throws
+/// std::invalid_argument. Source: as sep_clr (the authors' code, τ = 0.025).
+template <class T = float> class supervised_alignment {
+  static_assert(std::is_same_v<T, float> || std::is_same_v<T, double>);
+
+public:
+  using value_type = T;
+  struct options {
+    double temperature = 0.025; ///< τ > 0, of attributes that are numbers
+  };
+  static constexpr const char* name = "supervised_alignment";
+
+  supervised_alignment() : supervised_alignment(options{}) {}
+  explicit(false) supervised_alignment(const options& o) : options_(o) {
+    checks.above_0("temperature", o.temperature);
+  }
+  const options& settings() const { return options_; }
+
+  template <class Y>
+  T operator()(matrix_view<const T> x, const Y& attributes,
+               const embedding_options<T>& call = {}) const {
+    return run(x, core::as_vector(attributes), nullptr, call);
+  }
+  template <class Y>
+  T operator()(matrix_view<const T> x, const Y& attributes, matrix_view<T> gradient,
+               const embedding_options<T>& call = {}) const {
+    return run(x, core::as_vector(attributes), &gradient, call);
+  }
+
+private:
+  static constexpr core::embedding_checks<T> checks{name};
+
+  template <class Y> double weight(const Y& y, index i, index j) const {
+    if constexpr (std::is_integral_v<std::remove_cvref_t<decltype(y[i])>>) {
+      return y[i] == y[j] ? 1 : 0;
+    } else {
+      const double apart = static_cast<double>(y[i]) - static_cast<double>(y[j]);
+      return std::exp(-apart * apart / (2 * options_.temperature));
+    }
+  }
+  template <class Y>
+  T run(const matrix_view<const T>& x, const Y& y, const matrix_view<T>* gradient,
+        const embedding_options<T>& call) const {
+    const std::array<matrix_view<T>, 1> to{gradient ? *gradient : matrix_view<T>{}};
+    checks.batches(std::array<matrix_view<const T>, 1>{x}, gradient ? &to : nullptr);
+    checks.size("attributes", y.size, x.rows);
+    checks.memory("attributes", y.data, y.size);
+    const index n = x.rows;
+    const double share = n > 1 ? 2 / (static_cast<double>(n) * static_cast<double>(n - 1)) : 0;
+    std::vector<double> parts(static_cast<std::size_t>(n));
+    core::panelled slopes(gradient ? n : 0, x.cols);
+    core::for_row_blocks(n, call.run_on, [&](index first, index last) {
+      for (index i = first; i < last; ++i)
+        for (index j = 0; j < n; ++j) {
+          if (const double w = i == j ? 0 : weight(y, i, j); w != 0)
+            for (index d = 0; d < x.cols; ++d) {
+              const double apart = static_cast<double>(x(i, d)) - static_cast<double>(x(j, d));
+              parts[static_cast<std::size_t>(i)] += w * apart * apart / 2;
+              if (gradient)
+                slopes(i, d) += w * apart;
+            }
+        }
+    });
+    core::exact_sum sum;
+    for (const double part : parts)
+      sum.add(part);
+    if (gradient)
+      core::store_slopes(*gradient, call,
+                         [&](index i, index d) { return 2 * share * slopes(i, d); });
+    return static_cast<T>(share * sum.value());
+  }
+
+  options options_;
+};
+
 } // namespace perdita::inline PERDITA_ABI

@@ -33,6 +33,7 @@ struct triplet_mining_options {
   triplet_negatives negatives = triplet_negatives::all;
   triplet_penalty penalty = triplet_penalty::hinge;
   triplet_mean mean = triplet_mean::nonzero;
+  bool swap = false;     ///< u_n is the smaller of those from the anchor and from the positive
   bool normalise = true; ///< distances of unit vectors
   perdita::reduction reduction = reduction::mean;
 };
@@ -43,17 +44,26 @@ struct triplet_formula : anchor_formula {
   static constexpr bool distances = true;
   static constexpr bool wants_room = true; // for slopes, while the distances are still needed
 
+  static constexpr index notes = row_of_notes; // what negatives are to every positive
+  bool takes_notes() const { return o.swap; }
+
   triplet_mining_options o;
+  bool mutual;      ///< a swapped distance is of the positive's row
   double low, high; ///< low < g ≤ high is mined
 
   explicit triplet_formula(const triplet_mining_options& options)
-      : o(options), low(-std::numeric_limits<double>::infinity()), high(-low) {
+      : o(options), mutual(o.swap), low(-std::numeric_limits<double>::infinity()), high(-low) {
     if (o.negatives == triplet_negatives::hard)
       high = 0;
     else if (o.negatives == triplet_negatives::semi_hard)
       low = 0, high = o.margin;
     else if (o.negatives == triplet_negatives::easy)
       low = o.margin;
+  }
+
+  template <class T> void note(const anchor_row<T>& row, double* to) const {
+    measure(row);
+    std::copy_n(row.scores, row.size, to);
   }
 
   template <bool Gradient, class T> anchor_outcome row(const anchor_row<T>& row) const {
@@ -67,7 +77,9 @@ struct triplet_formula : anchor_formula {
     const chosen_scores<T> others(row, rivalling{}), own(row, belonging{});
     if (others.count > 0 && own.count > 0) {
       const auto add = [&](index p) {
-        if (single())
+        if (o.swap)
+          add_swapped<Gradient>(row, p, out);
+        else if (single())
           add_single<Gradient>(row, p, others, out);
         else if (o.penalty == triplet_penalty::softplus)
           add_all<Gradient, true>(row, p, out);
@@ -147,6 +159,38 @@ private:
       row.room[p] += static_cast<T>(sum.total(2));
   }
 
+  /// One positive with all negatives in a range, by the lesser of the negative's two distances. Of
+  /// each pair of rows that belong together there are two triplets with a negative, whose terms are
+  /// the same: the slopes are those of this row's distances in both.
+  template <bool Gradient, class T>
+  void add_swapped(const anchor_row<T>& row, index p, anchor_outcome& out) const {
+    const double* theirs = row.note + p * row.size;
+    const auto own = static_cast<double>(row.scores[p]);
+    double pull = 0;
+    for (index n = 0; n < row.size; ++n) {
+      const auto mine = static_cast<double>(row.scores[n]);
+      const double gap = std::fmin(mine, theirs[n]) - own;
+      if (!(row.relation[n] < 0 && gap > low && gap <= high))
+        continue;
+      double value = std::fmax(o.margin - gap, 0), slope = value > 0 ? 1 : 0;
+      if (o.penalty == triplet_penalty::softplus) {
+        const scalar_odds odds(o.margin - gap);
+        value = odds.surprise;
+        slope = odds.miss;
+      }
+      out.value += value;
+      out.terms += o.mean == triplet_mean::triplets || value > 0 ? 1 : 0;
+      if constexpr (Gradient) {
+        pull += slope;
+        const double as_anchor = mine <= theirs[n] ? row.share[row.anchor] : 0,
+                     as_positive = mine < theirs[n] ? row.share[p] : 0;
+        row.room[n] -= static_cast<T>(slope * (as_anchor + as_positive));
+      }
+    }
+    if constexpr (Gradient)
+      row.room[p] += static_cast<T>(pull * row.share[row.anchor]);
+  }
+
   /// One positive with one negative.
   template <bool Gradient, class T>
   void add_single(const anchor_row<T>& row, index p, const chosen_scores<T>& others,
@@ -209,12 +253,18 @@ private:
 /// told apart; see pair_margin for small distances. 1 − cos of a zero vector and another is ½ here,
 /// and 0 of two.
 ///
-/// Time: one pass over the candidates for each positive; no triplet is ever stored. D(p, n) in
-/// place of D(a, n) (a swap) is not among the forms: see triplet_margin, for given triplets. See
-/// anchor_loss for calls, shapes, special values and errors; cosine_distance wants `normalise`.
+/// With `swap`, u_n is the lesser of those of (a, n) and (p, n) (of equal ones, the anchor's), in
+/// the term as well as in the choice. It wants all positives, negatives by a range of gaps, and
+/// embeddings that are compared with themselves, without a filter: what belongs to what, and the
+/// distances, must be the same from both sides. It keeps the distances of all pairs, 8 bytes each.
+///
+/// Time: one pass over the candidates for each positive; no triplet is ever stored. See anchor_loss
+/// for calls, shapes, special values and errors; cosine_distance wants `normalise`.
 ///
 /// Source: Schroff, Kalenichenko, Philbin, "FaceNet", 2015; Hermans, Beyer, Leibe, "In defense of
-/// the triplet loss for person re-identification", 2017; Xuan, Stylianou, Pless, "Improved
+/// the triplet loss for person re-identification", 2017; Balntas, Riba, Ponsa, Mikolajczyk,
+/// "Learning local feature descriptors with triplets and shallow convolutional neural networks",
+/// BMVC 2016 (the swap); Xuan, Stylianou, Pless, "Improved
 /// embeddings with easy positive triplet mining", 2020.
 template <class T> class triplet_mining : public anchor_loss<triplet_mining<T>, T> {
 public:
@@ -226,12 +276,20 @@ public:
     core::require(std::isfinite(o.margin), name, "margin", o.margin, "a finite number");
     core::require(o.normalise || o.measure != triplet_measure::cosine_distance, name, "normalise",
                   0, "true for cosines");
+    const bool ranges =
+        o.negatives != triplet_negatives::nearest && o.negatives != triplet_negatives::next;
+    core::require(!o.swap || (o.positives == triplet_positives::all && ranges), name, "swap", 1,
+                  "false but for all positives, and negatives by a range of gaps");
     core::require_reduction(name, o.reduction);
   }
   const options& settings() const { return options_; }
 
 private:
   friend core::anchor_access;
+  void set_extra(core::anchor_job<T>& job) const {
+    core::require(!options_.swap || (job.alone && !job.filter), name, "swap", 1,
+                  "false but for embeddings compared with themselves, without a filter");
+  }
   core::triplet_formula formula() const { return core::triplet_formula(options_); }
 
   options options_;

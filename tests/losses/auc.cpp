@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: MIT
 
-// AUC-M and SOAP: formula sheet "contrastive", 8.6 and 8.7.
+// AUC-M, SOAP and partial AUC: formula sheet "contrastive", 8.6 and 8.7.
 
 #include <perdita/auc.hpp>
+#include <perdita/partial_auc.hpp>
 
 #include <algorithm>
 #include <cmath>
@@ -433,6 +434,268 @@ TEST_CASE("soap: bad input is refused, and nothing written", "[soap]") {
   refused(y, {0, 1, 2}, "positives of the state is 3");
   CHECK(g == std::vector<double>(3, 5));
   CHECK(state.all == std::vector<double>(4, 0));
+}
+
+// --- Partial AUC ---------------------------------------------------------------------------------
+
+namespace {
+
+/// What a step makes of scores: the value, and the state.
+struct wide_step {
+  wide value = 0, outer = 0;
+  std::vector<wide> inner; // of all samples
+};
+struct wide_pairs {
+  std::vector<wide> scores;
+  const std::vector<int>& labels;
+  const std::vector<int>& ids;
+  double margin;
+
+  std::vector<wide> losses(std::size_t i) const {
+    std::vector<wide> l;
+    for (std::size_t j = 0; j < scores.size(); ++j)
+      if (labels[j] != 1) {
+        const wide miss = larger(0, margin - (scores[i] - scores[j]));
+        l.push_back(miss * miss);
+      }
+    return l;
+  }
+  wide positives() const {
+    return static_cast<double>(std::count(labels.begin(), labels.end(), 1));
+  }
+};
+
+wide_step dro(const wide_pairs& b, const wide_step& from,
+              const perdita::partial_auc_dro<double>::options& o) {
+  wide_step to = from; // u and w themselves, 0 without a past
+  wide sum = 0;
+  for (std::size_t i = 0; i < b.scores.size(); ++i) {
+    if (b.labels[i] != 1)
+      continue;
+    const auto l = b.losses(i);
+    wide mean = 0;
+    for (const wide& x : l)
+      mean += exp(wide(x / o.temperature)) / static_cast<double>(l.size());
+    wide& u = to.inner[static_cast<std::size_t>(b.ids[i])];
+    u = u == 0 ? mean : wide((1 - wide(o.gamma)) * u + o.gamma * mean);
+    sum += o.outer_temperature > 0
+               ? exp(wide(o.temperature / wide(o.outer_temperature) * log(u))) / b.positives()
+               : wide(o.temperature * log(u) / b.positives());
+  }
+  to.value = sum;
+  if (o.outer_temperature > 0) {
+    to.outer =
+        from.outer == 0 ? sum : wide((1 - wide(o.outer_gamma)) * from.outer + o.outer_gamma * sum);
+    to.value = o.outer_temperature * log(to.outer);
+  }
+  return to;
+}
+wide_step cvar(const wide_pairs& b, const wide_step& from,
+               const perdita::partial_auc_cvar<double>::options& o) {
+  wide_step to = from;
+  const wide alpha = o.positives, beta = o.negatives;
+  wide worst = 0, sum = 0;
+  for (std::size_t i = 0; i < b.scores.size(); ++i) {
+    if (b.labels[i] != 1)
+      continue;
+    wide& u = to.inner[static_cast<std::size_t>(b.ids[i])];
+    const auto l = b.losses(i);
+    wide v = u, number = 0;
+    for (const wide& x : l) {
+      v += larger(0, wide(x - u)) / (beta * static_cast<double>(l.size()));
+      number += x > u ? 1 : 0;
+    }
+    const bool counts = o.positives == 1 || v > from.outer;
+    if (counts)
+      u -= o.rate * (1 - number / (beta * static_cast<double>(l.size())));
+    worst += counts ? 1 : 0;
+    sum += o.positives == 1 ? v : larger(0, wide(v - from.outer));
+  }
+  to.value = sum / (alpha * b.positives());
+  if (o.positives < 1) {
+    to.value += from.outer;
+    to.outer = from.outer - o.rate * (1 - worst / (alpha * b.positives()));
+  }
+  return to;
+}
+
+/// Steps of a loss against its definition; the gradient against differences of the value where
+/// `exact`. stored(x): what the state keeps of a number of the definition.
+template <class T, class Loss, class Definition, class Stored>
+void check_partial(const std::string& detail, const Loss& loss, Definition definition,
+                   Stored stored, bool exact) {
+  error_judge of_values, of_slopes;
+  const wide epsilon = std::numeric_limits<T>::epsilon();
+  for (const std::size_t n : {2U, 9U, 40U}) {
+    auto state = Loss::new_state(2 * n + 1);
+    wide_step expected;
+    expected.inner.assign(2 * n + 1, wide(0));
+    for (std::uint64_t time = 0; time < 3; ++time) {
+      binary<T> data(n, 0.4, 0.5, 21 + n + 50 * time);
+      data.labels[0] = 1;
+      data.labels[n - 1] = 0;
+      wide_pairs pairs{
+          {data.scores.begin(), data.scores.end()}, data.labels, data.ids, loss.settings().margin};
+      const wide_step next = definition(pairs, expected);
+      std::vector<T> g(n, T(9));
+      const T before = loss(data.scores, data.labels, data.ids, state);
+      const T got = loss(data.scores, data.labels, data.ids, state, g, {.scale = 2});
+      CHECK(before == got);
+      CHECK(of_values.within(size_of(wide(got - next.value)), 4,
+                             epsilon * (1 + size_of(next.value))));
+      if (exact || time == 0) {
+        std::vector<wide> slopes(n);
+        wide top = 1e-6, sum = 0;
+        for (std::size_t i = 0; i < n; ++i) {
+          const wide kept = pairs.scores[i], h = 1e-11;
+          pairs.scores[i] = kept + h;
+          const wide above = definition(pairs, expected).value;
+          pairs.scores[i] = kept - h;
+          slopes[i] = (above - definition(pairs, expected).value) / (2 * h);
+          pairs.scores[i] = kept;
+          top = larger(top, size_of(slopes[i]));
+        }
+        for (std::size_t i = 0; i < n; ++i) {
+          sum += g[i];
+          CHECK(of_slopes.within(size_of(wide(g[i] / 2 - slopes[i])), 24, epsilon * top));
+        }
+        CHECK(size_of(sum) <= 40 * epsilon * top);
+      }
+      expected = next;
+      for (std::size_t k = 0; k < expected.inner.size(); ++k) {
+        const double keeps = stored(expected.inner[k]);
+        CHECK((state.inner[k] == keeps || std::abs(state.inner[k] - keeps) < 1e-13));
+      }
+      const double outer = stored(expected.outer);
+      CHECK((state.outer == outer || std::abs(state.outer - outer) < 1e-13));
+    }
+  }
+  report_accuracy<T>(Loss::name, detail, in_epsilons, of_values, of_slopes);
+}
+
+} // namespace
+
+TEMPLATE_TEST_CASE("Partial AUC: steps against the formulas", "[partial_auc]", float, double) {
+  using T = TestType;
+  for (const double gamma : {0.6, 1.0})
+    for (const double outer : {0.0, 0.7}) {
+      const perdita::partial_auc_dro<double>::options o{.margin = 0.75,
+                                                        .temperature = 0.4,
+                                                        .outer_temperature = outer,
+                                                        .gamma = gamma,
+                                                        .outer_gamma = gamma};
+      const perdita::partial_auc_dro<T> loss({o.margin, o.temperature, outer, gamma, gamma});
+      check_partial<T>(
+          outer > 0 ? "two ways" : "", loss,
+          [&](const wide_pairs& b, const wide_step& from) { return dro(b, from, o); },
+          [](const wide& x) { return x == 0 ? -inf : static_cast<double>(log(x)); }, gamma == 1);
+    }
+  for (const double alpha : {1.0, 0.5}) {
+    const perdita::partial_auc_cvar<double>::options o{
+        .negatives = 0.3, .positives = alpha, .rate = 0.25};
+    check_partial<T>(
+        alpha < 1 ? "two ways" : "", perdita::partial_auc_cvar<T>({1, 0.3, alpha, 0.25}),
+        [&](const wide_pairs& b, const wide_step& from) { return cvar(b, from, o); },
+        [](const wide& x) { return static_cast<double>(x); }, true);
+  }
+}
+
+TEST_CASE("Partial AUC: limits, and thresholds that settle", "[partial_auc]") {
+  const auto h = golden_scores();
+  const std::vector<int> ids{0, 1, 2, 3, 4, 5, 6, 7};
+  std::vector<double> g(8);
+  double mean = 0, largest = 0, worst = 0; // over pairs; of each positive's largest
+  for (std::size_t i = 0; i < 8; ++i) {
+    double top = 0;
+    for (std::size_t j = 0; j < 8 && golden_labels[i] == 1; ++j)
+      if (golden_labels[j] == 0) {
+        const double miss = std::max(0.0, 1 - (h[i] - h[j]));
+        mean += miss * miss / 15;
+        top = std::max(top, miss * miss);
+      }
+    largest += top / 3;
+    worst = std::max(worst, top);
+  }
+  const auto dro_of = [&](double temperature, double outer) {
+    const perdita::partial_auc_dro<double> loss(
+        {.temperature = temperature, .outer_temperature = outer});
+    return loss(h, golden_labels, ids, loss.new_state(8));
+  };
+  CHECK(std::abs(dro_of(1e9, 0) - mean) < 1e-6);
+  CHECK(std::abs(dro_of(1e9, 1e9) - mean) < 1e-6);
+  CHECK(std::abs(dro_of(1e-4, 0) - largest) < 1e-3);
+  CHECK(std::abs(dro_of(1e-4, 1e-4) - worst) < 1e-3);
+  // One temperature for both: one soft maximum of all pairs.
+  const perdita::partial_auc_cvar<double> all({.negatives = 1, .rate = 0});
+  CHECK(std::abs(all(h, golden_labels, ids, all.new_state(8)) - mean) < 1e-15);
+  // A fifth of five negatives: the largest of each positive; a third of three: the worst.
+  for (const double alpha : {1.0, 1.0 / 3}) {
+    const perdita::partial_auc_cvar<double> loss(
+        {.negatives = 0.2, .positives = alpha, .rate = 0.001});
+    auto state = loss.new_state(8);
+    for (int t = 0; t < 20000; ++t)
+      loss(h, golden_labels, ids, state, g);
+    CHECK(std::abs(loss(h, golden_labels, ids, state) - (alpha == 1 ? largest : worst)) < 0.02);
+  }
+}
+
+TEST_CASE("Partial AUC: special values and refusals", "[partial_auc]") {
+  using Catch::Matchers::ContainsSubstring;
+  const auto h = golden_scores();
+  const std::vector<int> ids{0, 1, 2, 3, 4, 5, 6, 7};
+  const auto check = [&](const auto& loss) {
+    auto state = loss.new_state(8);
+    std::vector<double> g(8), own = h, added(8, 1);
+    const double value = loss(h, golden_labels, ids, state, g);
+    const auto before = state;
+    for (const double bad : {nan, inf, -inf})
+      for (const std::size_t at : {0U, 1U}) {
+        auto spoilt = h;
+        spoilt[at] = bad;
+        std::vector<double> d(8);
+        CHECK(std::isnan(loss(spoilt, golden_labels, ids, state)));
+        CHECK(std::isnan(loss(spoilt, golden_labels, ids, state, d)));
+        CHECK(std::all_of(d.begin(), d.end(), [](double x) { return std::isnan(x); }));
+        CHECK((state.inner == before.inner && state.outer == before.outer));
+      }
+    auto one = loss.new_state(8), two = one;
+    CHECK(loss(own, golden_labels, ids, one, own) == value);
+    CHECK((own == g && one.inner == before.inner));
+    loss(h, golden_labels, ids, two, added, {.accumulate = true});
+    for (std::size_t i = 0; i < 8; ++i)
+      CHECK(std::abs(added[i] - 1 - g[i]) <= 4e-16 * (1 + std::abs(g[i])));
+    // Far scores, and small temperatures, do not overflow.
+    std::vector<double> far(8, 1e3);
+    far[0] = -1e3;
+    auto fresh = loss.new_state(8);
+    CHECK(std::isfinite(loss(far, golden_labels, ids, fresh, g)));
+    CHECK(std::all_of(g.begin(), g.end(), [](double x) { return std::isfinite(x); }));
+
+    const auto refused = [&](const std::vector<int>& labels, const std::vector<int>& samples,
+                             const char* why) {
+      CHECK_THROWS_WITH(loss(h, labels, samples, state, g), ContainsSubstring(why));
+    };
+    const auto kept = g;
+    refused(std::vector<int>(8, 0), ids, "number of positives is 0");
+    refused(std::vector<int>(8, 1), ids, "number of negatives is 0");
+    refused(golden_labels, {0, 1, 2, 3, 4, 5, 6, 8}, "ids[7] is 8");
+    refused(golden_labels, {0, 1, 2, 3, 4, 5, 6, 6}, "ids is 6 twice");
+    CHECK((g == kept && state.inner == before.inner));
+  };
+  check(perdita::partial_auc_dro<double>({.temperature = 1e-3}));
+  check(perdita::partial_auc_dro<double>({.outer_temperature = 2}));
+  check(perdita::partial_auc_cvar<double>());
+  check(perdita::partial_auc_cvar<double>({.positives = 0.5}));
+  using robust = perdita::partial_auc_dro<double>;
+  using risk = perdita::partial_auc_cvar<double>;
+  CHECK_THROWS_WITH(robust({.margin = 0}), ContainsSubstring("margin is 0"));
+  CHECK_THROWS_WITH(robust({.temperature = 0}), ContainsSubstring("temperature is 0"));
+  CHECK_THROWS_WITH(robust({.outer_temperature = -1}),
+                    ContainsSubstring("outer_temperature is -1"));
+  CHECK_THROWS_WITH(robust({.gamma = 2}), ContainsSubstring("gamma is 2"));
+  CHECK_THROWS_WITH(risk({.negatives = 0}), ContainsSubstring("negatives is 0"));
+  CHECK_THROWS_WITH(risk({.positives = 2}), ContainsSubstring("positives is 2"));
+  CHECK_THROWS_WITH(risk({.rate = -1}), ContainsSubstring("rate is -1"));
 }
 
 } // namespace perdita_tests

@@ -5,6 +5,7 @@
 
 #include <perdita/amcl.hpp>
 #include <perdita/bad_pairs.hpp>
+#include <perdita/barlow_twins.hpp>
 #include <perdita/gate.hpp>
 #include <perdita/group_ordering.hpp>
 #include <perdita/pam_c.hpp>
@@ -78,6 +79,100 @@ TEMPLATE_TEST_CASE("Adaptive multi-head contrastive is its definition", "", floa
         [](const wide_comparisons& c) { return amcl(c, 8, 0.1, some_temperature); }, 9, 17, 3,
         classes);
   }
+}
+
+TEMPLATE_TEST_CASE("Adaptive SimSiam and Barlow Twins are their definitions", "", float, double) {
+  using T = TestType;
+  using Catch::Matchers::ContainsSubstring;
+  check_anchor_values<T>(
+      "amcl, SimSiam",
+      perdita::amcl<T>(
+          {.width = 5, .beta = 0.5, .temperature = 0.25, .form = perdita::amcl_form::sim_siam}),
+      {.value_budget = 8, .gradient_budget = 16}, [](const wide_comparisons& c) {
+        wide total = 0;
+        int anchors = 0;
+        for (index i = 0; i < c.anchors(); ++i) {
+          wide own = 0;
+          int count = 0;
+          for (index j = 0; j < c.candidates(); ++j)
+            if (c.of(i, j) > 0)
+              own += c.score(i, j), ++count;
+          if (count == 0)
+            continue;
+          ++anchors;
+          total += 0.5 * (2.5 * log(wide(0.25)) + 4) - 2 * own / count;
+        }
+        return wide(total / anchors);
+      });
+
+  error_judge values, slopes;
+  const auto a = random_batch<T>(9, 4, 3), b = random_batch<T>(9, 4, 4);
+  auto t = random_batch<T>(4, 4, 5);
+  for (T& entry : t.x)
+    entry = T(0.3) + std::abs(entry);
+  wide_matrix x[] = {wide_matrix(a), wide_matrix(b), wide_matrix(t)};
+  const auto value = [&] {
+    wide_matrix u[2] = {x[0], x[1]};
+    for (wide_matrix& m : u)
+      for (index j = 0; j < 4; ++j) {
+        wide mean = 0, square = 0;
+        for (index i = 0; i < 9; ++i)
+          mean += m(i, j) / 9;
+        for (index i = 0; i < 9; ++i)
+          square += (m(i, j) - mean) * (m(i, j) - mean) / 9;
+        for (index i = 0; i < 9; ++i)
+          m(i, j) = (m(i, j) - mean) / sqrt(wide(square + 1e-5));
+      }
+    wide total = 0;
+    for (index l = 0; l < 4; ++l)
+      for (index m = 0; m < 4; ++m) {
+        wide c = 0;
+        for (index i = 0; i < 9; ++i)
+          c += u[0](i, l) * u[1](i, m) / 9;
+        const wide at = x[2](l, m), penalty = 0.25 * (3 * log(at) + 1 / at);
+        total += l == m ? wide((1 - c / at) * (1 - c / at) + penalty)
+                        : wide(0.125 * c * c / at - penalty);
+      }
+    return total;
+  };
+  const perdita::amcl_barlow<T> loss({.width = 6, .beta = 0.25, .off_diagonal = 0.125});
+  batch<T> d_a(9, 4), d_b(9, 4), d_t(4, 4);
+  const T got = loss(a.seen(), b.seen(), t.seen(), d_a.view(), d_b.view(), d_t.view());
+  CHECK(loss(a.seen(), b.seen(), t.seen()) == got);
+  const wide expected = value();
+  CHECK(values.within(size_of(wide(got - expected)), 32,
+                      std::numeric_limits<T>::epsilon() * (1 + size_of(expected))));
+  CHECK(slopes_within(slopes, d_a, differences(x[0], value), 8));
+  CHECK(slopes_within(slopes, d_b, differences(x[1], value), 8));
+  CHECK(slopes_within(slopes, d_t, differences(x[2], value), 8));
+  report_accuracy<T>("amcl_barlow", "", in_epsilons, values, slopes);
+
+  // With temperatures of 1 and without Ω it is Barlow Twins; one row; what is not finite.
+  const batch<T> ones(4, 4, T(1));
+  const perdita::amcl_barlow<T> plain({.beta = 0});
+  batch<T> e_a(9, 4), e_b(9, 4), again(9, 4);
+  const auto twins =
+      static_cast<double>(perdita::barlow_twins<T>()(a.seen(), b.seen(), e_a.view(), e_b.view()));
+  const threads_executor pool(3, task_order::shuffled);
+  CHECK(near(static_cast<double>(plain(a.seen(), b.seen(), ones.seen(), d_a.view(), d_b.view(),
+                                       d_t.view(), {.run_on = pool})),
+             twins, 1e-6));
+  for (std::size_t k = 0; k < 36; ++k)
+    CHECK(std::abs(d_b.x[k] - e_b.x[k]) < 16 * std::numeric_limits<T>::epsilon());
+  const batch<T> row(1, 4, T(2));
+  CHECK(near(static_cast<double>(plain(row.seen(), row.seen(), ones.seen())), 4, 1e-6));
+  CHECK(loss(batch<T>(0, 4).seen(), batch<T>(0, 4).seen(), ones.seen()) == 0);
+  t(2, 1) = 0;
+  CHECK(std::isnan(loss(a.seen(), b.seen(), t.seen(), d_a.view(), d_b.view(), d_t.view())));
+  CHECK((std::isnan(d_a(0, 0)) && std::isnan(d_b(3, 1)) && std::isnan(d_t(0, 0))));
+  auto spoilt = a;
+  spoilt(3, 2) = std::numeric_limits<T>::infinity();
+  CHECK(std::isnan(loss(spoilt.seen(), b.seen(), ones.seen())));
+  CHECK_THROWS_WITH(loss(a.seen(), b.seen(), row.seen()),
+                    ContainsSubstring("rows of the temperatures is 1, expected 4"));
+  CHECK_THROWS_WITH(loss(a.seen(), b.seen(), ones.seen(), d_a.view(), d_a.view(), d_t.view()),
+                    ContainsSubstring("overlaps"));
+  CHECK_THROWS_WITH(perdita::amcl_barlow<T>({.beta = -1}), ContainsSubstring("beta is -1"));
 }
 
 TEST_CASE("Adaptive multi-head contrastive: calls", "[threads]") {
@@ -875,6 +970,67 @@ TEST_CASE("Group ordering: calls, and what has a stated result", "[threads]") {
                     ContainsSubstring("negatives is 0"));
   CHECK_THROWS_WITH(perdita::group_ordering<double>({.steepness = 0}),
                     ContainsSubstring("steepness is 0"));
+}
+
+// --- Supervised alignment ------------------------------------------------------------------------
+
+TEMPLATE_TEST_CASE("Supervised alignment is its definition", "[threads]", float, double) {
+  using T = TestType;
+  using Catch::Matchers::ContainsSubstring;
+  error_judge values, slopes;
+  const index n = 70;
+  const auto x = random_batch<T>(n, 3, 2);
+  std::vector<T> numbers;
+  std::vector<int> classes;
+  for (index i = 0; i < n; ++i) {
+    numbers.push_back(static_cast<T>(i * i % 11) / 8);
+    classes.push_back(static_cast<int>(i * i % 11));
+  }
+  const perdita::supervised_alignment<T> loss({.temperature = 0.125});
+  const auto check = [&](const auto& y, auto weight) {
+    wide total = 0;
+    wide_matrix expected(n, 3);
+    for (index i = 0; i < n; ++i)
+      for (index j = 0; j < i; ++j)
+        for (index d = 0; d < 3; ++d) {
+          const wide apart = wide(x(i, d)) - wide(x(j, d)), w = weight(i, j) * 2 / (n * (n - 1));
+          total += w * apart * apart;
+          expected(i, d) += 2 * w * apart;
+          expected(j, d) -= 2 * w * apart;
+        }
+    batch<T> g(n, 3, T(7)), again(n, 3), added(n, 3, T(1));
+    const T got = loss(x.seen(), y, g.view(), {.run_on = perdita::serial});
+    CHECK(loss(x.seen(), y) == got);
+    CHECK(values.within(size_of(wide(got - total)), 4, std::numeric_limits<T>::epsilon() * total));
+    CHECK(slopes_within(slopes, g, expected, 8));
+    const threads_executor pool(3, task_order::shuffled);
+    loss(x.seen(), y, again.view(), {.run_on = pool});
+    CHECK(again.x == g.x);
+    loss(x.seen(), y, added.view(), {.scale = 2, .accumulate = true});
+    CHECK(std::abs(added(1, 1) - (1 + 2 * g(1, 1))) <= 2 * std::numeric_limits<T>::epsilon());
+  };
+  const auto at = [](index i) { return static_cast<std::size_t>(i); };
+  check(numbers, [&](index i, index j) {
+    const wide apart = wide(numbers[at(i)]) - wide(numbers[at(j)]);
+    return exp(wide(-4 * apart * apart));
+  });
+  check(classes, [&](index i, index j) { return wide(classes[at(i)] == classes[at(j)] ? 1 : 0); });
+  report_accuracy<T>("supervised_alignment", "", in_epsilons, values, slopes);
+
+  batch<T> one(1, 3, T(2)), g(1, 3, T(7));
+  CHECK(loss(one.seen(), std::vector<int>{4}, g.view()) == 0);
+  CHECK(g.x == std::vector<T>(3, T(0)));
+  CHECK(loss(batch<T>(0, 3).seen(), std::vector<int>{}) == 0);
+  auto spoilt = x;
+  spoilt(3, 1) = std::numeric_limits<T>::quiet_NaN();
+  CHECK(std::isnan(loss(spoilt.seen(), numbers)));
+  numbers[2] = std::numeric_limits<T>::quiet_NaN();
+  CHECK(std::isnan(loss(x.seen(), numbers)));
+  CHECK_THROWS_WITH(loss(x.seen(), std::vector<int>{1}), ContainsSubstring("attributes is 1"));
+  CHECK_THROWS_WITH(loss(one.seen(), std::vector<int>{1}, one.view()),
+                    ContainsSubstring("overlaps"));
+  CHECK_THROWS_WITH(perdita::supervised_alignment<T>({.temperature = 0}),
+                    ContainsSubstring("temperature is 0"));
 }
 
 } // namespace perdita_tests

@@ -163,4 +163,143 @@ TEST_CASE("I-Con: what has a stated result", "") {
   CHECK_THROWS_WITH(perdita::i_con<double>({.debias = 2}), ContainsSubstring("debias is 2"));
 }
 
+namespace {
+
+/// By its definition, of f or of its logits, p being even over others of the same label.
+wide clusters_of(const wide_matrix& x, const std::vector<int>& labels, bool logits, double debias,
+                 bool divergence) {
+  wide_matrix f = x;
+  std::vector<wide> n(static_cast<std::size_t>(x.cols), wide(0));
+  for (index i = 0; i < x.rows; ++i) {
+    wide sum = 0;
+    for (index c = 0; c < x.cols; ++c)
+      sum += exp(x(i, c));
+    for (index c = 0; c < x.cols; ++c) {
+      if (logits)
+        f(i, c) = exp(x(i, c)) / sum;
+      n[static_cast<std::size_t>(c)] += f(i, c);
+    }
+  }
+  wide total = 0;
+  int anchors = 0;
+  const auto belongs = [&](index i, index j) {
+    return i != j && labels[static_cast<std::size_t>(i)] == labels[static_cast<std::size_t>(j)];
+  };
+  for (index i = 0; i < x.rows; ++i) {
+    wide own = 0;
+    for (index j = 0; j < x.rows; ++j)
+      own += belongs(i, j) ? 1 : 0;
+    if (own == 0)
+      continue;
+    ++anchors;
+    for (index j = 0; j < x.rows; ++j) {
+      wide q = 0;
+      for (index c = 0; c < x.cols; ++c)
+        q += f(i, c) * f(j, c) / n[static_cast<std::size_t>(c)];
+      const wide p = wide(debias) / static_cast<double>(x.rows) +
+                     (belongs(i, j) ? wide((1 - wide(debias)) / own) : wide(0));
+      total += weighted(p, divergence ? wide(log(p) - log(q)) : wide(-log(q)));
+    }
+  }
+  return total / anchors;
+}
+
+} // namespace
+
+TEMPLATE_TEST_CASE("I-Con with clusters is its definition", "", float, double) {
+  using T = TestType;
+  error_judge values, slopes;
+  const std::vector<int> labels{3, 1, 3, 1, 2, 1, 5, 2, 3};
+  for (const bool logits : {true, false})
+    for (const double debias : {0.0, 0.25}) {
+      const bool divergence = debias > 0;
+      const perdita::i_con_clusters<T> loss(
+          {.logits = logits, .debias = debias, .divergence = divergence});
+      auto x = random_batch<T>(9, 4, 8);
+      for (T& entry : x.x)
+        entry = logits ? entry : std::abs(entry) / 4;
+      wide_matrix wide_x(x);
+      const auto value = [&] { return clusters_of(wide_x, labels, logits, debias, divergence); };
+      batch<T> g(9, 4, T(7)), more(9, 4, T(1));
+      const T got = loss(x.seen(), labels, g.view());
+      CHECK(loss(x.seen(), labels) == got);
+      const wide expected = value();
+      CHECK(values.within(size_of(wide(got - expected)), 8,
+                          std::numeric_limits<T>::epsilon() * (1 + size_of(expected))));
+      CHECK(slopes_within(slopes, g, differences(wide_x, value), 16));
+      loss(x.seen(), labels, more.view(), {.scale = 2, .accumulate = true});
+      for (std::size_t k = 0; k < g.x.size(); ++k)
+        CHECK(std::abs(more.x[k] - (1 + 2 * g.x[k])) <= 4 * std::numeric_limits<T>::epsilon());
+    }
+  report_accuracy<T>("i_con_clusters", "", in_epsilons, values, slopes);
+}
+
+TEST_CASE("I-Con with clusters: calls, and what has a stated result", "[threads]") {
+  using Catch::Matchers::ContainsSubstring;
+  const perdita::i_con_clusters<double> loss, given({.logits = false});
+  const auto x = random_batch<double>(90, 6, 2);
+  batch<double> g(90, 6), h(90, 6);
+  const double value = loss.views(x.seen(), 2, g.view(), {.run_on = perdita::serial});
+  const threads_executor pool(3, task_order::shuffled);
+  CHECK(loss.views(x.seen(), 2, h.view(), {.run_on = pool}) == value);
+  CHECK(h.x == g.x);
+  std::vector<int> items;
+  for (int i = 0; i < 90; ++i)
+    items.push_back(i % 45);
+  CHECK(loss(x.seen(), items) == value);
+  const auto partner = [](index i, double* p, index n) {
+    std::fill_n(p, n, -1.0);
+    p[(i + n / 2) % n] = 0.3;
+  };
+  CHECK(near(loss(x.seen(), h.view(), {.filter = partner}), value, 1e-14));
+  CHECK(loss(x.seen(), {.filter = partner}) == loss(x.seen(), h.view(), {.filter = partner}));
+
+  // Equal f: each of 90 is as likely; two pure clusters of 45: each of 45.
+  CHECK(near(loss.views(batch<double>(90, 6, 1.5).seen(), 2), std::log(90.0), 1e-14));
+  batch<double> pure(90, 2);
+  for (index i = 0; i < 90; ++i)
+    pure(i, i % 45 < 20 ? 0 : 1) = 1;
+  std::vector<int> of_pure(90, 1);
+  for (std::size_t i = 0; i < 90; ++i)
+    of_pure[i] = i % 45 < 20 ? 0 : 1;
+  batch<double> d_pure(90, 2);
+  CHECK(near(given(pure.seen(), of_pure, d_pure.view()),
+             (40 * std::log(40.0) + 50 * std::log(50.0)) / 90, 1e-14));
+  of_pure[0] = 1; // of which q is 0
+  CHECK(std::isinf(given(pure.seen(), of_pure)));
+  batch<double> with_empty(90, 3), d_empty(90, 3);
+  for (index i = 0; i < 90; ++i)
+    with_empty(i, i % 2) = 1;
+  std::vector<int> of_parity;
+  for (int i = 0; i < 90; ++i)
+    of_parity.push_back(i % 2);
+  CHECK(near(given(with_empty.seen(), of_parity, d_empty.view()), std::log(45.0), 1e-14));
+  CHECK(d_empty(3, 2) == 0);
+  std::vector<int> alone(90);
+  for (int i = 0; i < 90; ++i)
+    alone[static_cast<std::size_t>(i)] = i;
+  CHECK(loss(x.seen(), alone, g.view()) == 0);
+  CHECK(g.x == std::vector<double>(540, 0.0));
+  CHECK(loss(batch<double>(0, 6).seen(), std::vector<int>{}) == 0);
+  auto spoilt = x;
+  spoilt(3, 2) = std::numeric_limits<double>::quiet_NaN();
+  CHECK(std::isnan(loss(spoilt.seen(), items, g.view())));
+  CHECK(std::isnan(g(80, 1)));
+  std::vector<double> weights(90, 1);
+  weights[4] = 0;
+  std::vector<double> values(90);
+  const double some = loss(x.seen(), items, {.row_weights = weights, .values = values});
+  double sum = 0;
+  for (const double v : values)
+    sum += v;
+  CHECK(near(some, sum / 89, 1e-14));
+
+  CHECK_THROWS_WITH(loss(x.seen(), std::vector<int>{1, 2}), ContainsSubstring("labels of x is 2"));
+  CHECK_THROWS_WITH(loss.views(x.seen(), 4), ContainsSubstring("views is 4"));
+  CHECK_THROWS_WITH(loss(x.seen(), items, with_empty.view()),
+                    ContainsSubstring("columns of the gradient of the embeddings is 3"));
+  CHECK_THROWS_WITH(perdita::i_con_clusters<double>({.debias = 2}),
+                    ContainsSubstring("debias is 2"));
+}
+
 } // namespace perdita_tests

@@ -86,9 +86,10 @@ std::vector<std::size_t> mined(const wide_comparisons& c, index i, const std::ve
     extreme(-1, -1);
   return result;
 }
-wide triplets(const wide_comparisons& c, const perdita::triplet_mining_options& o) {
-  wide total = 0;
-  int terms = 0;
+/// With o.swap, candidates are the anchors.
+wide triplets(const wide_comparisons& c, const perdita::triplet_mining_options& o,
+              const std::vector<double>& weights = {}) {
+  wide total = 0, terms = 0;
   for (index i = 0; i < c.anchors(); ++i) {
     const auto u = measured(c, i, o.measure);
     std::vector<std::size_t> own;
@@ -100,13 +101,19 @@ wide triplets(const wide_comparisons& c, const perdita::triplet_mining_options& 
       else if (o.positives == positives::farthest ? u[p] > u[own[0]] : u[p] < u[own[0]])
         own[0] = p;
     }
-    for (const std::size_t p : own)
-      for (const std::size_t n : mined(c, i, u, p, o)) {
-        const wide miss = o.margin + (u[p] - u[n]);
+    for (const std::size_t p : own) {
+      auto nearest = u;
+      for (std::size_t n = 0; n < u.size() && o.swap; ++n)
+        if (c.of(i, static_cast<index>(n)) == -1)
+          nearest[n] = smaller(u[n], measured(c, static_cast<index>(p), o.measure)[n]);
+      for (const std::size_t n : mined(c, i, nearest, p, o)) {
+        const wide miss = o.margin + (u[p] - nearest[n]);
         const wide term = o.penalty == penalty::hinge ? larger(0, miss) : softplus(miss);
-        total += term;
-        terms += o.mean == triplet_mean::triplets || term > 0 ? 1 : 0;
+        const wide weight = weights.empty() ? 1 : weights[static_cast<std::size_t>(i)];
+        total += weight * term;
+        terms += o.mean == triplet_mean::triplets || term > 0 ? weight : wide(0);
       }
+    }
   }
   return terms > 0 ? wide(total / terms) : wide(0);
 }
@@ -161,6 +168,88 @@ TEMPLATE_TEST_CASE("Losses of mined triplets are their definition", "", float, d
   for (const int classes : {1, 2, 30})
     check({.measure = triplet_measure::cosine_distance}, classes);
   check({.margin = 1, .mean = triplet_mean::triplets, .normalise = false}, 3);
+}
+
+TEMPLATE_TEST_CASE("Swapped triplets are their definition", "", float, double) {
+  using T = TestType;
+  error_judge values, slopes;
+  const anchor_subject subject{.distances = true};
+  const std::vector<int> labels{0, 1, 0, 2, 1, 0, 2, 2, 0, 1};
+  const std::vector<T> weights{1, 2, 0, 1, T(0.5), 3, 1, 0, 1, 1};
+  for (const auto n : {negatives::all, negatives::hard, negatives::semi_hard, negatives::easy})
+    for (const auto kind : {penalty::hinge, penalty::softplus})
+      for (const auto measure : {triplet_measure::distance, triplet_measure::cosine_distance}) {
+        const perdita::triplet_mining_options o{
+            .margin = 0.4,
+            .measure = measure,
+            .negatives = n,
+            .penalty = kind,
+            .mean = kind == penalty::hinge ? triplet_mean::nonzero : triplet_mean::triplets,
+            .swap = true};
+        const perdita::triplet_mining<T> loss(o);
+        const auto x = random_batch<T>(10, 3, 21 + static_cast<std::uint64_t>(n));
+        wide_matrix wide_x(x);
+        const auto who = relations(labels, labels, true);
+        const auto value = [&] { return triplets(compare(wide_x, wide_x, who, subject), o); };
+        batch<T> g(10, 3, T(7));
+        const T got = loss(x.view(), labels, g.view());
+        const wide expected = value();
+        CHECK(loss(x.view(), labels) == got);
+        CHECK(values.within(size_of(wide(got - expected)), 4,
+                            std::numeric_limits<T>::epsilon() * (1 + size_of(expected))));
+        CHECK(slopes_within(slopes, g, differences(wide_x, value), 24));
+        // A negative's second distance is of another row, but of its anchor's weight.
+        const auto weighted_value = [&] {
+          return triplets(compare(wide_x, wide_x, who, subject), o,
+                          {weights.begin(), weights.end()});
+        };
+        const T of_weights = loss(x.view(), labels, g.view(), {.row_weights = weights});
+        const wide by_weight = weighted_value();
+        CHECK(values.within(size_of(wide(of_weights - by_weight)), 4,
+                            std::numeric_limits<T>::epsilon() * (1 + size_of(by_weight))));
+        CHECK(slopes_within(slopes, g, differences(wide_x, weighted_value), 24));
+      }
+  report_accuracy<T>("triplet_mining", "swap", in_epsilons, values, slopes);
+}
+
+TEST_CASE("Swapped triplets: given triplets, threads, refusals", "[threads]") {
+  using Catch::Matchers::ContainsSubstring;
+  // Two of one class at 0 and 1, others at 3 and 1.25: from the second of the two.
+  batch<double> x(4, 1), g(4, 1);
+  x.x = {0, 1, 3, 1.25};
+  const std::vector<int> labels{0, 0, 1, 2};
+  const perdita::triplet_mining<double> loss(
+      {.margin = 1.5, .mean = triplet_mean::triplets, .swap = true, .normalise = false});
+  // D(a, n) is 3, 1.25 of the first and 2, 0.25 of the second: 2 and 0.25 count, in both triplets.
+  CHECK(loss(x.view(), labels, g.view()) == (2 * 0.5 + 2 * 2.25) / 4);
+  const double slopes[] = {-4, 4 + 4, -2, -2}; // of D = 1 four times, of 2 and 0.25 twice each
+  for (std::size_t i = 0; i < 4; ++i)
+    CHECK(std::abs(g.x[i] - slopes[i] / 4) < 1e-15);
+
+  const auto many = random_batch<double>(150, 6, 5);
+  std::vector<int> of_many;
+  for (int i = 0; i < 150; ++i)
+    of_many.push_back(i % 40);
+  batch<double> once(150, 6), again(150, 6);
+  const perdita::triplet_mining<double> wide_margin({.margin = 1, .swap = true});
+  const double value = wide_margin(many.view(), of_many, once.view(), {.run_on = perdita::serial});
+  const threads_executor pool(3, task_order::shuffled);
+  CHECK(wide_margin(many.view(), of_many, again.view(), {.run_on = pool}) == value);
+  CHECK(again.x == once.x);
+  auto spoilt = x;
+  spoilt(2, 0) = std::numeric_limits<double>::quiet_NaN();
+  CHECK(std::isnan(loss(spoilt.view(), labels)));
+  CHECK(loss(x.view(), std::vector<int>{0, 1, 2, 3}, g.view()) == 0);
+  CHECK(g.x == std::vector<double>(4, 0.0));
+
+  const auto filter = [](index, double*, index) {};
+  CHECK_THROWS_WITH(loss(x.view(), x.view(), labels, labels), ContainsSubstring("swap is 1"));
+  CHECK_THROWS_WITH(loss(x.view(), labels, {.filter = filter}), ContainsSubstring("swap is 1"));
+  CHECK_THROWS_WITH(
+      perdita::triplet_mining<double>({.positives = positives::nearest, .swap = true}),
+      ContainsSubstring("swap is 1"));
+  CHECK_THROWS_WITH(perdita::triplet_mining<double>({.negatives = negatives::next, .swap = true}),
+                    ContainsSubstring("swap is 1"));
 }
 
 TEST_CASE("Batch hard, soft margin: golden value", "") {

@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: MIT
 
-// Entropy of predictions, of rows and of their mean: formula sheet 14.10.
+// Entropy of predictions, of rows and of their mean: formula sheet 14.10. Functional entropy:
+// formula sheet "contrastive", 7.15.
 
+#include <perdita/functional_entropy.hpp>
 #include <perdita/prediction_entropy.hpp>
 
 #include <algorithm>
@@ -227,6 +229,131 @@ TEST_CASE("prediction_entropy: bad input is refused, and nothing written", "[ent
                     ContainsSubstring("accumulate"));
   CHECK(g == std::vector<double>(6, 5));
   CHECK(two == std::vector<double>(2, 5));
+}
+
+// --- Functional entropy --------------------------------------------------------------------------
+
+TEMPLATE_TEST_CASE("Functional entropy and information are their formulas", "[functional_entropy]",
+                   float, double) {
+  using T = TestType;
+  const wide epsilon = std::numeric_limits<T>::epsilon();
+  error_judge values, slopes, of_information, slopes_of_information;
+  for (const double width : {1e-6, 0.1, 3.0}) { // about 1, nearly constant and not at all
+    std::vector<T> f = scores<T>(24, width), g(24, 9);
+    for (T& x : f)
+      x = std::exp(x);
+    wide mean = 0, entropy = 0, away = 0;
+    for (const T x : f)
+      mean += wide(x) / 24;
+    for (const T x : f) {
+      entropy += wide(x) * log(wide(x)) / 24;
+      away += size_of(wide(x - mean)) / 24;
+    }
+    entropy -= mean * log(mean);
+    const perdita::functional_entropy<T> loss;
+    const T got = loss(f, g, {.scale = 2});
+    CHECK(loss(f) == got);
+    const wide fine = std::numeric_limits<double>::epsilon();
+    CHECK(values.within(size_of(wide(got - entropy)), 4,
+                        fine * (away + mean / 8) + epsilon * entropy));
+    for (std::size_t i = 0; i < 24; ++i) {
+      const wide slope = 2 * log(wide(f[i] / mean)) / 24;
+      CHECK(slopes.within(size_of(wide(g[i] - slope)), 4, fine / 24 + epsilon * size_of(slope)));
+    }
+
+    const auto derivatives = scores<T>(24 * 3, 1);
+    std::vector<T> d_g(72), d_f(24), of_one(1);
+    const perdita::fisher_information<T> information;
+    for (const bool shared : {false, true}) {
+      const std::vector<T> by = shared ? std::vector<T>(f.begin(), f.begin() + 1) : f;
+      const auto to = perdita::vector_view<T>(shared ? of_one : d_f);
+      const T found = information(matrix(derivatives, 3), by, matrix(d_g, 3), to);
+      CHECK(information(matrix(derivatives, 3), by) == found);
+      wide expected = 0, of_all = 0;
+      for (std::size_t b = 0; b < 24; ++b) {
+        wide squares = 0;
+        const wide at = by[shared ? 0 : b];
+        for (std::size_t j = 0; j < 3; ++j) {
+          const wide x = derivatives[3 * b + j];
+          squares += x * x;
+          CHECK(slopes_of_information.within(size_of(wide(d_g[3 * b + j] - 2 * x / (24 * at))), 2,
+                                             epsilon * size_of(wide(x / (12 * at)))));
+        }
+        expected += squares / at / 24;
+        of_all -= squares / (at * at * 24);
+        if (!shared)
+          CHECK(slopes_of_information.within(size_of(wide(d_f[b] + squares / (at * at * 24))), 2,
+                                             epsilon * squares / (at * at * 24)));
+      }
+      CHECK(of_information.within(size_of(wide(found - expected)), 2, epsilon * expected));
+      if (shared)
+        CHECK(size_of(wide(of_one[0] - of_all)) <= 2 * epsilon * size_of(of_all));
+    }
+
+    std::vector<T> d_i(24);
+    wide squares = 0;
+    for (const T x : f)
+      squares += 1 / (wide(x) * x);
+    const wide r = sqrt(squares);
+    const perdita::inverse_information<T> regulariser;
+    CHECK(size_of(wide(regulariser(f, d_i) - r)) <= 2 * epsilon * r);
+    for (std::size_t k = 0; k < 24; ++k) {
+      const wide x = f[k], slope = -1 / (x * x * x * r);
+      CHECK(size_of(wide(d_i[k] - slope)) <= 4 * epsilon * size_of(slope));
+    }
+  }
+  report_accuracy<T>("functional_entropy", "", in_epsilons, values, slopes);
+  report_accuracy<T>("fisher_information", "", in_epsilons, of_information, slopes_of_information);
+}
+
+TEST_CASE("Functional entropy: what has a stated result", "[functional_entropy]") {
+  using Catch::Matchers::ContainsSubstring;
+  const perdita::functional_entropy<double> loss;
+  const perdita::inverse_information<double> regulariser;
+  const perdita::fisher_information<double> information;
+  std::vector<double> f(6, 0.3), g(6, 9), one{7};
+  CHECK(loss(f, g) == 0);
+  CHECK(g == std::vector<double>(6, 0));
+  CHECK(loss(one) == 0);
+  CHECK(loss(std::vector<double>{}) == 0);
+  CHECK(loss(std::vector<double>(3, 0)) == 0);
+  // All in one of n: m log n.
+  f = {0, 0, 5, 0, 0, 0};
+  CHECK(std::abs(loss(f, g) - 5.0 / 6 * std::log(6.0)) < 1e-15);
+  CHECK((g[0] == -inf && std::abs(g[2] - std::log(6.0) / 6) < 1e-15));
+  f = {1, 2, 3, 1.5, 0.5, 4};
+  const auto check = [&](const auto& functor) {
+    functor(f, g);
+    const auto report = perdita::testing::check_gradient([&] { return functor(f); }, f, g);
+    INFO(report.message());
+    CHECK(report.ok);
+    std::vector<double> added(6, 1);
+    functor(f, added, {.scale = 2, .accumulate = true});
+    CHECK(std::abs(added[1] - (1 + 2 * g[1])) < 1e-15);
+    f[3] = -1;
+    CHECK(std::isnan(functor(f, g)));
+    CHECK((std::isnan(g[0]) && std::isnan(g[3])));
+    f[3] = 1.5;
+    CHECK_THROWS_WITH(functor(f, one), ContainsSubstring("is 1, expected 6"));
+    CHECK_THROWS_WITH(functor(f, f), ContainsSubstring("overlaps"));
+  };
+  check(loss);
+  check(regulariser);
+  f[0] = inf;
+  CHECK(std::isnan(loss(f)));
+  // Tiny and infinite information.
+  std::vector<double> i{1e-200, inf, 1e-200}, d(3);
+  CHECK(std::abs(regulariser(i, d) / (std::sqrt(2.0) * 1e200) - 1) < 1e-15);
+  CHECK(d[1] == 0);
+  CHECK(regulariser(std::vector<double>{}) == 0);
+  CHECK(regulariser(std::vector<double>{inf, inf}) == 0);
+  // A sample whose f is 0; no samples.
+  const std::vector<double> rows{1, 2, 3, 4}, zero{0, 1};
+  std::vector<double> d_g(4), d_f(2);
+  CHECK(std::isnan(information(matrix(rows, 2), zero, matrix(d_g, 2), d_f)));
+  CHECK((std::isnan(d_g[0]) && d_g[2] == 3 && std::isnan(d_f[0]) && d_f[1] == -12.5));
+  CHECK(information(perdita::matrix_view<const double>(nullptr, 0, 2), std::vector<double>{}) == 0);
+  CHECK_THROWS_WITH(information(matrix(rows, 2), f), ContainsSubstring("f is 6, expected 2"));
 }
 
 } // namespace perdita_tests

@@ -3,6 +3,7 @@
 // Losses of an anchor's similarities with its positives and negatives.
 
 #include <perdita/circle.hpp>
+#include <perdita/metrix.hpp>
 #include <perdita/multi_similarity.hpp>
 
 #include <algorithm>
@@ -180,6 +181,296 @@ TEST_CASE("Multi-similarity and circle: what has a stated result", "") {
   CHECK_THROWS_WITH(perdita::circle<double>({.gamma = 0}), ContainsSubstring("gamma is 0"));
   CHECK_THROWS_WITH(perdita::multi_similarity<double>({.beta = -1}),
                     ContainsSubstring("beta is -1"));
+}
+
+// --- Metrix --------------------------------------------------------------------------------------
+
+namespace {
+
+/// Comparisons of anchors with mixed examples, and the part y of each that belongs to the anchor:
+/// below 0 of what is not compared.
+struct mixed_comparisons {
+  wide_matrix score, part;
+};
+template <class T, class Part>
+mixed_comparisons mix(const wide_matrix& anchors, const wide_matrix& x,
+                      const perdita::mixed_examples<T>& mixed, const anchor_subject& subject,
+                      Part part) {
+  const wide_matrix unit = subject.normalise ? unit_rows(x) : x;
+  wide_matrix v(mixed.size(), x.cols);
+  for (index k = 0; k < v.rows; ++k)
+    for (index d = 0; d < x.cols; ++d) {
+      const auto at = static_cast<std::size_t>(k);
+      const wide share = mixed.share[at];
+      v(k, d) = share * unit(mixed.first[at], d) + (1 - share) * unit(mixed.second[at], d);
+    }
+  mixed_comparisons result{compare(anchors, v, {}, subject).score,
+                           wide_matrix(anchors.rows, v.rows)};
+  for (index i = 0; i < anchors.rows; ++i)
+    for (index k = 0; k < v.rows; ++k)
+      result.part(i, k) = part(i, static_cast<std::size_t>(k));
+  return result;
+}
+/// y by the two labels.
+wide part_of(bool first, bool second, double share, bool strangers) {
+  if (!first && !second && !strangers)
+    return -1;
+  return (first ? wide(share) : wide(0)) + (second ? wide(1 - wide(share)) : wide(0));
+}
+
+/// log(1 + Σ y e^{−r₊(s − b₊)}) and log(1 + Σ (1 − y) e^{r₋(s − b₋)}) of an anchor.
+std::pair<wide, wide> sides(const mixed_comparisons& c, index i, const wide& rate, const wide& base,
+                            const wide& other_rate, const wide& other_base) {
+  wide own = 0, others = 0;
+  for (index k = 0; k < c.score.cols; ++k)
+    if (const wide y = c.part(i, k); y >= 0) {
+      own += y * exp(wide(-rate * (c.score(i, k) - base)));
+      others += (1 - y) * exp(wide(other_rate * (c.score(i, k) - other_base)));
+    }
+  return {log1p(own), log1p(others)};
+}
+wide mixed_part(const mixed_comparisons& c, const perdita::multi_similarity_options& o) {
+  wide total = 0;
+  for (index i = 0; i < c.score.rows; ++i) {
+    const auto [own, others] = sides(c, i, o.alpha, o.base, o.beta, o.base);
+    total += own / o.alpha + others / o.beta;
+  }
+  return total / wide(static_cast<double>(c.score.rows));
+}
+wide mixed_part(const mixed_comparisons& c, const perdita::pair_margin_options& o) {
+  wide sum[2] = {0, 0}, above[2] = {0, 0}, all = 0;
+  for (index i = 0; i < c.score.rows; ++i)
+    for (index k = 0; k < c.score.cols; ++k) {
+      const wide y = c.part(i, k), d = c.score(i, k);
+      if (y < 0)
+        continue;
+      all += 1;
+      const wide miss[] = {larger(0, wide(d - o.positive_margin)),
+                           larger(0, wide(o.negative_margin - d))};
+      for (int side = 0; side < 2; ++side) {
+        const wide weight = side == 0 ? y : wide(1 - y);
+        sum[side] += weight * (o.squared ? wide(miss[side] * miss[side] / 2) : miss[side]);
+        above[side] += weight * miss[side] > 0 ? 1 : 0;
+      }
+    }
+  if (o.mean == perdita::pair_mean::pairs)
+    return (sum[0] + sum[1]) / all;
+  return sum[0] / above[0] + sum[1] / above[1];
+}
+wide mixed_part(const mixed_comparisons& c, double alpha, double margin) {
+  wide own = 0, others = 0, with_parts = 0;
+  for (index p = 0; p < c.score.rows; ++p) {
+    const auto [pull, push] = sides(c, p, alpha, margin, alpha, -wide(margin));
+    own += pull;
+    others += push;
+    bool any = false;
+    for (index k = 0; k < c.score.cols; ++k)
+      any = any || c.part(p, k) > 0;
+    with_parts += any ? 1 : 0;
+  }
+  return own / with_parts + others / wide(static_cast<double>(c.score.rows));
+}
+
+template <class T> perdita::mixed_examples<T> some_mixtures() {
+  return {{0, 3, 8, 2, 5, 5, 1},
+          {1, 0, 2, 7, 6, 4, 1},
+          {T(0.25), T(0.5), T(0.875), 0, 1, T(0.3), T(0.5)}};
+}
+
+/// Two calls with and without the mixed part differ by it, and its slopes are those of its
+/// definition.
+template <class T, class Loss>
+void check_metrix(const char* name, const Loss& loss, const anchor_subject& subject) {
+  const std::vector<int> labels{4, -2, 4, -2, 9, 4, -2, 9, 4};
+  const auto x = random_batch<T>(9, 3, 6);
+  const auto mixed = some_mixtures<T>();
+  wide_matrix wide_x(x);
+  error_judge values, slopes;
+  for (const bool own : {true, false})
+    for (const bool strangers : {true, false}) {
+      INFO(name << ", own " << own << ", strangers " << strangers);
+      const perdita::metrix both(loss, {.weight = 0.75, .own = own, .strangers = strangers});
+      batch<T> g(9, 3), h(9, 3);
+      const T got = both(x.view(), labels, mixed, g.view());
+      CHECK(both(x.view(), labels, mixed) == got);
+      const T clean = loss(x.view(), labels, h.view());
+      const auto value = [&] {
+        const auto part = [&](index i, std::size_t k) {
+          const index first = mixed.first[k], second = mixed.second[k];
+          const auto is = [&](index r) {
+            return labels[static_cast<std::size_t>(r)] == labels[static_cast<std::size_t>(i)];
+          };
+          if (!own && (first == i || second == i))
+            return wide(-1);
+          return part_of(is(first), is(second), static_cast<double>(mixed.share[k]), strangers);
+        };
+        return wide(mixed_part(mix(wide_x, wide_x, mixed, subject, part), loss.settings()) * 3 / 4);
+      };
+      const wide expected = value() + clean;
+      CHECK(values.within(size_of(wide(got - expected)), 16,
+                          std::numeric_limits<T>::epsilon() * (1 + size_of(expected))));
+      auto all = differences(wide_x, value);
+      for (std::size_t k = 0; k < all.x.size(); ++k)
+        all.x[k] += h.x[k];
+      CHECK(slopes_within(slopes, g, all, 64));
+    }
+  report_accuracy<T>("metrix", name, in_epsilons, values, slopes);
+}
+
+} // namespace
+
+TEMPLATE_TEST_CASE("Metrix is its definition", "", float, double) {
+  using T = TestType;
+  check_metrix<T>("multi_similarity",
+                  perdita::multi_similarity<T>({.alpha = 3, .beta = 20, .base = 0.4}), {});
+  check_metrix<T>("pair_margin", perdita::pair_margin<T>({.positive_margin = 0.25}),
+                  {.distances = true});
+  check_metrix<T>("pair_margin, nonzero",
+                  perdita::pair_margin<T>({.negative_margin = 2,
+                                           .squared = false,
+                                           .mean = perdita::pair_mean::nonzero,
+                                           .normalise = false}),
+                  {.normalise = false, .distances = true});
+
+  // Proxies: one without samples, a sample without proxy.
+  error_judge values, slopes;
+  const auto x = random_batch<T>(9, 3, 6), proxies = random_batch<T>(4, 3, 7);
+  const std::vector<int> labels{0, 1, 0, 1, 2, 0, -100, 2, 0};
+  const auto mixed = some_mixtures<T>();
+  const perdita::proxy_anchor<T> loss({.alpha = 8});
+  batch<T> g(9, 3), h(9, 3), d(4, 3), e(4, 3);
+  const T clean = loss(x.seen(), proxies.seen(), labels, h.view(), e.view());
+  for (const bool strangers : {true, false}) {
+    const perdita::metrix both(loss, {.weight = 0.75, .strangers = strangers});
+    const T got = both(x.seen(), proxies.seen(), labels, mixed, g.view(), d.view());
+    CHECK(both(x.seen(), proxies.seen(), labels, mixed) == got);
+    wide_matrix wide_x(x), wide_p(proxies);
+    const auto value = [&] {
+      const auto part = [&](index p, std::size_t k) {
+        const int i = labels[static_cast<std::size_t>(mixed.first[k])],
+                  j = labels[static_cast<std::size_t>(mixed.second[k])];
+        return i < 0 || j < 0
+                   ? wide(-1)
+                   : part_of(i == p, j == p, static_cast<double>(mixed.share[k]), strangers);
+      };
+      return wide(mixed_part(mix(wide_p, wide_x, mixed, {}, part), 8, 0.1) * 3 / 4);
+    };
+    const wide expected = value() + clean;
+    CHECK(values.within(size_of(wide(got - expected)), 16,
+                        std::numeric_limits<T>::epsilon() * (1 + size_of(expected))));
+    auto of_x = differences(wide_x, value), of_p = differences(wide_p, value);
+    for (std::size_t k = 0; k < of_x.x.size(); ++k)
+      of_x.x[k] += h.x[k];
+    for (std::size_t k = 0; k < of_p.x.size(); ++k)
+      of_p.x[k] += e.x[k];
+    CHECK(slopes_within(slopes, g, of_x, 64));
+    CHECK(slopes_within(slopes, d, of_p, 64));
+  }
+  report_accuracy<T>("metrix", "proxy_anchor", in_epsilons, values, slopes);
+}
+
+TEST_CASE("Metrix: calls", "[threads]") {
+  using Catch::Matchers::ContainsSubstring;
+  const index n = 40;
+  const auto x = random_batch<double>(n, 5, 3);
+  std::vector<int> labels;
+  for (index i = 0; i < n; ++i)
+    labels.push_back(static_cast<int>(i % 5) - 2);
+  const auto mixed = perdita::draw_mixed_examples<double>(labels, 70, 11);
+  const perdita::multi_similarity<double> clean;
+  const perdita::metrix loss(clean);
+  batch<double> g(n, 5), h(n, 5), other(n, 5, 1.0);
+  std::vector<double> values(40), weights(40, 1), of_clean(40);
+  const double value =
+      loss(x.view(), labels, mixed, g.view(), {.values = values, .run_on = perdita::serial});
+  double sum = 0;
+  for (const double v : values)
+    sum += v / n;
+  CHECK(near(sum, value, 1e-14));
+  const threads_executor pool(3, task_order::shuffled);
+  CHECK(loss(x.view(), labels, mixed, h.view(), {.run_on = pool}) == value);
+  CHECK(h.x == g.x);
+  loss(x.view(), labels, mixed, other.view(), {.scale = 2, .accumulate = true});
+  for (std::size_t k = 0; k < g.x.size(); ++k)
+    CHECK(std::abs(other.x[k] - (1 + 2 * g.x[k])) < 1e-14);
+  // No examples, or none of the loss: the clean loss. λ = 1 and λ = 0 are rows themselves.
+  const double alone = clean(x.view(), labels, h.view());
+  CHECK(loss(x.view(), labels, {}, g.view()) == alone);
+  CHECK(g.x == h.x);
+  CHECK(perdita::metrix(clean, {.weight = 0})(x.view(), labels, mixed) == alone);
+  perdita::mixed_examples<double> whole;
+  for (index i = 0; i < n; ++i) {
+    whole.first.push_back(i);
+    whole.second.push_back((i + 1) % n);
+    whole.share.push_back(i % 2 ? 0 : 1);
+  }
+  const perdita::metrix copies(clean, {.weight = 1, .strangers = true});
+  std::vector<int> of_whole;
+  batch<double> rows(n, 5);
+  for (index i = 0; i < n; ++i) {
+    const index from = i % 2 ? (i + 1) % n : i;
+    of_whole.push_back(labels[static_cast<std::size_t>(from)]);
+    std::copy_n(&x.x[static_cast<std::size_t>(5 * from)], 5,
+                &rows.x[static_cast<std::size_t>(5 * i)]);
+  }
+  CHECK(near(copies(x.view(), labels, whole),
+             alone + clean(x.view(), rows.view(), labels, of_whole), 1e-13));
+  { // A weight of 0 takes an anchor out of both parts.
+    for (std::size_t i = 20; i < 40; ++i)
+      weights[i] = 0;
+    const double some = loss(x.view(), labels, mixed, {.row_weights = weights, .values = values});
+    sum = 0;
+    for (std::size_t i = 0; i < 20; ++i)
+      sum += values[i] / 20;
+    CHECK(near(some, sum, 1e-14));
+    CHECK(values[30] == 0);
+  }
+  auto spoilt = x;
+  spoilt(3, 2) = std::numeric_limits<double>::quiet_NaN();
+  CHECK(std::isnan(loss(spoilt.view(), labels, mixed)));
+
+  // Refused, with nothing written.
+  const auto kept = g;
+  const auto refused = [&](auto change, const char* why) {
+    auto wrong = mixed;
+    change(wrong);
+    CHECK_THROWS_WITH(loss(x.view(), labels, wrong, g.view()), ContainsSubstring(why));
+  };
+  refused([](auto& m) { m.second.pop_back(); }, "second of the mixed examples is 69");
+  refused([](auto& m) { m.share.pop_back(); }, "share of the mixed examples is 69");
+  refused([](auto& m) { m.first[3] = -1; }, "first[3] is -1");
+  refused([](auto& m) { m.second[4] = 40; }, "second[4] is 40");
+  refused([](auto& m) { m.share[5] = 1.5; }, "share[5] is 1.5");
+  CHECK_THROWS_WITH(perdita::metrix(clean, {.weight = -1}), ContainsSubstring("weight is -1"));
+  CHECK(g.x == kept.x);
+}
+
+TEST_CASE("Metrix: what is drawn", "") {
+  const std::vector<int> labels{5, 1, 5, 5, 1, 5, 7}, same(4, 2);
+  const auto mixed = perdita::draw_mixed_examples<double>(labels, 20000, 3);
+  REQUIRE(mixed.size() == 20000);
+  double mean = 0, square = 0;
+  std::vector<int> first(7), second(7);
+  for (std::size_t k = 0; k < 20000; ++k) {
+    const auto i = static_cast<std::size_t>(mixed.first[k]),
+               j = static_cast<std::size_t>(mixed.second[k]);
+    REQUIRE(labels[i] != labels[j]);
+    ++first[i];
+    ++second[j];
+    mean += mixed.share[k] / 20000;
+    square += (mixed.share[k] - 0.5) * (mixed.share[k] - 0.5) / 20000;
+  }
+  CHECK(std::abs(mean - 0.5) < 0.005); // Beta(2, 2): three standard deviations
+  CHECK(std::abs(square - 0.05) < 0.001);
+  for (const int count : first)
+    CHECK(std::abs(count - 20000.0 / 7) < 150);
+  // A row of label 5 is second to the rows of the other two classes: 2/5 + 1/6 of 1/7.
+  CHECK(std::abs(second[0] - 20000.0 / 7 * (2.0 / 5 + 1.0 / 6)) < 130);
+  CHECK(std::abs(second[6] - 20000.0 / 7 * (4.0 / 3 + 2.0 / 5)) < 200);
+  const auto fewer = perdita::draw_mixed_examples<double>(labels, 5, 3);
+  CHECK(std::equal(fewer.share.begin(), fewer.share.end(), mixed.share.begin()));
+  CHECK(perdita::draw_mixed_examples<double>(same, 5, 3).size() == 0);
+  CHECK(perdita::draw_mixed_examples<double>(std::vector<int>{}, 5, 3).size() == 0);
 }
 
 } // namespace perdita_tests

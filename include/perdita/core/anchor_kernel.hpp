@@ -50,7 +50,8 @@ template <class T> struct anchor_row {
   T* scores;          ///< cosines, products or squared distances; slopes are to take their place
   const T* relation;  ///< 1: belongs to the anchor, -1: does not, 0: to be left out
   const double* note; ///< of all anchors, where the formula takes notes
-  const double* total = nullptr; ///< Σ of the anchors' weights times their notes
+  /// Σ of the anchors' weights times their notes, where these are not rows.
+  const double* total = nullptr;
   const double* share = nullptr; ///< of all anchors, where the formula is mutual
   bool alone = false;            ///< the candidates are the anchors
   T* room = nullptr;             ///< for as many numbers as scores, where the formula wants it
@@ -69,13 +70,13 @@ struct anchor_outcome {
 ///   template <bool Gradient, class T> anchor_outcome row(const anchor_row<T>&) const
 ///
 /// which returns the anchor's value and, for gradients, overwrites the scores with slopes (what it
-/// writes where the relation is 0 is dropped). With notes > 0 every anchor is looked at twice:
-/// first
+/// writes where the relation is 0 is dropped). With notes every anchor is looked at twice: first
 ///
 ///   template <class T> void note(const anchor_row<T>&, double* to) const
 ///
-/// writes down as many numbers for each anchor; row() then finds those of all, one anchor after the
-/// other, behind anchor_row::note. In between, where there is such a function,
+/// writes down as many numbers for each anchor (row_of_notes: anchor_row::size of them); row() then
+/// finds those of all, one anchor after the other, behind anchor_row::note. In between, where there
+/// is such a function,
 ///
 ///   template <class Weight>
 ///   void combine(double* notes, index anchors, Weight weight, bool alone) const
@@ -87,6 +88,7 @@ struct anchor_outcome {
 /// is mutual makes slopes of Σ_i share_i value_i, also for anchors of weight 0 and so of share 0
 /// where the candidates are the anchors.
 struct anchor_formula {
+  static constexpr index row_of_notes = -1;
   static constexpr bool distances = false; ///< the scores are squared distances
   static constexpr index notes = 0;
   static constexpr bool mutual = false;
@@ -114,7 +116,7 @@ template <class T> struct anchor_function {
 
   template <class Formula>
   explicit anchor_function(const Formula& f)
-      : formula(&f), distances(Formula::distances), mutual(Formula::mutual),
+      : formula(&f), distances(Formula::distances), mutual(f.mutual),
         wants_room(Formula::wants_room), notes(f.takes_notes() ? Formula::notes : 0),
         value([](const void* p, const anchor_row<T>& row) {
           return static_cast<const Formula*>(p)->template row<false>(row);
@@ -124,7 +126,7 @@ template <class T> struct anchor_function {
         }),
         note([]([[maybe_unused]] const void* p, [[maybe_unused]] const anchor_row<T>& row,
                 [[maybe_unused]] double* to) {
-          if constexpr (Formula::notes > 0)
+          if constexpr (Formula::notes != 0)
             static_cast<const Formula*>(p)->note(row, to);
         }),
         combine([]([[maybe_unused]] const void* p, [[maybe_unused]] double* notes_of_all,
@@ -170,7 +172,9 @@ public:
                 const executor& run_on, std::byte* scratch)
       : function_(function), job_(job), gradient_(gradient), run_on_(run_on), memory_(scratch),
         depth_(job.x.cols), anchors_(job.x.rows), candidates_(job.y.rows),
-        padded_(whole(candidates_)), stride_(padded_ + 16), block_(block_of()),
+        padded_(whole(candidates_)),
+        notes_each_(function.notes == anchor_formula::row_of_notes ? padded_ : function.notes),
+        stride_(padded_ + 16), block_(block_of()),
         to_candidates_(job.alone || job.d_y.data != nullptr),
         workers_(std::min(static_cast<index>(run_on.concurrency()),
                           std::max(block_, parts(candidates_, strip)))),
@@ -182,7 +186,7 @@ public:
 
   double run() {
     prepare();
-    if (function_.notes > 0)
+    if (notes_each_ > 0)
       take_notes();
     for_blocks([this](index first, index n) {
       compare(first, n);
@@ -222,10 +226,12 @@ private:
     weights_ = memory_.take<double>(size(anchors_));
     for (double*& p : extra_)
       p = memory_.take<double>(size(gradient_ ? anchors_ : 0));
-    notes_ = memory_.take<double>(size(anchors_ * function_.notes));
-    totals_ = memory_.take<double>(size(function_.notes));
+    notes_ = memory_.take<double>(size(anchors_ * notes_each_));
+    totals_ = memory_.take<double>(size(std::max(function_.notes, index(0))));
     shares_ = memory_.take<double>(size(function_.mutual ? anchors_ : 0));
     numbers_ = memory_.take<index>(size(anchors_));
+    targets_ = memory_.take<T*>(size(gradient_ ? anchors_ : 0));
+    nowhere_ = memory_.take<T>(size(gradient_ ? depth_ : 0));
     if (function_.distances) {
       square_x_ = memory_.take<double>(size(anchors_));
       square_y_ = job_.alone ? square_x_ : memory_.take<double>(size(candidates_));
@@ -270,6 +276,8 @@ private:
       if (function_.mutual)
         shares_[r] = share_of(r);
     }
+    if (gradient_)
+      std::fill_n(nowhere_, depth_, T(0));
     start(x_, square_x_, pull_x_);
     if (!job_.alone)
       start(y_, square_y_, pull_y_);
@@ -377,7 +385,7 @@ private:
   }
 
   void take_notes() {
-    const index notes = function_.notes;
+    const index notes = notes_each_;
     for_blocks([this, notes](index first, index n) {
       compare(first, n);
       for_each(n, [&, this](const worker& w, index i) {
@@ -385,7 +393,7 @@ private:
       });
     });
     function_.combine(function_.formula, notes_, anchors_, job_.weight, job_.alone);
-    for (index k = 0; k < notes; ++k) {
+    for (index k = 0; k < function_.notes; ++k) {
       exact_sum sum;
       for (index r = 0; r < anchors_; ++r)
         if (const double weight = job_.weight(r); weight != 0)
@@ -417,6 +425,7 @@ private:
   void finish_slopes(const anchor_row<T>& row, double share) const {
     const V factor(static_cast<T>(share));
     const auto none = factor == V(0);
+    targets_[row.anchor] = static_cast<T>(share) == T(0) ? nowhere_ : x_.places[row.anchor];
     double pull = 0;
     for (index j = 0; j < row.size; j += width) {
       const V left_out(V::load(row.relation + j));
@@ -446,13 +455,16 @@ private:
         for (index k = 0; k < count; ++k)
           put_unit(y_, from + k, d, cols, k, count, w.buffer, w.panels);
         multiply<T>({scores_ + from, stride_, 1, width}, {w.panels, count * width},
-                    {nullptr, 0, width, x_.places + first, d}, n, cols, count, true);
+                    {nullptr, 0, width, targets_ + first, d}, n, cols, count, true);
       }
     });
   }
   void add_to_candidates(index first, index n) const {
     for_each(n, [&, this](const worker& w, index k) {
-      put_unit(x_, first + k, 0, depth_, k, n, w.buffer, panels_);
+      if (targets_[first + k] == nowhere_)
+        clear_row(depth_, k, n, panels_);
+      else
+        put_unit(x_, first + k, 0, depth_, k, n, w.buffer, panels_);
     });
     for_each(parts(candidates_, strip), [&, this](const worker& w, index i) {
       const index from = i * strip, count = std::min(strip, candidates_ - from);
@@ -478,6 +490,11 @@ private:
       T* at = panels + j * depth + k * width;
       (V::load(at) * by).store(at);
     }
+  }
+
+  static void clear_row(index n, index k, index depth, T* panels) {
+    for (index j = 0; j < n; j += width)
+      V(0).store(panels + j * depth + k * width);
   }
 
   double settle() const {
@@ -516,7 +533,8 @@ private:
   const executor& run_on_;
   carver memory_;
   index depth_, anchors_, candidates_, padded_;
-  index stride_; // from row to row of a block: not a power of two, for the caches' sake
+  index notes_each_; // of an anchor
+  index stride_;     // from row to row of a block: not a power of two, for the caches' sake
   index block_;
   bool to_candidates_; // go gradients as well
   index workers_;
@@ -524,6 +542,9 @@ private:
   double *values_ = nullptr, *weights_ = nullptr, *extra_[2] = {};
   double *notes_ = nullptr, *totals_ = nullptr, *shares_ = nullptr;
   index* numbers_ = nullptr;
+  /// Where an anchor's gradient is made: nowhere, if it has none. What it is a product of may be
+  /// NaN, and no slope of 0 would stop that.
+  T **targets_ = nullptr, *nowhere_ = nullptr;
   double *square_x_ = nullptr, *square_y_ = nullptr; // of what is compared
   double *pull_x_ = nullptr, *pull_y_ = nullptr; // Σ of a row's, or a column's, slopes, doubled
   T* scores_ = nullptr;                          // of a block; then slopes

@@ -18,7 +18,7 @@ namespace perdita::inline PERDITA_ABI {
 /// Everything that changes a call of a loss of anchors but not the mathematics.
 template <class T> struct anchor_options {
   /// One factor per anchor, of value and slopes; counts in the mean's denominator. 0 removes an
-  /// anchor, but not the candidate.
+  /// anchor, whatever it is, but not the candidate.
   vector_view<const T> row_weights{};
   vector_view<const T> upstream{}; ///< ∂(what is minimised)/∂(value of the anchor)
   T scale = 1;                     ///< multiplies the gradients only

@@ -30,6 +30,25 @@ struct compared {
   }
 };
 
+/// The same where relations between 0 and 1 say how much of a candidate belongs to the anchor: the
+/// rest of it does not.
+struct partly_belonging {
+  template <class V> PERDITA_INLINE auto operator()(const V& relation) const {
+    return relation > V(0);
+  }
+  template <class V> PERDITA_INLINE V weight(const V& relation) const {
+    return max(relation, V(0));
+  }
+};
+struct partly_rivalling {
+  template <class V> PERDITA_INLINE auto operator()(const V& relation) const {
+    return weight(relation) > V(0);
+  }
+  template <class V> PERDITA_INLINE V weight(const V& relation) const {
+    return select(relation == V(0), V(0), min(V(1) - relation, V(1)));
+  }
+};
+
 /// f(score, mask of those chosen, index of the first) for each pack of a row.
 template <class T, class Chosen, class F>
 PERDITA_INLINE void for_chosen(const anchor_row<T>& row, Chosen chosen, F f) {
@@ -72,7 +91,8 @@ template <class T> struct scaled {
   PERDITA_INLINE pack<T> operator()(const pack<T>& x) const { return x * rate; }
 };
 
-/// log Σ e^{logit(x)} over those chosen, and their shares of that sum.
+/// log Σ e^{logit(x)} over those chosen, by their weights if there are any, and their shares of
+/// that sum.
 template <class T, class Logit = scaled<T>> class chosen_images {
   using V = pack<T>;
 
@@ -90,8 +110,12 @@ public:
     const V shift(top_);
     lane_sums<T, 1> sum;
     for_chosen(
-        row, chosen, [&](const V& x, const auto& mask, index) __attribute__((always_inline)) {
-          sum.some[0] += select(mask, exp_shifted(logit_(x) - shift), V(0));
+        row, chosen,
+        [&](const V& x, const auto& mask, [[maybe_unused]] index j) __attribute__((always_inline)) {
+          V image = exp_shifted(logit_(x) - shift);
+          if constexpr (requires { chosen.weight(x); })
+            image = image * chosen.weight(V::load(row.relation + j));
+          sum.some[0] += select(mask, image, V(0));
           sum.count_pack();
         });
     sum_ = sum.total(0);

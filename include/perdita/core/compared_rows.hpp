@@ -85,13 +85,18 @@ template <class T> struct compared_rows {
   }
   /// From the gradient of what is compared, Σ of slopes times unit vectors and `pull` times the
   /// row itself, to `share` times that of the row: what is along a unit vector has none. Returns
-  /// ⟨gradient, embedding⟩ of what is compared, times the share.
+  /// ⟨gradient, embedding⟩ of what is compared, times the share. What nothing depends on has the
+  /// gradient 0, whatever it is.
   double settle(index r, double share, double pull, T* buffer) const {
     const T* from = row_of(x, r, 0, cols(), buffer);
     T* g = places[r];
     const auto by = static_cast<double>(factor[r]);
-    const double own = by * wide_dot(from, g, cols());
-    for (index j = 0; j < cols(); ++j) {
+    double own = by * wide_dot(from, g, cols());
+    const bool idle = own != own && pull == 0 &&
+                      std::all_of(g, g + cols(), [](T slope) { return slope == T(0); });
+    if (idle)
+      own = 0;
+    for (index j = 0; j < cols() && !idle; ++j) {
       const auto slope = static_cast<double>(g[j]), value = static_cast<double>(from[j]);
       const double rest = normalise ? by * (slope - own * by * value) : slope + pull * value;
       g[j] = static_cast<T>(share * rest);
