@@ -27,6 +27,9 @@ template <class Formula, class T> class resident_kernel {
   static constexpr index width = static_cast<index>(lanes<T>);
   /// A solved row is soon read again.
   static constexpr index cached_numbers = (index{1} << 18) / static_cast<index>(sizeof(T));
+  static constexpr bool has_slopes = requires(const Formula& f, const double* c) {
+    f.template slopes<V>(c);
+  };
 
 public:
   static index rows_per_sum(const row_job<T>& job) { return block_rows(job); }
@@ -115,12 +118,13 @@ private:
       result.coefficient[k].store(out[2 + k]);
     for (index i = 0; i < count; ++i) {
       store_value(job_, rows[i], out[0][i], total);
-      if (job_.has_gradient()) {
-        double c[coefficients];
-        for (int k = 0; k < coefficients; ++k)
-          c[k] = out[2 + k][i];
-        emit(rows[i], x[i], c, out[1][i]);
-      }
+      if constexpr (has_slopes)
+        if (job_.has_gradient()) {
+          double c[coefficients];
+          for (int k = 0; k < coefficients; ++k)
+            c[k] = out[2 + k][i];
+          emit(rows[i], x[i], c, out[1][i]);
+        }
     }
   }
 
