@@ -75,7 +75,17 @@ template <class T> struct anchor_request {
   anchor_labels labels_x, labels_y;
   bool gradient, both; ///< which gradients are wanted: any; that of y, too
 
+  void take(const anchor_options<T>& call) {
+    job.accumulate = call.accumulate;
+    job.filter = call.filter;
+    job.weight = {call.row_weights};
+    job.upstream = call.upstream;
+    job.values = call.values;
+    job.scale = call.scale;
+    job.normaliser = call.normaliser;
+  }
   void check(const anchor_options<T>& call) const;
+  /// After take().
   T run(const anchor_function<T>& formula, const anchor_options<T>& call);
 
 private:
@@ -135,13 +145,6 @@ template <class T> void anchor_request<T>::check(const anchor_options<T>& call) 
 
 template <class T>
 T anchor_request<T>::run(const anchor_function<T>& formula, const anchor_options<T>& call) {
-  job.accumulate = call.accumulate;
-  job.filter = call.filter;
-  job.weight = {call.row_weights};
-  job.upstream = call.upstream;
-  job.values = call.values;
-  job.scale = call.scale;
-  job.normaliser = call.normaliser;
   check(call);
 
   // Labels as numbers that T holds exactly; equal where the labels are.
@@ -285,6 +288,7 @@ private:
   }
   T settle_and_run(core::anchor_request<T>& request, const anchor_options<T>& call) const {
     const auto& options = self().settings();
+    request.take(call);
     request.job.normalise = options.normalise;
     request.job.mean = options.reduction == reduction::mean;
     core::anchor_access::set_extra(self(), request.job);
