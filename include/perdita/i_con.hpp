@@ -61,6 +61,31 @@ template <class Neighbours> struct i_con_options {
 
 namespace core {
 
+/// An anchor's supervision: its relations above 0, with the sum 1, debiased by a share α that is
+/// even over all it is compared with.
+template <class T> struct debiased_shares {
+  using V = pack<T>;
+  V factor{0}, even{0};
+  bool any; ///< otherwise the anchor has no supervision
+
+  debiased_shares(const anchor_row<T>& row, double debias) {
+    lane_sums<T, 2> sums; // Σ p, and how many
+    for_chosen(
+        row, compared{}, [&](const V&, const auto& mask, index j) __attribute__((always_inline)) {
+          sums.some[0] += max(V(0), V::load(row.relation + j));
+          sums.some[1] += select(mask, V(1), V(0));
+          sums.count_pack();
+        });
+    const double all = sums.total(0);
+    any = all != 0;
+    if (!any)
+      return;
+    factor = V(static_cast<T>((1 - debias) / all));
+    even = V(static_cast<T>(debias / sums.total(1)));
+  }
+  PERDITA_INLINE V of(const V& relation) const { return fma(max(V(0), relation), factor, even); }
+};
+
 template <class Neighbours> struct i_con_formula : anchor_formula {
   static constexpr bool distances = Neighbours::distances;
   Neighbours q;
@@ -73,20 +98,11 @@ template <class Neighbours> struct i_con_formula : anchor_formula {
   template <bool Gradient, class T> anchor_outcome row(const anchor_row<T>& row) const {
     using V = pack<T>;
     const auto logit = [this](const V& x) __attribute__((always_inline)) { return q.logit(x); };
-    lane_sums<T, 2> given; // Σ p, and how many
-    for_chosen(
-        row, compared{}, [&](const V&, const auto& mask, index j) __attribute__((always_inline)) {
-          given.some[0] += max(V(0), V::load(row.relation + j));
-          given.some[1] += select(mask, V(1), V(0));
-          given.count_pack();
-        });
-    const double all = given.total(0);
-    if (all == 0)
+    const debiased_shares<T> given(row, debias);
+    if (!given.any)
       return {0, false};
-    const V factor(static_cast<T>((1 - debias) / all));
-    const V even(static_cast<T>(debias / given.total(1)));
     const auto p = [&](const V& relation) __attribute__((always_inline)) {
-      return select(relation == V(0), V(0), fma(max(V(0), relation), factor, even));
+      return select(relation == V(0), V(0), given.of(relation));
     };
     const chosen_images<T, decltype(logit)> learned(row, compared{}, logit);
     const V top(learned.top());
@@ -206,22 +222,13 @@ struct cluster_formula : anchor_formula {
 
   template <bool Gradient, class T> anchor_outcome row(const anchor_row<T>& row) const {
     using V = pack<T>;
-    lane_sums<T, 2> given; // Σ p, and how many
-    for_chosen(
-        row, compared{}, [&](const V&, const auto& mask, index j) __attribute__((always_inline)) {
-          given.some[0] += max(V(0), V::load(row.relation + j));
-          given.some[1] += select(mask, V(1), V(0));
-          given.count_pack();
-        });
-    const double all = given.total(0);
-    if (all == 0)
+    const debiased_shares<T> given(row, debias);
+    if (!given.any)
       return {0, false};
-    const V factor(static_cast<T>((1 - debias) / all));
-    const V even(static_cast<T>(debias / given.total(1)));
     lane_sums<T, 2> sums; // Σ p log q, Σ p log p
     for_chosen(
         row, compared{}, [&](const V& q, const auto& mask, index j) __attribute__((always_inline)) {
-          const V p = fma(max(V(0), V::load(row.relation + j)), factor, even);
+          const V p = given.of(V::load(row.relation + j));
           const auto counts = mask & (p > V(0));
           sums.some[0] += select(counts, p * log(q), V(0));
           if (divergence)
