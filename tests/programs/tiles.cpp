@@ -86,6 +86,8 @@ result run(const problem& p, std::size_t budget, const perdita::executor& run_on
   const perdita::matrix_view d_weights(r.d_weights.data(), p.classes, p.features);
   const perdita::affine d_layer(d_weights, r.d_bias);
   r.value = head(hidden, perdita::affine(weights, p.bias), p.labels, d_hidden, d_layer, call);
+  const float alone = head(hidden, perdita::affine(weights, p.bias), p.labels, call);
+  expect(alone == r.value, "another value without gradients");
   return r;
 }
 

@@ -4,8 +4,7 @@
 /// The linear head's three products where hidden states and weights are bfloat16 and the processor
 /// multiplies such numbers as they are (core/tile_product.hpp). Scores are exact sums of exact
 /// products, but for float's rounding; for the gradients' products the gradient of the scores is
-/// rounded to bfloat16 first, so that an element of them is off by at most 2⁻⁸ Σ |gradient ·
-/// input|.
+/// rounded to bfloat16 first, so that an element of them is off by at most 2⁻⁸ Σ |g x|.
 
 #include <bit>
 
@@ -34,14 +33,16 @@ public:
     if (!used_)
       return;
     by_features_ = memory.take<number>(static_cast<std::size_t>(rows_ * terms_));
-    by_rows_ = memory.take<number>(static_cast<std::size_t>(rows_ * terms_));
+    if (linear.d_weights)
+      by_rows_ = memory.take<number>(static_cast<std::size_t>(rows_ * terms_));
   }
   bool used() const { return used_; }
 
   /// Into how many tasks take() is divided, for a block of `count` rows.
   static index parts(index count) { return tiles::whole_terms(count) / tiles::terms; }
   /// Puts some of the hidden states of a block, whose rows are `row`, into panels, for the scores
-  /// and for the gradient of the weights. There are zeros where there is no row.
+  /// and, where it is wanted, for the gradient of the weights. There are zeros where there is no
+  /// row.
   void take(const index* row, index count, index part) const {
     const index end = (part + 1) * tiles::terms;
     for (index i = part * tiles::terms; i < end; ++i) {
@@ -52,7 +53,7 @@ public:
         to[1] = from && k + 1 < depth_ ? from[k + 1] : number{0};
       }
     }
-    for (index i = part * tiles::terms; i < end; i += 2) {
+    for (index i = part * tiles::terms; linear_.d_weights && i < end; i += 2) {
       const auto from = [&](index r) {
         return r < count ? at(linear_.hidden, row[r], 0) : nullptr;
       };
