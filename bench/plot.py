@@ -12,15 +12,12 @@ import json
 import re
 import sys
 
-import matplotlib
-
-matplotlib.use("Agg")
 from matplotlib import pyplot
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-# Tones in the middle: each has a contrast of 3 or more with white and with near-black.
-TEXT, FAINT = "#77808a", "#8b949e"
+from figure import FAINT, TEXT, save
+
 MODES = {"value": ("value", "#2f88d8"),
          "gradient": ("value and gradient", "#d9761a"),
          "in_place": ("value and gradient, in place", "#2a9d6c")}
@@ -126,11 +123,6 @@ def main():
     if not shapes:
         sys.exit("plot.py: no results of cross-entropy in " + ", ".join(inputs))
 
-    pyplot.rcParams.update({
-        "svg.fonttype": "none", "svg.hashsalt": "perdita",
-        "font.family": "sans-serif",
-        "font.sans-serif": ["DejaVu Sans", "Verdana", "Helvetica", "Arial"],
-        "text.color": TEXT, "axes.labelcolor": TEXT, "xtick.color": TEXT, "ytick.color": TEXT})
     figure, panels = pyplot.subplots(1, 2 if peers else 1, sharey=True, squeeze=False,
                                      figsize=(11 if peers else 6.5, 1.6 + 0.62 * len(shapes)))
     left = panels[0][0]
@@ -158,8 +150,7 @@ def main():
     left.text(-0.02, 1.025, "rows × classes", transform=left.transAxes, ha="right", fontsize=9)
 
     figure.tight_layout(w_pad=2.5)
-    metadata = {"Date": None} if output.endswith(".svg") else None
-    figure.savefig(output, transparent=True, bbox_inches="tight", metadata=metadata)
+    save(figure, output)
 
 
 if __name__ == "__main__":

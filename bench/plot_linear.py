@@ -12,15 +12,12 @@ import json
 import re
 import sys
 
-import matplotlib
-
-matplotlib.use("Agg")
 from matplotlib import pyplot
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
-# Tones in the middle: each has a contrast of 3 or more with white and with near-black.
-TEXT, FAINT = "#77808a", "#8b949e"
+from figure import FAINT, TEXT, save, spaced, title
+
 MODES = {"value": "#2f88d8", "roomy": "#d9761a", "tight": "#2a9d6c"}
 OTHERS = {"x_materialised": ("all scores, same products", "#9a6fd8"),
           "x_eigen": ("all scores, Eigen's products", "#a98a1f")}
@@ -32,10 +29,6 @@ STEPS = ((1.05, "#2a9d6c", 0.85), (1.2, "#2a9d6c", 0.35), (1.6, "#d9a11a", 0.35)
 
 def numbers(shape):
     return [int(n) for n in shape.split("x")]
-
-
-def spaced(n):
-    return f"{n:,}".replace(",", "\u2009")
 
 
 def read(paths):
@@ -145,14 +138,6 @@ def draw_map(axes, cells, threads):
           "time ÷ time of the best of the four; the best is bold")
 
 
-def title(axes, text, what):
-    axes.set_title(text, loc="left", fontsize=11.5, fontweight="bold", pad=22)
-    axes.text(0, 1.02, what, transform=axes.transAxes, fontsize=9)
-    axes.tick_params(length=0)
-    for side in axes.spines.values():
-        side.set_visible(False)
-
-
 def main():
     *inputs, output = sys.argv[1:]
     if not inputs:
@@ -160,18 +145,12 @@ def main():
     named, cells = read(inputs)
     if not named or not cells:
         sys.exit("plot_linear.py: no results of the linear head in " + ", ".join(inputs))
-    pyplot.rcParams.update({
-        "svg.fonttype": "none", "svg.hashsalt": "perdita",
-        "font.family": "sans-serif",
-        "font.sans-serif": ["DejaVu Sans", "Verdana", "Helvetica", "Arial"],
-        "text.color": TEXT, "axes.labelcolor": TEXT, "xtick.color": TEXT, "ytick.color": TEXT})
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(13.5, 6),
                                             gridspec_kw={"width_ratios": [1, 1.75]})
     draw_peak(left, named)
     draw_map(right, cells, max(n for _, n in cells))
     figure.tight_layout(w_pad=4)
-    metadata = {"Date": None} if output.endswith(".svg") else None
-    figure.savefig(output, transparent=True, bbox_inches="tight", metadata=metadata)
+    save(figure, output)
 
 
 if __name__ == "__main__":

@@ -12,23 +12,17 @@ import re
 import sys
 
 import matplotlib
-
-matplotlib.use("Agg")
 from matplotlib import pyplot
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, NullLocator
 
-# Tones in the middle: each has a contrast of 3 or more with white and with near-black.
-TEXT, FAINT = "#77808a", "#8b949e"
+from figure import FAINT, TEXT, save, spaced, title
+
 WAYS = {"head": ("similarity head, InfoNCE", "#2f88d8"),
         "clip": ("similarity head, CLIP", "#d9761a"),
         "sup_con": ("anchors, SupCon", "#2a9d6c")}
 UNITS = ((30, "GiB"), (20, "MiB"), (10, "KiB"))
 WITHIN = 0.1  # what counts as quadratic
-
-
-def spaced(n):
-    return f"{n:,}".replace(",", "\u2009")
 
 
 def amount(n, _=None):
@@ -105,14 +99,6 @@ def draw_memory(axes, lines, rows):
           "growth of the peak of resident memory during a call")
 
 
-def title(axes, text, what):
-    axes.set_title(text, loc="left", fontsize=11.5, fontweight="bold", pad=22)
-    axes.text(0, 1.02, what, transform=axes.transAxes, fontsize=9)
-    axes.tick_params(length=0)
-    for side in axes.spines.values():
-        side.set_visible(False)
-
-
 def legend(figure, lines, features):
     entries = [Line2D([], [], color=colour, linewidth=3, label=label)
                for way, (label, colour) in WAYS.items() if any(w == way for w, _ in lines)]
@@ -134,18 +120,12 @@ def main():
     if not lines:
         sys.exit("plot_similarity.py: no scaling in " + ", ".join(inputs))
     rows = sorted({n for points in lines.values() for n in points})
-    pyplot.rcParams.update({
-        "svg.fonttype": "none", "svg.hashsalt": "perdita",
-        "font.family": "sans-serif",
-        "font.sans-serif": ["DejaVu Sans", "Verdana", "Helvetica", "Arial"],
-        "text.color": TEXT, "axes.labelcolor": TEXT, "xtick.color": TEXT, "ytick.color": TEXT})
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.6))
     draw_time(left, lines, rows)
     draw_memory(right, lines, rows)
     figure.tight_layout(w_pad=4)
     legend(figure, lines, features)
-    metadata = {"Date": None} if output.endswith(".svg") else None
-    figure.savefig(output, transparent=True, bbox_inches="tight", metadata=metadata)
+    save(figure, output)
 
 
 if __name__ == "__main__":
