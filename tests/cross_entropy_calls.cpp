@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "support/catch.hpp"
+#include "support/executors.hpp"
 
 namespace {
 
@@ -364,4 +365,52 @@ TEST_CASE("cross_entropy: the mean divides by the weights that count", "[cross_e
   CHECK_THAT(loss({.class_weights = w})(wide, q), WithinRel(8 * log4 / 3, 1e-15));
   CHECK_THAT(loss({.class_weights = w})(wide, q, {.row_weights = rows_weigh}),
              WithinRel(11 * log4 / 10, 1e-15));
+}
+
+// A gradient of more than 4 MiB is written past the caches, whole lines at a time; one that
+// overwrites its scores is not.
+TEMPLATE_TEST_CASE("cross_entropy: a gradient that goes past the caches has the same bits",
+                   "[cross_entropy][threads]", float, double) {
+  using T = TestType;
+  using perdita_tests::task_order;
+  using perdita_tests::threads_executor;
+  struct batch {
+    std::ptrdiff_t classes, gap; // between rows, in numbers
+  };
+  const threads_executor pool(3, task_order::shuffled);
+  for (const batch& b : {batch{1000, 0}, batch{1003, 0}, batch{997, 5}, batch{513, 64},
+                         batch{40007, 0}, batch{180001, 3}}) {
+    const std::ptrdiff_t stride = b.classes + b.gap;
+    const std::ptrdiff_t n =
+        (std::ptrdiff_t{4} << 20) / static_cast<std::ptrdiff_t>(sizeof(T)) / b.classes + 2;
+    std::vector<T> x(static_cast<std::size_t>(n * stride));
+    for (std::size_t i = 0; i < x.size(); ++i) // far enough apart, at times, for another shift
+      x[i] = static_cast<T>(i * 7919 % 1009) / 64 + (i * 31 % 30011 == 7 ? T(40) : T(0));
+    std::vector<int> y;
+    for (std::ptrdiff_t r = 0; r < n; ++r)
+      y.push_back(r % 11 == 3 ? -100 : static_cast<int>(r * 101 % b.classes));
+    for (const T focal : {T(0), T(2)}) {
+      const cross_entropy<T> loss({.focal_gamma = focal});
+      std::vector<T> expected = x;
+      const perdita::matrix_view<T> all(expected.data(), n, b.classes, stride, 1);
+      const T value = loss(all, y, all);
+      for (std::ptrdiff_t r = 0; r < n; ++r)
+        std::fill_n(expected.begin() + r * stride + b.classes, r + 1 < n ? b.gap : 0, T(9));
+      for (const std::size_t offset : {0U, 1U, 6U}) {
+        CAPTURE(b.classes, focal, offset);
+        std::vector<T> gradient(expected.size() + 32, T(9));
+        const auto start = offset + (64 - reinterpret_cast<std::uintptr_t>(gradient.data()) % 64) /
+                                        sizeof(T) % (64 / sizeof(T));
+        const perdita::matrix_view<const T> scores(x.data(), n, b.classes, stride, 1);
+        const perdita::matrix_view<T> to(gradient.data() + start, n, b.classes, stride, 1);
+        CHECK(loss(scores, y, to, {.run_on = pool}) == value);
+        const auto written = static_cast<std::ptrdiff_t>((n - 1) * stride + b.classes);
+        const auto first = gradient.begin() + static_cast<std::ptrdiff_t>(start);
+        CHECK(std::equal(first, first + written, expected.begin()));
+        CHECK(std::count(gradient.begin(), first, T(9)) == first - gradient.begin());
+        CHECK(std::count(first + written, gradient.end(), T(9)) ==
+              gradient.end() - first - written);
+      }
+    }
+  }
 }
