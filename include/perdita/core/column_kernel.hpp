@@ -30,6 +30,9 @@ template <class Formula, class T> class column_kernel {
   static constexpr index width = static_cast<index>(lanes<T>);
   static constexpr index halves = wide_lanes<T>::parts;
   static constexpr index prefetch_columns = 8;
+  /// Columns that are added to the same sums share the loads of what belongs to their rows, and
+  /// memory is read in as many streams.
+  static constexpr index at_once = 4, group = at_once * width;
   /// Packs of rows in a tile: a page of each column, fewer where the sums would outgrow the caches.
   static constexpr index most_packs = 64 / static_cast<index>(std::bit_ceil(statistic::terms + 0U));
   /// Where rows are copied to columns first, the copy is to stay in the first-level cache.
@@ -117,6 +120,15 @@ private:
     m.read_column(first_, column, rows_, copy);
     std::fill(copy + rows_, copy + packs_ * width, copy[rows_ - 1]);
     return copy;
+  }
+  /// Whether all columns are used where they lie, so that several can be.
+  bool columns_at_once() const {
+    return !short_rows_ && direct(job_.scores) && (!job_.soft || direct(job_.soft));
+  }
+  /// From column number i of a group to the one that is asked for meanwhile.
+  static index ahead_in_group(index i) {
+    constexpr index steps = prefetch_columns / at_once;
+    return i + steps < width ? steps : group - width + steps;
   }
   const T* scores(index column) const {
     return short_rows_ ? stage_ + column * tile_rows_ : column_of(job_.scores, column, line_);
@@ -332,30 +344,50 @@ private:
         for (index j = 0; j < std::min(n, width); ++j)
           lane(part_, k, j)[p] = V(0);
     }
-    const index ahead = short_rows_ ? 0 : prefetch_columns * job_.scores.col_stride;
+    index j = 0;
+    if (columns_at_once())
+      for (; j + group <= n; j += group)
+        for (index i = 0; i < width; ++i)
+          absorb_columns<at_once>(column, j + i, ahead_in_group(i), begin, end);
+    for (; j < n; ++j)
+      absorb_columns<1>(column, j, prefetch_columns, begin, end);
+  }
+
+  /// Columns j, j + W, j + 2 W, … of a chunk, which are added to the same sums.
+  template <index Columns>
+  PERDITA_NOINLINE void absorb_columns(index column, index j, index ahead, index begin, index end) {
+    const V nothing = statistic::template look_at_nothing<V>();
     const index step = std::min(width, cols_) * tile_packs_; // from term to term
-    side_cursor<T> side;
-    if constexpr (Formula::has_side)
-      side = formula_.side(column);
-    for (index j = 0; j < n; ++j) {
-      const T* x = scores(column + j);
-      const T* q = nullptr;
-      if (Formula::has_side && job_.soft)
-        q = column_of(job_.soft, column + j, soft_);
-      const V bias(side.bias ? side.bias[j] : side.uniform_bias);
-      const V weight(side.weight ? side.weight[j] : side.uniform_weight);
-      const std::uint64_t targets = where_[j];
-      V* const sums = lane(part_, 0, j);
-      for (index p = begin; p < end; ++p) {
-        prefetch(x + ahead + p * width);
-        const V raw = V::load(x + p * width);
-        V z = formula_.score(raw), look = raw;
-        V b = bias;
+    const T *x[Columns], *q[Columns] = {};
+    V bias[Columns], weight[Columns];
+    std::uint64_t targets[Columns];
+    for (index k = 0; k < Columns; ++k) {
+      const index c = column + j + k * width;
+      x[k] = scores(c);
+      if constexpr (Formula::has_side) {
+        set_side(c, bias[k], weight[k]);
+        if (job_.soft)
+          q[k] = column_of(job_.soft, c, soft_);
+      }
+      targets[k] = where_[j + k * width];
+    }
+    if (short_rows_)
+      ahead = 0;
+    ahead *= job_.scores.col_stride;
+    V* const sums = lane(part_, 0, j);
+    for (index p = begin; p < end; ++p) {
+      V sum[statistic::terms];
+      for (int k = 0; k < statistic::terms; ++k)
+        sum[k] = sums[k * step + p];
+      V seen = seen_[p];
+      for (index k = 0; k < Columns; ++k) {
+        prefetch(x[k] + ahead + p * width);
+        const V raw = V::load(x[k] + p * width);
+        V z = formula_.score(raw), look = raw, b(0);
         if constexpr (Formula::has_side)
-          if (q)
-            b = fma(V::load(q + p * width), weight, bias);
-        if (marked(targets, p)) [[unlikely]] {
-          const auto here = column_[p] == V(static_cast<T>(j));
+          b = q[k] ? fma(V::load(q[k] + p * width), weight[k], bias[k]) : bias[k];
+        if (marked(targets[k], p)) [[unlikely]] {
+          const auto here = column_[p] == V(static_cast<T>(j + k * width));
           raw_target_[p] = select(here, raw, raw_target_[p]);
           if constexpr (Formula::excludes_target) {
             look = select(here, nothing, look);
@@ -364,15 +396,20 @@ private:
           }
         }
         if constexpr (statistic::look_is_maximum)
-          seen_[p] = statistic::look(seen_[p], look);
-        V sum[statistic::terms];
-        for (int k = 0; k < statistic::terms; ++k)
-          sum[k] = sums[k * step + p];
+          seen = statistic::look(seen, look);
         statistic::absorb(sum, z, shift_[p], b);
-        for (int k = 0; k < statistic::terms; ++k)
-          sums[k * step + p] = sum[k];
       }
+      seen_[p] = seen;
+      for (int k = 0; k < statistic::terms; ++k)
+        sums[k * step + p] = sum[k];
     }
+  }
+
+  /// The side numbers of a class: bias + weight * soft target.
+  PERDITA_INLINE void set_side(index column, V& bias, V& weight) const {
+    const side_cursor<T> side = formula_.side(column);
+    bias = V(side.bias ? *side.bias : side.uniform_bias);
+    weight = V(side.weight ? *side.weight : side.uniform_weight);
   }
 
   /// Half h of the rows of a pack.
@@ -488,51 +525,71 @@ private:
     const bool staged = short_rows_ && m.row_stride != 1;
     const bool in_place = !staged && direct(m) && !job_.accumulate;
     const V* shift = shifts_ + column / chunk_columns * tile_packs_;
-    for (index j = 0; j < n; ++j) {
+    index j = 0;
+    if (in_place && columns_at_once())
+      for (; j + group <= n; j += group)
+        for (index i = 0; i < width; ++i)
+          emit_columns<at_once>(column, j + i, ahead_in_group(i), shift,
+                                m.pointer(first_, column + j + i));
+    for (; j < n; ++j) {
       T* to = staged     ? stage_ + (column + j) * tile_rows_
               : in_place ? m.pointer(first_, column + j)
                          : out_;
-      const bool streamed =
-          job_.streaming && in_place && reinterpret_cast<std::uintptr_t>(to) % 64 == 0;
-      if (streamed)
-        emit_column<true>(column, j, shift, to);
-      else
-        emit_column<false>(column, j, shift, to);
+      emit_columns<1>(column, j, prefetch_columns, shift, to);
       if (!staged && !in_place)
         put_column(column + j);
     }
   }
 
-  template <bool Streamed>
-  PERDITA_NOINLINE void emit_column(index column, index j, const V* shift, T* to) const {
-    const index ahead = short_rows_ ? 0 : prefetch_columns * job_.scores.col_stride;
-    const T* x = scores(column + j);
-    const T* q = nullptr;
-    V bias(0), weight(0);
-    if constexpr (Formula::has_side) {
-      const side_cursor<T> side = formula_.side(column + j);
-      bias = V(side.bias ? *side.bias : side.uniform_bias);
-      weight = V(side.weight ? *side.weight : side.uniform_weight);
-      if (job_.soft)
-        q = column_of(job_.soft, column + j, soft_);
-    }
-    const std::uint64_t special = where_[j] | ignored_;
-    for (index p = 0; p < packs_; ++p) {
-      prefetch(x + ahead + p * width);
-      V b = bias;
-      if (Formula::has_side && q)
-        b = fma(V::load(q + p * width), weight, bias);
-      const V c[coefficients] = {coefficient_[0][p], coefficient_[1][p], coefficient_[2][p]};
-      V g = slope_of(formula_, formula_.score(V::load(x + p * width)), shift[p], factor_[p],
-                     cut_[p], b, gradient_scale_[p], c);
-      if (marked(special, p)) [[unlikely]] {
-        g = select(column_[p] == V(static_cast<T>(j)), target_gradient_[p], g);
-        g = select(keep_[p] == V(0), V(0), g);
+  /// The gradient of columns j, j + W, j + 2 W, … of a chunk, the first of which goes to `to`.
+  template <index Columns>
+  void emit_columns(index column, index j, index ahead, const V* shift, T* to) const {
+    const index step = width * job_.gradient.col_stride;
+    const bool on_lines = reinterpret_cast<std::uintptr_t>(to) % 64 == 0 &&
+                          (Columns == 1 || step * static_cast<index>(sizeof(T)) % 64 == 0);
+    if (job_.streaming && on_lines && to != out_)
+      emit_columns<Columns, true>(column, j, ahead, shift, to, step);
+    else
+      emit_columns<Columns, false>(column, j, ahead, shift, to, step);
+  }
+  template <index Columns, bool Streamed>
+  PERDITA_NOINLINE void emit_columns(index column, index j, index ahead, const V* shift, T* to,
+                                     index step) const {
+    const T *x[Columns], *q[Columns] = {};
+    V bias[Columns], weight[Columns];
+    std::uint64_t special[Columns];
+    for (index k = 0; k < Columns; ++k) {
+      const index c = column + j + k * width;
+      x[k] = scores(c);
+      if constexpr (Formula::has_side) {
+        set_side(c, bias[k], weight[k]);
+        if (job_.soft)
+          q[k] = column_of(job_.soft, c, soft_);
       }
-      if constexpr (Streamed)
-        g.stream(to + p * width);
-      else
-        g.store(to + p * width);
+      special[k] = where_[j + k * width] | ignored_;
+    }
+    if (short_rows_)
+      ahead = 0;
+    ahead *= job_.scores.col_stride;
+    for (index p = 0; p < packs_; ++p) {
+      const V c[coefficients] = {coefficient_[0][p], coefficient_[1][p], coefficient_[2][p]};
+      for (index k = 0; k < Columns; ++k) {
+        prefetch(x[k] + ahead + p * width);
+        V b(0);
+        if constexpr (Formula::has_side)
+          b = q[k] ? fma(V::load(q[k] + p * width), weight[k], bias[k]) : bias[k];
+        V g = slope_of(formula_, formula_.score(V::load(x[k] + p * width)), shift[p], factor_[p],
+                       cut_[p], b, gradient_scale_[p], c);
+        if (marked(special[k], p)) [[unlikely]] {
+          g = select(column_[p] == V(static_cast<T>(j + k * width)), target_gradient_[p], g);
+          g = select(keep_[p] == V(0), V(0), g);
+        }
+        T* const at = to + k * step + p * width;
+        if constexpr (Streamed)
+          g.stream(at);
+        else
+          g.store(at);
+      }
     }
   }
 

@@ -154,7 +154,8 @@ template <class Formula, class T> class row_kernel {
   using statistic = typename Formula::statistic;
   static constexpr index width = static_cast<index>(lanes<T>);
   static constexpr index chunk_packs = chunk_columns / width;
-  static constexpr index prefetch_distance = 16384 / static_cast<index>(sizeof(T));
+  static constexpr index prefetch_bytes = 16384;
+  static constexpr index prefetch_distance = prefetch_bytes / static_cast<index>(sizeof(T));
 
 public:
   static index rows_per_sum(const row_job<T>& job) { return block_rows(job); }
@@ -305,6 +306,9 @@ private:
   const T* scores(const live_row& row, index first, index n, T* stage) const {
     if (scores_in_place_)
       return row.x + first;
+    if (job_.scores.col_stride == 1)
+      for (index byte = 0; byte < n * job_.scores.width; byte += 64)
+        prefetch(job_.scores.at(row.row, first) + prefetch_bytes + byte);
     job_.scores.read(row.row, first, n, stage);
     return stage;
   }
