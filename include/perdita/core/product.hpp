@@ -45,7 +45,7 @@ template <class T> struct product_shape {
 #if PERDITA_NO_SIMD
   static constexpr index rows = 1, packs = 1;
 #elif defined(__AVX512F__)
-  static constexpr index rows = 12, packs = 2;
+  static constexpr index rows = 6, packs = 4;
 #elif defined(__aarch64__)
   static constexpr index rows = 6, packs = 1;
 #elif defined(__AVX__)
@@ -68,10 +68,10 @@ PERDITA_NOINLINE void multiply_few(const broadcast_operand<T>& a, const panelled
   unrolled<Rows>([&](auto i) __attribute__((always_inline)) {
     unrolled<Packs>([&](auto q) __attribute__((always_inline)) { sum[i][q] = V(0); });
   });
-  // Results lie far apart, often in memory: these, and those of the same rows' next packs, for
-  // which a product of few terms alone would be too short.
+  // Results lie far apart, often in memory: these, and where a step is narrow those of the same
+  // rows' next packs, for which a product of few terms alone would be too short.
   unrolled<Rows>([&](auto i) __attribute__((always_inline)) {
-    unrolled<2 * Packs>([&](auto q) __attribute__((always_inline)) {
+    unrolled<std::max<index>(2, Packs)>([&](auto q) __attribute__((always_inline)) {
       prefetch_to_write(c.at(i) + static_cast<index>(q) * c.panel);
     });
   });
@@ -143,17 +143,22 @@ template <class T>
 void multiply(broadcast_operand<T> a, panelled_operand<T> b, product_result<T> c, index rows,
               index cols, index depth, bool accumulate) {
   constexpr auto width = static_cast<index>(lanes<T>);
-  constexpr index packs = product_shape<T>::packs;
+  constexpr index packs = product_shape<T>::packs; // 1, 2 or 4
   const auto advance = [&](index n) {
     b.data += n * b.panel;
     c.skip_panels(n);
     cols -= n * width;
   };
-  for (; packs > 1 && cols > (packs - 1) * width; advance(packs))
-    detail::multiply_panel<packs>(a, b, c, rows, depth, std::min(width, cols - (packs - 1) * width),
-                                  accumulate);
-  for (; cols > 0; advance(1))
-    detail::multiply_panel<1>(a, b, c, rows, depth, std::min(width, cols), accumulate);
+  const auto take = [&]<index Packs>(std::integral_constant<index, Packs>) {
+    for (; cols > (Packs - 1) * width; advance(Packs))
+      detail::multiply_panel<Packs>(a, b, c, rows, depth,
+                                    std::min(width, cols - (Packs - 1) * width), accumulate);
+  };
+  if constexpr (packs >= 4)
+    take(std::integral_constant<index, 4>{});
+  if constexpr (packs >= 2)
+    take(std::integral_constant<index, 2>{});
+  take(std::integral_constant<index, 1>{});
 }
 
 // ---- operands from matrices: where they lie, or copied
