@@ -24,7 +24,8 @@
 //   samples, noise  how many turns; median ÷ lower quartile of ours
 //
 // x_float, for bfloat16 hidden states and weights: time ÷ that with floats. Built for a target with
-// AMX (-march=sapphirerapids), products of bfloat16 are made by its tiles.
+// AMX (-march=sapphirerapids), products of bfloat16 are made by its tiles; with PERDITA_TILES=1 and
+// without AMX, by AVX512-BF16.
 //
 // filter/DATA/MODE/RULE/threads:N: value and gradients with gradient filtering. x_unfiltered is
 // time ÷ time without; error_hidden and error_weights ‖Δ‖ ÷ ‖·‖ of the gradients; live the share of

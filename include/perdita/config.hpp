@@ -7,7 +7,8 @@
 ///
 /// PERDITA_NO_SIMD          1: no xsimd; the same lanes as scalars, and (by std::fma) the same bits
 /// PERDITA_TILES            1: the linear head multiplies bfloat16 matrices as they are, in tiles
-///                          (default where the target has AMX-BF16; elsewhere they are emulated)
+///                          (default where the target has AMX-BF16; elsewhere by AVX512-BF16, of
+///                          which an Intel core has half the speed of float, or emulated)
 /// PERDITA_HAS_EXCEPTIONS   0: an error calls PERDITA_ERROR_HANDLER(message), then aborts
 /// PERDITA_ERROR_HANDLER    what to call then; by default the message goes to stderr
 /// PERDITA_ALLOW_FAST_MATH  1: accept -ffast-math, which voids every promise about NaN and accuracy
@@ -81,10 +82,14 @@
 #define PERDITA_ISA other
 #endif
 
-#if PERDITA_TILES
-#define PERDITA_PRODUCTS tiles
-#else
+#if !PERDITA_TILES
 #define PERDITA_PRODUCTS lanes
+#elif defined(__AMX_BF16__)
+#define PERDITA_PRODUCTS tiles
+#elif defined(__AVX512BF16__)
+#define PERDITA_PRODUCTS dots
+#else
+#define PERDITA_PRODUCTS emulated
 #endif
 
 #if PERDITA_HAS_EXCEPTIONS

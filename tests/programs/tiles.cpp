@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 
-// The linear head's products of bfloat16 by tiles: emulated where the processor has none. A program
-// of its own, because the tests of all other things are compiled without.
+// The linear head's products of bfloat16 by tiles: by AVX512-BF16 or emulated where the processor
+// has none. A program of its own, because the tests of all other things are compiled without.
 
 #undef PERDITA_TILES
 #define PERDITA_TILES 1
@@ -40,7 +40,7 @@ struct problem {
   std::vector<int> labels; // -1: ignored
 
   problem(index n, index d, index c, index gap)
-      : rows(n), features(d), classes(c), hidden_step(d + gap), weight_step(d + 2 * gap) {
+      : rows(n), features(d), classes(c), hidden_step(d + gap), weight_step(d + 3 * gap) {
     std::mt19937 random(static_cast<unsigned>(n * 7 + d * 3 + c));
     std::normal_distribution<float> normal;
     const auto fill = [&](std::vector<bfloat16>& v, index size, float scale) {
@@ -179,6 +179,7 @@ int main() {
   check(5, 33, 65, 1);
   check(40, 64, 100, 0);
   check(70, 31, 513, 3);
+  check(20, 64, 70, 1); // weights an odd number of elements apart
   check(300, 96, 1100, 0);
   check(17, 2100, 64, 0);
   check(9, 20, 30, 0); // too few classes: by floats

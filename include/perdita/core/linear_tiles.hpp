@@ -64,7 +64,8 @@ public:
   /// The scores of n classes, from the weights' row `first` on, of `panels` panels of rows.
   /// `copy` has room for 32 rows of 2048 numbers.
   void make_scores(index first, index n, index panels, T* scores, T* copy) const {
-    const bool lie = depth_ % tiles::terms == 0 && linear_.weights.left_in_plane(first) >= n;
+    const bool lie = depth_ % tiles::terms == 0 && linear_.weights.row_stride % 2 == 0 &&
+                     linear_.weights.left_in_plane(first) >= n;
     const index whole = lie ? n / tiles::rows * tiles::rows : 0;
     for (index k = 0; k < terms_; k += most_terms) {
       const index terms = std::min(most_terms, terms_ - k);

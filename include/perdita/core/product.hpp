@@ -55,10 +55,18 @@ template <class T> struct product_shape {
 #endif
 };
 
+/// How a term is added to its sum: operands are numbers.
+template <class T> struct number_terms {
+  static PERDITA_INLINE pack<T> broadcast(const T* x) { return pack<T>(*x); }
+  static PERDITA_INLINE pack<T> add(const pack<T>& x, const pack<T>& y, const pack<T>& sum) {
+    return fma(x, y, sum);
+  }
+};
+
 namespace detail {
 
 /// result (+)= a b for Rows rows and Packs packs, the last of which has `last` columns.
-template <index Rows, index Packs, class T>
+template <index Rows, index Packs, class Terms, class T>
 PERDITA_NOINLINE void multiply_few(const broadcast_operand<T>& a, const panelled_operand<T>& b,
                                    const product_result<T>& c, index depth, index last,
                                    bool accumulate) {
@@ -87,9 +95,9 @@ PERDITA_NOINLINE void multiply_few(const broadcast_operand<T>& a, const panelled
         y[q] = kept(V::load(panel + static_cast<index>(q) * b.panel));
       });
       unrolled<Rows>([&](auto i) __attribute__((always_inline)) {
-        const V one(x[static_cast<index>(i) * row]);
+        const V one = Terms::broadcast(x + static_cast<index>(i) * row);
         unrolled<Packs>([&](auto q) __attribute__((always_inline)) {
-          sum[i][q] = fma(one, y[q], sum[i][q]);
+          sum[i][q] = Terms::add(one, y[q], sum[i][q]);
         });
       });
       x += step;
@@ -111,12 +119,12 @@ PERDITA_NOINLINE void multiply_few(const broadcast_operand<T>& a, const panelled
 }
 
 /// All rows of one or more packs of columns: as many at a time as fit, then 4, then 1.
-template <index Packs, class T>
+template <index Packs, class Terms, class T>
 void multiply_panel(broadcast_operand<T> a, const panelled_operand<T>& b, product_result<T> c,
                     index rows, index depth, index last, bool accumulate) {
   constexpr index most = product_shape<T>::rows;
   const auto take = [&]<index Rows>(std::integral_constant<index, Rows>) {
-    multiply_few<Rows, Packs>(a, b, c, depth, last, accumulate);
+    multiply_few<Rows, Packs, Terms>(a, b, c, depth, last, accumulate);
     a.data += Rows * a.row;
     c.skip_rows(Rows);
     rows -= Rows;
@@ -139,7 +147,7 @@ void multiply_panel(broadcast_operand<T> a, const panelled_operand<T>& b, produc
 } // namespace detail
 
 /// result (+)= a b for `rows` rows, `cols` columns and `depth` terms.
-template <class T>
+template <class T, class Terms = number_terms<T>>
 void multiply(broadcast_operand<T> a, panelled_operand<T> b, product_result<T> c, index rows,
               index cols, index depth, bool accumulate) {
   constexpr auto width = static_cast<index>(lanes<T>);
@@ -151,8 +159,8 @@ void multiply(broadcast_operand<T> a, panelled_operand<T> b, product_result<T> c
   };
   const auto take = [&]<index Packs>(std::integral_constant<index, Packs>) {
     for (; cols > (Packs - 1) * width; advance(Packs))
-      detail::multiply_panel<Packs>(a, b, c, rows, depth,
-                                    std::min(width, cols - (Packs - 1) * width), accumulate);
+      detail::multiply_panel<Packs, Terms>(a, b, c, rows, depth,
+                                           std::min(width, cols - (Packs - 1) * width), accumulate);
   };
   if constexpr (packs >= 4)
     take(std::integral_constant<index, 4>{});

@@ -2,8 +2,10 @@
 #pragma once
 
 /// Products of bfloat16 matrices, summed up in float, sixteen rows by a pack of columns at a time:
-/// what the AMX units of a processor do. Elsewhere the same is done by scalars, so that it can be
-/// tested.
+/// what the AMX units of a processor do. With AVX512-BF16 the blocks of core/product.hpp do it, a
+/// term of which is a pair of numbers; elsewhere scalars, so that it can be tested. Both units
+/// round to the nearest even, take subnormal operands as zeros, and make zeros of subnormal
+/// results.
 ///
 /// One operand has rows of terms: term k of row i is a[i / 16 * group + i % 16 * stride + k]. The
 /// other comes in panels of W columns, two terms together: terms k and k + 1 of column j are the
@@ -11,6 +13,7 @@
 /// fill them up.
 
 #include <algorithm>
+#include <bit>
 #include <cstdint>
 #include <cstring>
 
@@ -23,6 +26,12 @@
 #else
 #define PERDITA_AMX 0
 #endif
+#if PERDITA_TILES && !PERDITA_AMX && defined(__AVX512BF16__) && !PERDITA_NO_SIMD
+#include <immintrin.h>
+#define PERDITA_DOTS 1
+#else
+#define PERDITA_DOTS 0
+#endif
 
 namespace perdita::inline PERDITA_ABI::core {
 
@@ -33,6 +42,46 @@ struct tile_shape {
   static constexpr index whole_terms(index n) { return (n + terms - 1) / terms * terms; }
 };
 
+struct tile_rows {
+  const std::uint16_t* data;
+  index stride, group; ///< stride: even
+};
+struct tile_panels {
+  const std::uint16_t* data;
+  index panel;
+};
+
+#if PERDITA_DOTS
+inline bool tiles_usable() { return true; }
+
+/// Operands are pairs of bfloat16 in the place of a float.
+struct pair_terms {
+  using V = pack<float>;
+  static PERDITA_INLINE V broadcast(const float* x) {
+    int pair;
+    std::memcpy(&pair, x, sizeof pair);
+    return V({reg::batch<float>(_mm512_castsi512_ps(_mm512_set1_epi32(pair)))});
+  }
+  static PERDITA_INLINE V add(const V& x, const V& y, const V& sum) {
+    const auto pairs = [](const V& v) { return std::bit_cast<__m512bh>(v.r[0].data); };
+    return V({reg::batch<float>(_mm512_dpbf16_ps(sum.r[0].data, pairs(x), pairs(y)))});
+  }
+};
+
+/// result (+)= a b, for any numbers of rows and columns (whole tiles of the operands are read) and
+/// a multiple of 32 terms.
+inline void multiply_tiles(tile_rows a, tile_panels b, product_result<float> c, index rows,
+                           index cols, index terms, bool accumulate) {
+  using shape = tile_shape;
+  const auto floats = [](const std::uint16_t* p) { return reinterpret_cast<const float*>(p); };
+  // Rows that pass over all panels together, or as many as lie evenly.
+  const index strip = a.group == shape::rows * a.stride ? 3 * shape::rows : shape::rows;
+  for (index i = 0; i < rows; i += strip, c.skip_rows(strip))
+    multiply<float, pair_terms>(
+        {floats(a.data + i / shape::rows * a.group), a.stride / 2, 1, shape::width},
+        {floats(b.data), b.panel / 2}, c, std::min(strip, rows - i), cols, terms / 2, accumulate);
+}
+#else
 namespace detail {
 
 #if PERDITA_AMX
@@ -137,15 +186,6 @@ void put_tile(tile_registers& registers, const product_result<float>& c, index r
 /// Whether products may be made by tiles in this process.
 inline bool tiles_usable() { return PERDITA_TILES && detail::tiles_permitted(); }
 
-struct tile_rows {
-  const std::uint16_t* data;
-  index stride, group;
-};
-struct tile_panels {
-  const std::uint16_t* data;
-  index panel;
-};
-
 /// result (+)= a b, for any numbers of rows and columns (whole tiles of the operands are read) and
 /// a multiple of 32 terms. Four tiles at a time: each operand is read half as often as one by one.
 PERDITA_NOINLINE inline void multiply_tiles(tile_rows a, tile_panels b, product_result<float> c,
@@ -200,6 +240,7 @@ PERDITA_NOINLINE inline void multiply_tiles(tile_rows a, tile_panels b, product_
     }
   }
 }
+#endif
 
 /// Two rows of n numbers become pairs; zeros for a row that is missing, and after the last number
 /// up to a pack's end. Pairs of column j go to to[j / W * panel + j % W * 2].
