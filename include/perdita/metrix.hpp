@@ -9,9 +9,11 @@
 #include "core/anchor_loss.hpp"
 #include "core/anchor_sums.hpp"
 #include "core/random.hpp"
+#include "lifted_structure.hpp"
 #include "multi_similarity.hpp"
 #include "pair_margin.hpp"
 #include "proxy.hpp"
+#include "similarity.hpp"
 
 namespace perdita::inline PERDITA_ABI {
 
@@ -163,6 +165,71 @@ private:
   }
 };
 
+/// [log Σ y e^D + log Σ (1 − y) e^{m − D}]₊
+struct mixed_lift : anchor_formula {
+  static constexpr bool distances = true;
+  double margin;
+
+  explicit mixed_lift(double m) : margin(m) {}
+
+  template <bool Gradient, class T> anchor_outcome row(const anchor_row<T>& row) const {
+    using V = pack<T>;
+    if (spoilt<Gradient>(row))
+      return spoilt_outcome();
+    take_roots(row);
+    const chosen_images<T> positive(row, partly_belonging{}, 1),
+        negative(row, partly_rivalling{}, -1);
+    const double level = positive.log() + (margin + negative.log());
+    if constexpr (Gradient) {
+      const V pull = positive.factor(level > 0 ? 1 : 0), push = negative.factor(level > 0 ? -1 : 0);
+      for (index j = 0; j < row.size; j += static_cast<index>(lanes<T>)) {
+        const V d = V::load(row.scores + j), relation = V::load(row.relation + j);
+        const V mine = partly_belonging{}.weight(relation);
+        const V rest = partly_rivalling{}.weight(relation);
+        const V slope = select(mine == V(0), V(0), mine * positive.images(d) * pull) +
+                        select(rest == V(0), V(0), rest * negative.images(d) * push);
+        slope_of_square(slope, d).store(row.scores + j);
+      }
+    }
+    return {level <= 0 ? 0 : level, !positive.none() && !negative.none()};
+  }
+};
+
+/// log Σ (1 − y) e^{r s}, or log Σ e^{r s}, − log Σ y e^{r s}
+struct mixed_neighbours : anchor_formula {
+  double rate;
+  bool all;
+
+  mixed_neighbours(double r, bool of_all) : rate(r), all(of_all) {}
+
+  template <bool Gradient, class T> anchor_outcome row(const anchor_row<T>& row) const {
+    return all ? against<Gradient>(row, compared{}) : against<Gradient>(row, partly_rivalling{});
+  }
+
+private:
+  template <bool Gradient, class T, class Rivals>
+  anchor_outcome against(const anchor_row<T>& row, Rivals rivals) const {
+    using V = pack<T>;
+    const chosen_images<T> positive(row, partly_belonging{}, rate), rival(row, rivals, rate);
+    const double share = rival.none() ? 0 : rate;
+    if constexpr (Gradient) {
+      const V pull = positive.factor(-share), push = rival.factor(share);
+      put_slopes(
+          row, [&](const V& x, const V& relation) __attribute__((always_inline)) {
+            const V mine = partly_belonging{}.weight(relation);
+            V rest(1);
+            if constexpr (requires { rivals.weight(relation); })
+              rest = rivals.weight(relation);
+            return select(mine == V(0), V(0), mine * positive.images(x) * pull) +
+                   select(rest == V(0), V(0), rest * rival.images(x) * push);
+          });
+    }
+    const double apart = static_cast<double>(rival.top()) - static_cast<double>(positive.top());
+    return {rival.none() ? 0 : apart + (rival.log_above() - positive.log_above()),
+            !positive.none()};
+  }
+};
+
 /// A formula as a loss of its own.
 template <class T, class Formula> class mixed_loss : public anchor_loss<mixed_loss<T, Formula>, T> {
 public:
@@ -193,6 +260,10 @@ private:
 ///   normalise(loss)               whether unit vectors are compared, and so mixed
 ///   make(loss)                    a core::mixed_loss
 ///   make(loss, p, all)            the same with proxies, p of all having part of a mixed example
+///   check(loss)                   where there is one: throws at options that have no such form
+///   call(loss, call, arguments...) where there is one: the clean loss, which has no call operator
+///                                 for embeddings; mixed examples are its anchors, then, and
+///                                 proxies what they are compared with
 template <class Loss> struct mixed_form;
 
 template <class T> struct mixed_form<multi_similarity<T>> {
@@ -213,6 +284,37 @@ template <class T> struct mixed_form<pair_margin<T>> {
     const core::mixed_hinges f(o);
     return core::mixed_loss<T, core::mixed_hinges>(f, {o.normalise, o.reduction},
                                                    o.reduction == reduction::mean && !f.apart);
+  }
+};
+template <class T> struct mixed_form<lifted_structure<T>> {
+  static constexpr bool proxies = false;
+  static void check(const lifted_structure<T>& loss) {
+    if (loss.settings().terms != lifted_terms::anchors)
+      core::fail("metrix", "terms of lifted_structure", "pairs",
+                 "anchors, as a term of a pair is none of mixed examples");
+  }
+  static bool normalise(const lifted_structure<T>& loss) { return loss.settings().normalise; }
+  static auto make(const lifted_structure<T>& loss) {
+    const auto& o = loss.settings();
+    return core::mixed_loss<T, core::mixed_lift>(
+        core::mixed_lift(o.margin), {o.normalise, o.reduction}, o.reduction == reduction::mean);
+  }
+};
+template <class T> struct mixed_form<proxy_nca<T>> {
+  static constexpr bool proxies = true;
+  static bool normalise(const proxy_nca<T>&) { return true; }
+  static auto make(const proxy_nca<T>& loss) {
+    const auto& o = loss.settings();
+    return core::mixed_loss<T, core::mixed_neighbours>(
+        core::mixed_neighbours(2 * static_cast<double>(o.scale), o.all_proxies),
+        {true, o.reduction}, o.reduction == reduction::mean);
+  }
+  template <class... Arguments>
+  static T call(const proxy_nca<T>& loss, const embedding_options<T>& call,
+                const Arguments&... arguments) {
+    return similarity<proxy_nca<T>>(loss)(
+        arguments...,
+        call_options<T>{.scale = call.scale, .accumulate = call.accumulate, .run_on = call.run_on});
   }
 };
 template <class T> struct mixed_form<proxy_anchor<T>> {
@@ -308,27 +410,37 @@ private:
 ///
 ///   pair_margin        Σ_k y_k h(D_k − m₊) + (1 − y_k) h(m₋ − D_k)
 ///
+///   lifted_structure   [log Σ_k y_k e^{D_k} + log Σ_k (1 − y_k) e^{m − D_k}]₊, where its terms
+///                      are of anchors; pairs are refused. What is the anchor itself (λ = 1) is
+///                      pulled by rounding alone, if `own` does not leave it out
+///
 ///   proxy_anchor       (1/|P⁺|) Σ_p log(1 + Σ_k y_k e^{−α(s_k − δ)})
 ///                      + (1/|P|) Σ_p log(1 + Σ_k (1 − y_k) e^{α(s_k + δ)})
 ///
+///   proxy_nca          log Σ_p (1 − y_kp) e^{2κ s_kp} − log Σ_p y_kp e^{2κ s_kp}, with all_proxies
+///                      log Σ_p e^{2κ s_kp} instead of the first
+///
 /// s being ⟨â, v̂_k⟩, D = ‖â − v̂_k‖ and λ₀ the loss's base, each with its loss's reduction:
 /// pair_mean::nonzero divides by the numbers of terms y h and (1 − y) h above 0, the other mean by
-/// that of comparisons; P⁺ are the proxies with some part of an example. There is no mining among
-/// mixed examples. An anchor is compared with v_k if i or j is of its class (with `strangers`, with
-/// all), and, unless `own` is false, also if it is i or j itself: positive–negative pairs, and
-/// anchor–negative pairs. λ = 1 is example i, λ = 0 example j: the clean loss's terms.
+/// that of comparisons; P⁺ are the proxies with some part of an example. proxy_nca's anchors are
+/// rows, so mixed examples are anchors here, each compared with all proxies, of which y_kp is that
+/// of class p; the mean is over them. An anchor of lifted_structure counts if something is positive
+/// and something negative. There is no mining among mixed examples. An anchor is compared with v_k
+/// if i or j is of its class (with `strangers`, with all), and, unless `own` is false, also if it
+/// is i or j itself: positive–negative pairs, and anchor–negative pairs. λ = 1 is example i, λ = 0
+/// example j: the clean loss's terms.
 ///
 /// The gradient goes through v_k: x̂_i has λ, x̂_j 1 − λ of its own; λ is a constant. All else is as
 /// in the clean loss: calls with labels, and with proxies; weights, `values` and upstream gradients
 /// of anchors count in both parts, a filter in the clean one alone. No examples: the clean loss. A
-/// mixture that is 0 has cosines 0. A proxy_anchor's mixed part is computed in T; an example of a
-/// row with ignore_index is left out.
+/// mixture that is 0 has cosines 0. A proxy loss's mixed part is computed in T; an example of a
+/// row with ignore_index is left out. proxy_nca is called with embeddings as proxy_anchor is.
 ///
 /// Memory: 16 bytes per number of x, and three copies of the mixed examples. Throws where a row of
 /// an example does not exist or λ is not in [0, 1], before anything is written.
 ///
 /// Source: Venkataramanan et al., "It takes two to tango: mixup for deep metric learning", ICLR
-/// 2022. (The contrastive loss's mixed terms are those of the authors' code; the other two are
+/// 2022. (The contrastive loss's mixed terms are those of the authors' code; the others are
 /// instances of the paper's general form, not compared with code.)
 ///
 ///   const perdita::metrix loss(perdita::multi_similarity<float>(), {.weight = 0.4});
@@ -344,6 +456,8 @@ public:
   explicit metrix(const Loss& loss, const metrix_options& o = {}) : loss_(loss), options_(o) {
     core::require(o.weight >= 0 && std::isfinite(o.weight), name, "weight", o.weight,
                   "a finite number, not negative");
+    if constexpr (requires { form::check(loss); })
+      form::check(loss);
   }
   const options& settings() const { return options_; }
 
@@ -369,7 +483,8 @@ public:
   requires(form::proxies) T operator()(X x, X proxies, const L& labels,
                                        const mixed_examples<T>& mixed,
                                        const embedding_options<T>& call = {}) const {
-    const T clean = loss_(x, proxies, labels, call);
+    check(mixed, x.rows);
+    const T clean = call_clean(call, x, proxies, labels);
     return run_proxies(clean, x, proxies, labels, mixed, nullptr, nullptr, call);
   }
   template <core::labels_like L>
@@ -377,7 +492,7 @@ public:
                                        const mixed_examples<T>& mixed, G d_x, G d_proxies,
                                        const embedding_options<T>& call = {}) const {
     check(mixed, x.rows);
-    const T clean = loss_(x, proxies, labels, d_x, d_proxies, call);
+    const T clean = call_clean(call, x, proxies, labels, d_x, d_proxies);
     return run_proxies(clean, x, proxies, labels, mixed, &d_x, &d_proxies, call);
   }
 
@@ -414,6 +529,31 @@ private:
                     : y > T(0)                                                 ? y
                                                                                : T(-1);
     }
+  }
+  /// Relations of example k to all proxies.
+  template <class Skip, class Of>
+  void relate_proxies(const mixed_examples<T>& mixed, index k, T* relation, index proxies,
+                      Skip left_out, Of of) const {
+    const auto at = static_cast<std::size_t>(k);
+    const index i = mixed.first[at], j = mixed.second[at];
+    std::fill_n(relation, proxies, left_out(i, j) ? T(0) : T(-1));
+    if (left_out(i, j))
+      return;
+    const T share = mixed.share[at];
+    const auto belong = [&](index r, T y) {
+      if (y > T(0))
+        relation[of(r)] = y;
+    };
+    belong(i, of(i) == of(j) ? T(1) : share);
+    belong(j, of(i) == of(j) ? T(1) : T(1) - share);
+  }
+  static constexpr bool examples_are_anchors = requires { &form::template call<X, X>; };
+  template <class... Arguments>
+  T call_clean(const embedding_options<T>& call, const Arguments&... arguments) const {
+    if constexpr (examples_are_anchors)
+      return form::call(loss_, call, arguments...);
+    else
+      return loss_(arguments..., call);
   }
   T total(T clean, T mixed) const {
     return static_cast<T>(static_cast<double>(clean) +
@@ -456,35 +596,46 @@ private:
   T run_proxies(T clean, const X& x, const X& proxies, const L& labels,
                 const mixed_examples<T>& mixed, G* d_x, G* d_proxies,
                 const embedding_options<T>& call) const {
-    check(mixed, x.rows);
     if (mixed.size() == 0 || options_.weight == 0 || proxies.rows == 0)
       return clean;
     const auto label = core::as_vector(labels);
     const std::int64_t ignored = loss_.settings().ignore_index;
     const auto of = [&](index r) { return static_cast<std::int64_t>(label[r]); };
     const auto left_out = [&](index i, index j) { return of(i) == ignored || of(j) == ignored; };
-    const auto relation = [&](index proxy, T* to, index) {
-      relate(mixed, to, left_out, [&](index r) { return of(r) == proxy; });
-    };
-    std::vector<T> row(mixed.first.size());
-    double with_parts = 0;
-    for (index p = 0; p < proxies.rows; ++p) {
-      relation(p, row.data(), mixed.size());
-      with_parts += std::any_of(row.begin(), row.end(), [](T y) { return y > T(0); }) ? 1 : 0;
-    }
     anchor_options<T> again;
-    again.filter = relation;
     again.scale = call.scale * static_cast<T>(options_.weight);
     again.accumulate = true;
     again.run_on = call.run_on;
     core::mixture<T> mixture(x, mixed, true);
-    const auto loss = form::make(loss_, with_parts, static_cast<double>(proxies.rows));
-    const T extra =
-        d_x ? loss.pairs(proxies, mixture.examples(), *d_proxies, mixture.slopes(), again)
-            : loss.pairs(proxies, mixture.examples(), again);
+    const auto add = [&](const auto& loss, const X& a, const X& b, auto d_a, auto d_b) {
+      return total(clean, d_x ? loss.pairs(a, b, d_a(), d_b(), again) : loss.pairs(a, b, again));
+    };
+    const auto d_examples = [&] { return mixture.slopes(); };
+    const auto d_others = [&] { return *d_proxies; };
+    T value;
+    if constexpr (examples_are_anchors) {
+      const auto relation = [&](index k, T* to, index n) {
+        relate_proxies(mixed, k, to, n, left_out, of);
+      };
+      again.filter = relation;
+      value = add(form::make(loss_), mixture.examples(), proxies, d_examples, d_others);
+    } else {
+      const auto relation = [&](index proxy, T* to, index) {
+        relate(mixed, to, left_out, [&](index r) { return of(r) == proxy; });
+      };
+      again.filter = relation;
+      std::vector<T> row(mixed.first.size());
+      double with_parts = 0;
+      for (index p = 0; p < proxies.rows; ++p) {
+        relation(p, row.data(), mixed.size());
+        with_parts += std::any_of(row.begin(), row.end(), [](T y) { return y > T(0); }) ? 1 : 0;
+      }
+      value = add(form::make(loss_, with_parts, static_cast<double>(proxies.rows)), proxies,
+                  mixture.examples(), d_others, d_examples);
+    }
     if (d_x)
       mixture.add_to(*d_x);
-    return total(clean, extra);
+    return value;
   }
 
   Loss loss_;

@@ -257,7 +257,25 @@ wide mixed_part(const mixed_comparisons& c, const perdita::pair_margin_options& 
     return (sum[0] + sum[1]) / all;
   return sum[0] / above[0] + sum[1] / above[1];
 }
-wide mixed_part(const mixed_comparisons& c, double alpha, double margin) {
+wide mixed_part(const mixed_comparisons& c, const perdita::lifted_structure_options& o) {
+  wide total = 0, anchors = 0;
+  for (index i = 0; i < c.score.rows; ++i) {
+    wide own = 0, others = 0;
+    for (index k = 0; k < c.score.cols; ++k)
+      if (const wide y = c.part(i, k); y >= 0) {
+        own += y * exp(wide(c.score(i, k)));
+        others += (1 - y) * exp(wide(o.margin - c.score(i, k)));
+      }
+    if (own > 0 && others > 0) {
+      total += larger(0, wide(log(own) + log(others)));
+      anchors += 1;
+    }
+  }
+  return total / anchors;
+}
+/// Of comparisons of proxies with examples.
+wide mixed_part(const mixed_comparisons& c, const perdita::proxy_anchor<double>::options& o) {
+  const double alpha = o.alpha, margin = o.margin;
   wide own = 0, others = 0, with_parts = 0;
   for (index p = 0; p < c.score.rows; ++p) {
     const auto [pull, push] = sides(c, p, alpha, margin, alpha, -wide(margin));
@@ -271,6 +289,25 @@ wide mixed_part(const mixed_comparisons& c, double alpha, double margin) {
   return own / with_parts + others / wide(static_cast<double>(c.score.rows));
 }
 
+/// The same: examples are the anchors.
+wide mixed_part(const mixed_comparisons& c, const perdita::proxy_nca<double>::options& o) {
+  wide total = 0, anchors = 0;
+  for (index k = 0; k < c.score.cols; ++k) {
+    wide own = 0, others = 0;
+    for (index p = 0; p < c.score.rows; ++p)
+      if (const wide y = c.part(p, k); y >= 0) {
+        const wide image = exp(wide(2 * o.scale * c.score(p, k)));
+        own += y * image;
+        others += o.all_proxies ? image : wide((1 - y) * image);
+      }
+    if (own > 0) {
+      total += log(others) - log(own);
+      anchors += 1;
+    }
+  }
+  return total / anchors;
+}
+
 template <class T> perdita::mixed_examples<T> some_mixtures() {
   return {{0, 3, 8, 2, 5, 5, 1},
           {1, 0, 2, 7, 6, 4, 1},
@@ -280,13 +317,14 @@ template <class T> perdita::mixed_examples<T> some_mixtures() {
 /// Two calls with and without the mixed part differ by it, and its slopes are those of its
 /// definition.
 template <class T, class Loss>
-void check_metrix(const char* name, const Loss& loss, const anchor_subject& subject) {
+void check_metrix(const char* name, const Loss& loss, const anchor_subject& subject,
+                  const perdita::mixed_examples<T>& mixed = some_mixtures<T>(),
+                  std::initializer_list<bool> with_own = {true, false}) {
   const std::vector<int> labels{4, -2, 4, -2, 9, 4, -2, 9, 4};
   const auto x = random_batch<T>(9, 3, 6);
-  const auto mixed = some_mixtures<T>();
   wide_matrix wide_x(x);
   error_judge values, slopes;
-  for (const bool own : {true, false})
+  for (const bool own : with_own)
     for (const bool strangers : {true, false}) {
       INFO(name << ", own " << own << ", strangers " << strangers);
       const perdita::metrix both(loss, {.weight = 0.75, .own = own, .strangers = strangers});
@@ -316,6 +354,46 @@ void check_metrix(const char* name, const Loss& loss, const anchor_subject& subj
     }
   report_accuracy<T>("metrix", name, in_epsilons, values, slopes);
 }
+/// The same with proxies, of which one is without samples; a sample is without proxy.
+template <class T, class Loss, class Options>
+void check_metrix_of_proxies(const char* name, const Loss& loss, const Options& options,
+                             std::initializer_list<bool> with_strangers) {
+  error_judge values, slopes;
+  const auto x = random_batch<T>(9, 3, 6), proxies = random_batch<T>(4, 3, 7);
+  const std::vector<int> labels{0, 1, 0, 1, 2, 0, -100, 2, 0};
+  const auto mixed = some_mixtures<T>();
+  batch<T> g(9, 3), h(9, 3), d(4, 3), e(4, 3);
+  const perdita::metrix alone(loss, {.weight = 0});
+  const T clean = alone(x.seen(), proxies.seen(), labels, mixed, h.view(), e.view());
+  for (const bool strangers : with_strangers) {
+    INFO(name << ", strangers " << strangers);
+    const perdita::metrix both(loss, {.weight = 0.75, .strangers = strangers});
+    const T got = both(x.seen(), proxies.seen(), labels, mixed, g.view(), d.view());
+    CHECK(both(x.seen(), proxies.seen(), labels, mixed) == got);
+    wide_matrix wide_x(x), wide_p(proxies);
+    const auto value = [&] {
+      const auto part = [&](index p, std::size_t k) {
+        const int i = labels[static_cast<std::size_t>(mixed.first[k])],
+                  j = labels[static_cast<std::size_t>(mixed.second[k])];
+        return i < 0 || j < 0
+                   ? wide(-1)
+                   : part_of(i == p, j == p, static_cast<double>(mixed.share[k]), strangers);
+      };
+      return wide(mixed_part(mix(wide_p, wide_x, mixed, {}, part), options) * 3 / 4);
+    };
+    const wide expected = value() + clean;
+    CHECK(values.within(size_of(wide(got - expected)), 16,
+                        std::numeric_limits<T>::epsilon() * (1 + size_of(expected))));
+    auto of_x = differences(wide_x, value), of_p = differences(wide_p, value);
+    for (std::size_t k = 0; k < of_x.x.size(); ++k)
+      of_x.x[k] += h.x[k];
+    for (std::size_t k = 0; k < of_p.x.size(); ++k)
+      of_p.x[k] += e.x[k];
+    CHECK(slopes_within(slopes, g, of_x, 64));
+    CHECK(slopes_within(slopes, d, of_p, 64));
+  }
+  report_accuracy<T>("metrix", name, in_epsilons, values, slopes);
+}
 
 } // namespace
 
@@ -332,42 +410,33 @@ TEMPLATE_TEST_CASE("Metrix is its definition", "", float, double) {
                                            .normalise = false}),
                   {.normalise = false, .distances = true});
 
-  // Proxies: one without samples, a sample without proxy.
-  error_judge values, slopes;
-  const auto x = random_batch<T>(9, 3, 6), proxies = random_batch<T>(4, 3, 7);
-  const std::vector<int> labels{0, 1, 0, 1, 2, 0, -100, 2, 0};
-  const auto mixed = some_mixtures<T>();
-  const perdita::proxy_anchor<T> loss({.alpha = 8});
-  batch<T> g(9, 3), h(9, 3), d(4, 3), e(4, 3);
-  const T clean = loss(x.seen(), proxies.seen(), labels, h.view(), e.view());
-  for (const bool strangers : {true, false}) {
-    const perdita::metrix both(loss, {.weight = 0.75, .strangers = strangers});
-    const T got = both(x.seen(), proxies.seen(), labels, mixed, g.view(), d.view());
-    CHECK(both(x.seen(), proxies.seen(), labels, mixed) == got);
-    wide_matrix wide_x(x), wide_p(proxies);
-    const auto value = [&] {
-      const auto part = [&](index p, std::size_t k) {
-        const int i = labels[static_cast<std::size_t>(mixed.first[k])],
-                  j = labels[static_cast<std::size_t>(mixed.second[k])];
-        return i < 0 || j < 0
-                   ? wide(-1)
-                   : part_of(i == p, j == p, static_cast<double>(mixed.share[k]), strangers);
-      };
-      return wide(mixed_part(mix(wide_p, wide_x, mixed, {}, part), 8, 0.1) * 3 / 4);
-    };
-    const wide expected = value() + clean;
-    CHECK(values.within(size_of(wide(got - expected)), 16,
-                        std::numeric_limits<T>::epsilon() * (1 + size_of(expected))));
-    auto of_x = differences(wide_x, value), of_p = differences(wide_p, value);
-    for (std::size_t k = 0; k < of_x.x.size(); ++k)
-      of_x.x[k] += h.x[k];
-    for (std::size_t k = 0; k < of_p.x.size(); ++k)
-      of_p.x[k] += e.x[k];
-    CHECK(slopes_within(slopes, g, of_x, 64));
-    CHECK(slopes_within(slopes, d, of_p, 64));
+  for (const double margin : {1.0, -2.0}) { // with the second, some anchors are 0
+    const perdita::lifted_structure<T> loss(
+        {.margin = margin, .terms = perdita::lifted_terms::anchors, .normalise = margin > 0});
+    const anchor_subject subject{.normalise = margin > 0, .distances = true};
+    check_metrix<T>("lifted_structure", loss, subject, some_mixtures<T>(), {false});
+    auto inner = some_mixtures<T>(); // no example is an anchor: distances of rounding alone pull
+    inner.second[6] = 3;
+    for (T& share : inner.share)
+      share = share > 0 && share < 1 ? share : T(0.625);
+    check_metrix<T>("lifted_structure", loss, subject, inner);
   }
-  report_accuracy<T>("metrix", "proxy_anchor", in_epsilons, values, slopes);
+  check_metrix_of_proxies<T>("proxy_anchor", perdita::proxy_anchor<T>({.alpha = 8}),
+                             perdita::proxy_anchor<double>::options{.alpha = 8}, {true, false});
+  for (const bool all : {false, true})
+    check_metrix_of_proxies<T>("proxy_nca", perdita::proxy_nca<T>({.scale = 3, .all_proxies = all}),
+                               perdita::proxy_nca<double>::options{.scale = 3, .all_proxies = all},
+                               {true});
 }
+
+namespace {
+batch<double> batch_row(const batch<double>& x, std::size_t row) {
+  const auto n = static_cast<std::size_t>(x.view().cols);
+  batch<double> result(1, static_cast<index>(n));
+  std::copy_n(&x.x[row * n], n, result.x.begin());
+  return result;
+}
+} // namespace
 
 TEST_CASE("Metrix: calls", "[threads]") {
   using Catch::Matchers::ContainsSubstring;
@@ -428,6 +497,39 @@ TEST_CASE("Metrix: calls", "[threads]") {
   auto spoilt = x;
   spoilt(3, 2) = std::numeric_limits<double>::quiet_NaN();
   CHECK(std::isnan(loss(spoilt.view(), labels, mixed)));
+  { // Proxies: the examples of `whole` are their rows' terms, one by one. Of a class alone: 0.
+    std::vector<int> classes;
+    for (const int label : labels)
+      classes.push_back(label + 2);
+    const auto proxies = random_batch<double>(5, 5, 4);
+    for (const bool all : {false, true}) {
+      const perdita::proxy_nca<double> nca({.scale = 2, .all_proxies = all});
+      const perdita::similarity head(nca);
+      const auto term = [&](std::size_t row) {
+        const std::vector<int> label{classes[row]};
+        return head(batch_row(x, row).seen(), proxies.seen(), label);
+      };
+      sum = 0;
+      for (std::size_t i = 0; i < 40; ++i)
+        sum += term(static_cast<std::size_t>(i % 2 ? whole.second[i] : whole.first[i])) / 40;
+      const perdita::metrix mix(nca, {.weight = 1});
+      batch<double> d(5, 5), e(5, 5);
+      const double of_all = mix(x.seen(), proxies.seen(), classes, whole, g.view(), d.view(),
+                                {.run_on = perdita::serial});
+      CHECK(near(of_all, head(x.seen(), proxies.seen(), classes) + sum, 1e-14));
+      CHECK(mix(x.seen(), proxies.seen(), classes, whole, h.view(), e.view(), {.run_on = pool}) ==
+            of_all);
+      CHECK(h.x == g.x);
+      CHECK(e.x == d.x);
+      batch<double> of_one(1, 5);
+      const std::vector<int> none(40, 0);
+      CHECK(near(mix(x.seen(), batch_row(proxies, 0).seen(), none, whole, g.view(), of_one.view()),
+                 0, 1e-14));
+      for (const double slope : g.x)
+        CHECK(std::abs(slope) < 1e-14);
+    }
+    loss(x.view(), labels, mixed, g.view());
+  }
 
   // Refused, with nothing written.
   const auto kept = g;
@@ -442,6 +544,8 @@ TEST_CASE("Metrix: calls", "[threads]") {
   refused([](auto& m) { m.second[4] = 40; }, "second[4] is 40");
   refused([](auto& m) { m.share[5] = 1.5; }, "share[5] is 1.5");
   CHECK_THROWS_WITH(perdita::metrix(clean, {.weight = -1}), ContainsSubstring("weight is -1"));
+  CHECK_THROWS_WITH(perdita::metrix(perdita::lifted_structure<double>()),
+                    ContainsSubstring("terms of lifted_structure is pairs"));
   CHECK(g.x == kept.x);
 }
 
