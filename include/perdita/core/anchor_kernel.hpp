@@ -160,11 +160,13 @@ template <class T> struct anchor_job {
 template <class T> class anchor_kernel {
   using V = pack<T>;
   static constexpr auto width = static_cast<index>(lanes<T>);
-  static constexpr index strip = 48; // candidates whose comparisons, or gradients, are one task
+  static constexpr index strip = 96; // candidates whose comparisons, or gradients, are one task
   static constexpr index depth_step = 256;
-  static constexpr index columns = 128; // of the anchors' gradients: a task
-  static constexpr index terms = 256;   // candidates at a time that add to them
-  static constexpr index block_bytes = index(17) << 18;
+  static constexpr index step = 2 * width;
+  static constexpr index terms = 256; // candidates at a time that add to anchors' gradients
+  /// The comparisons of a block, and its anchors: at most so much, and so much more for each
+  /// candidate. A block's products read all candidates anew, so that a narrow one waits for memory.
+  static constexpr index block_bytes = index(17) << 18, block_bytes_each = 128;
   static constexpr index most_anchors = 128;
 
 public:
@@ -178,6 +180,7 @@ public:
         to_candidates_(job.alone || job.d_y.data != nullptr),
         workers_(std::min(static_cast<index>(run_on.concurrency()),
                           std::max(block_, parts(candidates_, strip)))),
+        columns_(std::clamp(parts(depth_, workers_ * step) * step, index(64), index(256))),
         x_{job.x, job.d_x, job.normalise, job.accumulate}, y_{job.y, job.d_y, job.normalise,
                                                               job.accumulate} {
     lay_out(scratch != nullptr);
@@ -211,8 +214,11 @@ private:
   static index whole(index n) { return (n + width - 1) / width * width; }
   static index parts(index n, index size) { return (n + size - 1) / size; }
   index block_of() const {
-    const index most = block_bytes / (static_cast<index>(sizeof(T)) * (stride_ + whole(depth_)));
-    return std::clamp(std::min(most / width * width, whole(anchors_)), width, most_anchors);
+    const index most = (block_bytes + block_bytes_each * candidates_) /
+                       (static_cast<index>(sizeof(T)) * (stride_ + whole(depth_)));
+    // Products take two packs at a time.
+    const index even = most < step ? width : most / step * step;
+    return std::min({even, std::max(whole(anchors_), width), most_anchors});
   }
 
   void lay_out(bool real) {
@@ -244,7 +250,7 @@ private:
     for (index i = 0; i < workers_; ++i) {
       worker w{};
       w.tile = memory_.take<T>(size(strip * block_));
-      w.panels = memory_.take<T>(size(gradient_ ? columns * terms : 0));
+      w.panels = memory_.take<T>(size(gradient_ ? columns_ * terms : 0));
       w.buffer = memory_.take<T>(size(std::max(2 * depth_, strip * depth_step)));
       w.relation = memory_.take<T>(size(padded_));
       w.room = memory_.take<T>(size(gradient_ && function_.wants_room ? padded_ : 0));
@@ -312,8 +318,10 @@ private:
         std::fill_n(w.tile, count * block_, T(0));
       for (index k = 0; k < depth_; k += depth_step) {
         const index d = std::min(depth_step, depth_ - k);
-        multiply<T>(rows_of(job_.y, from, count, k, d, w.buffer), {panels_ + k * block_, width * d},
-                    {w.tile, block_, width}, count, whole(n), d, k > 0);
+        broadcast_operand<T> rows = rows_of(job_.y, from, count, k, d, w.buffer);
+        rows.far = true;
+        multiply<T>(rows, {panels_ + k * block_, width * d}, {w.tile, block_, width}, count,
+                    whole(n), d, k > 0);
       }
       for (index a = 0; a < n; a += width)
         copy_transposed(w.tile + a, block_, count, std::min(width, n - a),
@@ -448,8 +456,8 @@ private:
   // ---- gradients
 
   void add_to_anchors(index first, index n) const {
-    for_each(parts(depth_, columns), [&, this](const worker& w, index task) {
-      const index d = task * columns, cols = std::min(columns, depth_ - d);
+    for_each(parts(depth_, columns_), [&, this](const worker& w, index task) {
+      const index d = task * columns_, cols = std::min(columns_, depth_ - d);
       for (index from = 0; from < candidates_; from += terms) {
         const index count = std::min(terms, candidates_ - from);
         for (index k = 0; k < count; ++k)
@@ -484,12 +492,7 @@ private:
   /// n columns of a unit vector become row k of panels.
   static void put_unit(const compared_rows<T>& of, index row, index first, index n, index k,
                        index depth, T* buffer, T* panels) {
-    put_in_panels(of.x, row, first, n, k, depth, buffer, panels);
-    const V by(of.factor[row]);
-    for (index j = 0; j < n; j += width) {
-      T* at = panels + j * depth + k * width;
-      (V::load(at) * by).store(at);
-    }
+    put_in_panels(of.x, row, first, n, k, depth, buffer, panels, of.factor[row]);
   }
 
   static void clear_row(index n, index k, index depth, T* panels) {
@@ -538,6 +541,7 @@ private:
   index block_;
   bool to_candidates_; // go gradients as well
   index workers_;
+  index columns_;          // of the anchors' gradients: a task
   compared_rows<T> x_, y_; // the same ones where embeddings are compared with themselves
   double *values_ = nullptr, *weights_ = nullptr, *extra_[2] = {};
   double *notes_ = nullptr, *totals_ = nullptr, *shares_ = nullptr;

@@ -192,9 +192,9 @@ T anchor_request<T>::run(const anchor_function<T>& formula, const anchor_options
 /// its cosines are 0, its gradient too. Rows that are equal are ordinary rows. A NaN or an infinity
 /// makes each anchor that is compared with its row NaN. Nothing that counts: value 0, gradient 0.
 ///
-/// Memory: some numbers for each row, rows of comparisons of up to 128 anchors (4.3 MiB at most,
-/// but no fewer than 16 rows), and 0.3 MiB per thread. Same bits for any number of threads and on
-/// every instruction set with FMA. Throws std::invalid_argument.
+/// Memory: some numbers for each row, rows of comparisons of up to 128 anchors (4.3 MiB and 128
+/// bytes for each candidate at most, but no fewer than 16 rows), and 0.4 MiB per thread. Same bits
+/// for any number of threads and on every instruction set with FMA. Throws std::invalid_argument.
 template <class Derived, class T> class anchor_loss {
 public:
   using value_type = T;

@@ -21,6 +21,7 @@ namespace perdita::inline PERDITA_ABI::core {
 template <class T> struct broadcast_operand {
   const T* data;
   index row, step, section;
+  bool far = false; ///< lies in memory: while some rows are multiplied, the next ones are fetched
 };
 /// The panelled operand: element (k, j) is data[j / W * panel + k * W + j % W].
 template <class T> struct panelled_operand {
@@ -88,6 +89,10 @@ PERDITA_NOINLINE void multiply_few(const broadcast_operand<T>& a, const panelled
   const index row = a.row, step = a.step;
   for (index k = 0; k < depth; k += width) {
     const T* x = from;
+    if (a.far)
+      unrolled<Rows>([&](auto i) __attribute__((always_inline)) {
+        prefetch(from + (Rows + static_cast<index>(i)) * row);
+      });
     for (index left = std::min(width, depth - k); left > 0; --left) {
       V y[Packs];
       unrolled<Packs>([&](auto q) __attribute__((always_inline)) {
@@ -124,6 +129,7 @@ void multiply_panel(broadcast_operand<T> a, const panelled_operand<T>& b, produc
                     index rows, index depth, index last, bool accumulate) {
   constexpr index most = product_shape<T>::rows;
   const auto take = [&]<index Rows>(std::integral_constant<index, Rows>) {
+    a.far = a.far && rows >= 2 * Rows;
     multiply_few<Rows, Packs, Terms>(a, b, c, depth, last, accumulate);
     a.data += Rows * a.row;
     c.skip_rows(Rows);
@@ -153,6 +159,7 @@ void multiply(broadcast_operand<T> a, panelled_operand<T> b, product_result<T> c
   constexpr auto width = static_cast<index>(lanes<T>);
   constexpr index packs = product_shape<T>::packs; // 1, 2 or 4
   const auto advance = [&](index n) {
+    a.far = false;
     b.data += n * b.panel;
     c.skip_panels(n);
     cols -= n * width;
@@ -213,11 +220,11 @@ void panel_of_rows(const matrix_data<T>& m, const index* row, index rows, index 
   copy_transposed(copy, n, rows, n, to, width);
 }
 
-/// n columns of a row become row k of panels that have `depth` rows; zeros after the last column.
-/// `copy` has room for n numbers.
+/// n columns of a row, times a factor, become row k of panels that have `depth` rows; zeros after
+/// the last column. `copy` has room for n numbers.
 template <class T>
 void put_in_panels(const matrix_data<T>& m, index row, index first, index n, index k, index depth,
-                   T* copy, T* panels) {
+                   T* copy, T* panels, T factor = 1) {
   using V = pack<T>;
   constexpr auto width = static_cast<index>(lanes<T>);
   constexpr index ahead = 8; // rows: short pieces, far apart, that no core's prefetcher follows
@@ -225,9 +232,10 @@ void put_in_panels(const matrix_data<T>& m, index row, index first, index n, ind
   if (rows_lie(m) && m.left_in_plane(row) > ahead)
     for (index j = 0; j < n; j += width)
       prefetch(from + ahead * m.row_stride + j);
+  const V by(factor);
   for (index j = 0; j < n; j += width) {
     const V x = j + width <= n ? V::load(from + j) : load_first(from + j, n - j, V(0));
-    x.store(panels + j * depth + k * width);
+    (x * by).store(panels + j * depth + k * width);
   }
 }
 

@@ -349,12 +349,8 @@ private:
   /// n columns of a row, times a factor, become row k of panels.
   void put_scaled(const worker& w, const matrix_data<T>& m, index row, index first, index n,
                   index k, index depth, T factor) const {
-    put_in_panels(m, row, first, n, k, depth, w.rows, w.panels);
-    const V by(static_cast<T>(static_cast<double>(factor) * pairs_.scale));
-    for (index j = 0; j < n; j += width) {
-      T* at = w.panels + j * depth + k * width;
-      (V::load(at) * by).store(at);
-    }
+    put_in_panels(m, row, first, n, k, depth, w.rows, w.panels,
+                  static_cast<T>(static_cast<double>(factor) * pairs_.scale));
   }
   void add_to_x(const worker& w, const extent_of_tile& t) const {
     for (index d = 0; d < depth_; d += shape::columns) {
