@@ -543,7 +543,8 @@ public:
   std::vector<std::int64_t> labels;
   std::vector<T> weights;
   perdita::executor run_on = perdita::serial;
-  bool apart = false; ///< gradients of pieces are made by themselves and then added
+  bool apart = false;  ///< gradients of pieces are made by themselves and then added
+  bool within = false; ///< x and y are one batch, none of which is compared with itself
 
   /// Adds one direction, times `share`, made as whoever has only these pieces makes it.
   template <class Loss>
@@ -572,11 +573,11 @@ public:
         const matrix_view<const T> some = piece<const T>(x.data, first, rows),
                                    others =
                                        piece<const T>(y.data, of_y[c], size_of(of_y, c, y.rows));
-        return labels.empty() ? head.slice(some, others, first, of_y[c], y.rows, call)
-                              : head.slice(some, others,
-                                           perdita::vector_view<const std::int64_t>(
-                                               labels.data() + first, rows),
-                                           of_y[c], y.rows, call);
+        if (labels.empty())
+          return head.slice(some, others, first, of_y[c], y.rows, call);
+        const perdita::vector_view<const std::int64_t> own(labels.data() + first, rows);
+        return within ? head.slice_within(some, others, own, first, of_y[c], y.rows, call)
+                      : head.slice(some, others, own, of_y[c], y.rows, call);
       };
       using records = std::vector<perdita::similarity_record>;
       records all(at(rows));
@@ -700,6 +701,43 @@ TEST_CASE("similarity: slices with labels, weights and by-products", "[similarit
       CHECK(off_slopes(a, whole) <= 24);
       CHECK(a.hits == whole.hits);
     }
+}
+
+TEMPLATE_TEST_CASE("similarity: slices of a batch within itself", "[similarity]", float, double) {
+  using T = TestType;
+  random_numbers random(11);
+  const index n = 130, depth = 13;
+  const matrix<T> x(n, depth, random);
+  cut_batch<T> batch(x, x, 7);
+  batch.within = true;
+  batch.labels = partners(n);
+  const threads_executor many(3, task_order::shuffled);
+  const cross_entropy<T> loss;
+  batch_answer<T> whole(n, n, depth);
+  const perdita::similarity head(loss, {.scale = 7, .d_scale = &whole.d_scale});
+  whole.value = head.within(x.view(), batch.labels, whole.d_x.out(),
+                            {.values = whole.values, .hits = whole.hits});
+  for (const cuts& of_x : {cuts{0}, cuts{0, 1, 83}})
+    for (const cuts& of_y : {cuts{0}, cuts{0, 1, 129}, cuts{0, 16, 90, 90}}) {
+      INFO(of_x.size() << " x " << of_y.size() << " pieces");
+      const auto ask = [&](const perdita::executor& run_on) {
+        batch.run_on = run_on;
+        batch_answer<T> a(n, n, depth);
+        batch.add(loss, of_x, of_y, 1, a);
+        return a;
+      };
+      batch_answer<T> a = ask(perdita::serial);
+      CHECK(ask(many) == a);
+      for (std::size_t k = 0; k < a.d_x.data.size(); ++k) {
+        a.d_x.data[k] += a.d_y.data[k];
+        a.d_y.data[k] = 0;
+      }
+      CHECK(off_values(a, whole) <= 24);
+      CHECK(off_slopes(a, whole) <= 24);
+      CHECK(a.hits == whole.hits);
+    }
+  CHECK_THROWS_WITH(head.slice_within(x.view(), x.view(), batch.labels, 1, 0, n),
+                    Catch::Matchers::ContainsSubstring("first_x is 1"));
 }
 
 TEST_CASE("similarity: a slice refuses what cannot be its", "[similarity]") {

@@ -134,6 +134,17 @@ public:
     check_part("first_x", first_x, core::as_matrix(x).rows, pairs);
     return slice_of(x, y, pair_numbers{first_x}, first_y, pairs, call);
   }
+  /// Slices of within(): x and y are the rows of one batch of `rows` from number `first_x`, and
+  /// from `first_y`, on, and partners[i] is the number of the row that belongs to x_i. No row is
+  /// compared with itself. A row's gradient is what it has as one of x and as one of y, added.
+  template <class X, class Y, core::labels_like L>
+  similarity_slice<Loss> slice_within(X&& x, Y&& y, L&& partners, index first_x, index first_y,
+                                      index rows, const call_options<T>& call = {}) const {
+    check_part("first_x", first_x, core::as_matrix(x).rows, rows);
+    auto result = slice_of(x, y, core::as_vector(partners), first_y, rows, call);
+    result.pairs_.own = first_x;
+    return result;
+  }
 
 private:
   friend similarity_slice<Loss>;
@@ -175,6 +186,7 @@ private:
     core::row_job<T> job;
     core::similarity_job<T> pairs;
     pairs.alone = alone;
+    pairs.own = alone ? 0 : -1;
     pairs.both = options_.both && !alone;
     set_inputs(job, pairs, x, y, labels, core::as_matrix(y).rows);
     if constexpr (Gradient)

@@ -32,8 +32,9 @@ template <class T> struct similarity_job {
   double scale = 1;
   bool normalise = true;
   bool both = false;  ///< columns have losses too; the result is the mean of both
-  bool alone = false; ///< y is x, whose rows are not compared with themselves; no d_y
+  bool alone = false; ///< y is x, all of it; no d_y
   index first = 0;    ///< where y is a slice: its place among all candidates, which are the columns
+  index own = -1;     ///< where x are candidates too: the place of the first; none meets itself
   double* d_scale = nullptr;
   bool accumulate_scale = false; ///< adds to d_scale
 };
@@ -236,8 +237,8 @@ private:
       for (index j = 0; j < t.cols; ++j)
         (depth_ == 0 ? V(0) : V::load(scores + j * width) * (of_lanes * V(y_.factor[t.col + j])))
             .store(scores + j * width);
-      for (index i = 0; pairs_.alone && i < lanes_in(p, t.rows); ++i) {
-        const index self = rows[p * width + i] - t.col;
+      for (index i = 0; pairs_.own >= 0 && i < lanes_in(p, t.rows); ++i) {
+        const index self = pairs_.own + rows[p * width + i] - pairs_.first - t.col;
         if (self >= 0 && self < t.cols)
           scores[self * width + i] = -std::numeric_limits<T>::infinity();
       }
