@@ -378,8 +378,8 @@ TEMPLATE_TEST_CASE("cross_entropy: a gradient that goes past the caches has the 
     std::ptrdiff_t classes, gap; // between rows, in numbers
   };
   const threads_executor pool(3, task_order::shuffled);
-  for (const batch& b : {batch{1000, 0}, batch{1003, 0}, batch{997, 5}, batch{513, 64},
-                         batch{40007, 0}, batch{180001, 3}}) {
+  for (const batch& b :
+       {batch{1000, 0}, batch{997, 5}, batch{513, 64}, batch{40007, 0}, batch{180001, 3}}) {
     const std::ptrdiff_t stride = b.classes + b.gap;
     const std::ptrdiff_t n =
         (std::ptrdiff_t{4} << 20) / static_cast<std::ptrdiff_t>(sizeof(T)) / b.classes + 2;
@@ -396,7 +396,7 @@ TEMPLATE_TEST_CASE("cross_entropy: a gradient that goes past the caches has the 
       const T value = loss(all, y, all);
       for (std::ptrdiff_t r = 0; r < n; ++r)
         std::fill_n(expected.begin() + r * stride + b.classes, r + 1 < n ? b.gap : 0, T(9));
-      for (const std::size_t offset : {0U, 1U, 6U}) {
+      for (const std::size_t offset : {0U, 5U}) {
         CAPTURE(b.classes, focal, offset);
         std::vector<T> gradient(expected.size() + 32, T(9));
         const auto start = offset + (64 - reinterpret_cast<std::uintptr_t>(gradient.data()) % 64) /
