@@ -319,9 +319,9 @@ private:
       thresholds_.put(p, slice, w.masses[p]);
     clear(w.masses);
   }
-  /// Where scores are not kept, all of them have to be made once more to find the thresholds. So a
-  /// few pieces are looked at first: whether there would be a list for any of them, if the others
-  /// were like them.
+  /// Where scores are not kept, all of them have to be made once more to find the thresholds: one
+  /// product, of which a list saves most of two. So a few pieces are looked at first: whether there
+  /// would be a list for three in four of them, if the others were like them.
   bool worth_measuring() {
     constexpr index one_in = 16, offset = 8;
     const index samples = (slices_ - offset + one_in - 1) / one_in;
@@ -344,15 +344,15 @@ private:
     for (index p = 0; p < block_.panels(); ++p)
       thresholds_.choose(p, static_cast<double>(classes) / static_cast<double>(shape_.classes),
                          dropped);
-    std::atomic<bool> few{false};
+    std::atomic<index> few{0};
     for_each(samples, [&](const worker& w, index k) {
       const index piece = piece_of(k);
       emit(w, piece, slot(w.number), false);
       if (thresholds_.few(slot(w.number), size_of(piece), shape_.panel(), block_.count()))
-        few = true;
+        ++few;
     });
     begin_thresholds();
-    return few;
+    return 4 * few >= 3 * samples;
   }
 
   // ---- products
