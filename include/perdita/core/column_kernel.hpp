@@ -134,6 +134,40 @@ private:
     return short_rows_ ? stage_ + column * tile_rows_ : column_of(job_.scores, column, line_);
   }
 
+  /// Columns j, j + W, j + 2 W, … of a chunk.
+  template <index Columns> struct column_cursor {
+    const T *x[Columns], *soft[Columns] = {};
+    V bias[Columns], weight[Columns];
+    std::uint64_t targets[Columns]; // packs of rows with a target there
+    index ahead;                    // from x to what is asked for meanwhile
+
+    /// The side numbers of pack p.
+    PERDITA_INLINE V side(index k, index p) const {
+      if constexpr (!Formula::has_side)
+        return V(0);
+      else
+        return soft[k] ? fma(V::load(soft[k] + p * width), weight[k], bias[k]) : bias[k];
+    }
+  };
+  template <index Columns>
+  PERDITA_INLINE column_cursor<Columns> point(index column, index j, index ahead) const {
+    column_cursor<Columns> result;
+    for (index k = 0; k < Columns; ++k) {
+      const index c = column + j + k * width;
+      result.x[k] = scores(c);
+      if constexpr (Formula::has_side) {
+        const side_cursor<T> side = formula_.side(c);
+        result.bias[k] = V(side.bias ? *side.bias : side.uniform_bias);
+        result.weight[k] = V(side.weight ? *side.weight : side.uniform_weight);
+        if (job_.soft)
+          result.soft[k] = column_of(job_.soft, c, soft_);
+      }
+      result.targets[k] = where_[j + k * width];
+    }
+    result.ahead = short_rows_ ? 0 : ahead * job_.scores.col_stride;
+    return result;
+  }
+
   void run_tile(index first, index rows, index block, value_sum* totals) {
     first_ = first;
     rows_ = rows;
@@ -358,22 +392,7 @@ private:
   PERDITA_NOINLINE void absorb_columns(index column, index j, index ahead, index begin, index end) {
     const V nothing = statistic::template look_at_nothing<V>();
     const index step = std::min(width, cols_) * tile_packs_; // from term to term
-    const T *x[Columns], *q[Columns] = {};
-    V bias[Columns], weight[Columns];
-    std::uint64_t targets[Columns];
-    for (index k = 0; k < Columns; ++k) {
-      const index c = column + j + k * width;
-      x[k] = scores(c);
-      if constexpr (Formula::has_side) {
-        set_side(c, bias[k], weight[k]);
-        if (job_.soft)
-          q[k] = column_of(job_.soft, c, soft_);
-      }
-      targets[k] = where_[j + k * width];
-    }
-    if (short_rows_)
-      ahead = 0;
-    ahead *= job_.scores.col_stride;
+    const column_cursor<Columns> at = point<Columns>(column, j, ahead);
     V* const sums = lane(part_, 0, j);
     for (index p = begin; p < end; ++p) {
       V sum[statistic::terms];
@@ -381,12 +400,10 @@ private:
         sum[k] = sums[k * step + p];
       V seen = seen_[p];
       for (index k = 0; k < Columns; ++k) {
-        prefetch(x[k] + ahead + p * width);
-        const V raw = V::load(x[k] + p * width);
-        V z = formula_.score(raw), look = raw, b(0);
-        if constexpr (Formula::has_side)
-          b = q[k] ? fma(V::load(q[k] + p * width), weight[k], bias[k]) : bias[k];
-        if (marked(targets[k], p)) [[unlikely]] {
+        prefetch(at.x[k] + at.ahead + p * width);
+        const V raw = V::load(at.x[k] + p * width);
+        V z = formula_.score(raw), look = raw, b = at.side(k, p);
+        if (marked(at.targets[k], p)) [[unlikely]] {
           const auto here = column_[p] == V(static_cast<T>(j + k * width));
           raw_target_[p] = select(here, raw, raw_target_[p]);
           if constexpr (Formula::excludes_target) {
@@ -403,13 +420,6 @@ private:
       for (int k = 0; k < statistic::terms; ++k)
         sums[k * step + p] = sum[k];
     }
-  }
-
-  /// The side numbers of a class: bias + weight * soft target.
-  PERDITA_INLINE void set_side(index column, V& bias, V& weight) const {
-    const side_cursor<T> side = formula_.side(column);
-    bias = V(side.bias ? *side.bias : side.uniform_bias);
-    weight = V(side.weight ? *side.weight : side.uniform_weight);
   }
 
   /// Half h of the rows of a pack.
@@ -555,32 +565,15 @@ private:
   template <index Columns, bool Streamed>
   PERDITA_NOINLINE void emit_columns(index column, index j, index ahead, const V* shift, T* to,
                                      index step) const {
-    const T *x[Columns], *q[Columns] = {};
-    V bias[Columns], weight[Columns];
-    std::uint64_t special[Columns];
-    for (index k = 0; k < Columns; ++k) {
-      const index c = column + j + k * width;
-      x[k] = scores(c);
-      if constexpr (Formula::has_side) {
-        set_side(c, bias[k], weight[k]);
-        if (job_.soft)
-          q[k] = column_of(job_.soft, c, soft_);
-      }
-      special[k] = where_[j + k * width] | ignored_;
-    }
-    if (short_rows_)
-      ahead = 0;
-    ahead *= job_.scores.col_stride;
+    const column_cursor<Columns> from = point<Columns>(column, j, ahead);
+    const std::uint64_t ignored = ignored_;
     for (index p = 0; p < packs_; ++p) {
       const V c[coefficients] = {coefficient_[0][p], coefficient_[1][p], coefficient_[2][p]};
       for (index k = 0; k < Columns; ++k) {
-        prefetch(x[k] + ahead + p * width);
-        V b(0);
-        if constexpr (Formula::has_side)
-          b = q[k] ? fma(V::load(q[k] + p * width), weight[k], bias[k]) : bias[k];
-        V g = slope_of(formula_, formula_.score(V::load(x[k] + p * width)), shift[p], factor_[p],
-                       cut_[p], b, gradient_scale_[p], c);
-        if (marked(special[k], p)) [[unlikely]] {
+        prefetch(from.x[k] + from.ahead + p * width);
+        V g = slope_of(formula_, formula_.score(V::load(from.x[k] + p * width)), shift[p],
+                       factor_[p], cut_[p], from.side(k, p), gradient_scale_[p], c);
+        if (marked(from.targets[k] | ignored, p)) [[unlikely]] {
           g = select(column_[p] == V(static_cast<T>(j + k * width)), target_gradient_[p], g);
           g = select(keep_[p] == V(0), V(0), g);
         }
