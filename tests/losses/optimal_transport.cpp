@@ -44,41 +44,60 @@ template <class T> struct sample {
   }
 };
 
-/// Entropic optimal transport by scaling a matrix, u ← 1/(K v/m), until nothing moves; its value
-/// from the plan.
+/// u ← 1/(K v/m) and v ← 1/(K'u/n) until u moves by no more than the tolerance.
+template <class Number>
+void balance(const std::vector<std::vector<Number>>& k, std::vector<Number>& u,
+             std::vector<Number>& v, const Number& tolerance) {
+  for (Number moved = 2 * tolerance; moved > tolerance;) {
+    moved = 0;
+    for (std::size_t j = 0; j < v.size(); ++j) {
+      Number sum = 0;
+      for (std::size_t i = 0; i < u.size(); ++i)
+        sum += k[i][j] * u[i];
+      v[j] = static_cast<double>(u.size()) / sum;
+    }
+    for (std::size_t i = 0; i < u.size(); ++i) {
+      Number sum = 0;
+      for (std::size_t j = 0; j < v.size(); ++j)
+        sum += k[i][j] * v[j];
+      const Number next = static_cast<double>(v.size()) / sum;
+      const Number step = u[i] / next - 1;
+      moved = std::max(moved, step < 0 ? Number(-step) : step);
+      u[i] = next;
+    }
+  }
+}
+
+/// Entropic optimal transport by scaling a matrix, in double as far as that goes. The value is the
+/// dual's, whose error is the square of what u still moves; the plan's must agree.
 wide transport(const points& x, const points& y, const wide& epsilon) {
   const std::size_t n = x.size(), m = y.size();
   points cost(n, std::vector<wide>(m)), k = cost;
+  std::vector<std::vector<double>> rough_k(n, std::vector<double>(m));
   for (std::size_t i = 0; i < n; ++i)
     for (std::size_t j = 0; j < m; ++j) {
       for (std::size_t d = 0; d < x[i].size(); ++d)
         cost[i][j] += (x[i][d] - y[j][d]) * (x[i][d] - y[j][d]) / 2;
       k[i][j] = exp(wide(-cost[i][j] / epsilon));
+      rough_k[i][j] = static_cast<double>(k[i][j]);
     }
-  std::vector<wide> u(n, 1), v(m, 1);
-  for (wide moved = 1; moved > wide(1e-30);) {
-    moved = 0;
-    for (std::size_t j = 0; j < m; ++j) {
-      wide sum = 0;
-      for (std::size_t i = 0; i < n; ++i)
-        sum += k[i][j] * u[i] / static_cast<double>(n);
-      v[j] = 1 / sum;
-    }
-    for (std::size_t i = 0; i < n; ++i) {
-      wide sum = 0;
-      for (std::size_t j = 0; j < m; ++j)
-        sum += k[i][j] * v[j] / static_cast<double>(m);
-      moved = larger(moved, size_of(wide(u[i] * sum - 1)));
-      u[i] = 1 / sum;
-    }
-  }
-  wide value = 0;
+  std::vector<double> rough_u(n, 1), rough_v(m, 1);
+  balance(rough_k, rough_u, rough_v, 1e-13);
+  std::vector<wide> u(rough_u.begin(), rough_u.end()), v(rough_v.begin(), rough_v.end());
+  balance(k, u, v, wide(1e-16));
+
+  wide dual = 0, primal = 0;
+  for (const wide& scale : u)
+    dual += epsilon * log(scale) / static_cast<double>(n);
+  for (const wide& scale : v)
+    dual += epsilon * log(scale) / static_cast<double>(m);
   for (std::size_t i = 0; i < n; ++i)
     for (std::size_t j = 0; j < m; ++j) {
       const wide ratio = u[i] * k[i][j] * v[j]; // plan over product of the weights
-      value += ratio * (cost[i][j] + epsilon * log(ratio)) / static_cast<double>(n * m);
+      primal += ratio * (cost[i][j] + epsilon * log(ratio)) / static_cast<double>(n * m);
     }
-  return value;
+  REQUIRE(size_of(wide(primal - dual)) <= wide(1e-14) * (1 + size_of(dual)));
+  return dual;
 }
 wide divergence(const points& x, const points& y, double epsilon, bool debiased) {
   const wide across = transport(x, y, epsilon);
