@@ -484,6 +484,29 @@ TEST_CASE("Metrix: calls", "[threads]") {
   }
   CHECK(near(copies(x.view(), labels, whole),
              alone + clean(x.view(), rows.view(), labels, of_whole), 1e-13));
+  { // An anchor without anything positive, or negative, does not count in the mean.
+    const perdita::lifted_structure<double> lifted(
+        {.margin = 3, .terms = perdita::lifted_terms::anchors});
+    const perdita::metrix of_copies(lifted, {.weight = 1, .strangers = true});
+    auto lonely = labels;
+    lonely[0] = 99;
+    perdita::mixed_examples<double> others;
+    of_whole.clear();
+    rows = batch<double>(n, 5);
+    for (index k = 0; k < n; ++k) {
+      const index from = 1 + k % (n - 1);
+      others.first.push_back(from);
+      others.second.push_back(from);
+      others.share.push_back(1);
+      of_whole.push_back(lonely[static_cast<std::size_t>(from)]);
+      std::copy_n(&x.x[static_cast<std::size_t>(5 * from)], 5,
+                  &rows.x[static_cast<std::size_t>(5 * k)]);
+    }
+    CHECK(near(of_copies(x.view(), lonely, others),
+               lifted(x.view(), lonely) + lifted(x.view(), rows.view(), lonely, of_whole), 1e-13));
+    const std::vector<int> all_one(40, 1);
+    CHECK(of_copies(x.view(), all_one, others) == 0);
+  }
   { // A weight of 0 takes an anchor out of both parts.
     for (std::size_t i = 20; i < 40; ++i)
       weights[i] = 0;

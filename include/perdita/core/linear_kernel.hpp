@@ -219,14 +219,16 @@ private:
   void go_back(bool first_block, bool made) {
     if (thresholds_.any())
       begin_thresholds();
-    const bool emitted = thresholds_.measured() && measure(made) && kept_;
+    std::fill_n(live_, slots_, whole);
+    if (thresholds_.measured())
+      measure(made);
     // Both products of a few pieces, then of the next: few enough to be in the last-level cache
     // still, and enough for every worker to have several.
     const index together = std::min(slots_, std::max<index>(16, 4 * workers_));
     for (index piece = 0; piece < shape_.pieces(); piece += together) {
       const index n = std::min(together, shape_.pieces() - piece), kept = kept_ ? piece : 0;
       for_each(n, [&](const worker& w, index i) {
-        if (!emitted)
+        if (live_[kept + i] != emitted)
           emit(w, piece + i, slot(kept + i), made);
         add_to_weights(w, piece + i, kept + i, first_block);
       });
@@ -288,14 +290,13 @@ private:
     for (index p = 0; p < block_.panels(); ++p)
       thresholds_.begin(p, block_.mass(p), job_.scale);
   }
-  /// Chooses the rows' thresholds, once it is known what each would drop. Returns whether all
-  /// pieces were emitted for that.
-  bool measure(bool made) {
+  /// Chooses the rows' thresholds, once it is known what each would drop, where that pays.
+  void measure(bool made) {
     for (index i = 0; i < workers_; ++i)
       clear(all_workers_[i].masses);
-    const bool all = made || worth_measuring();
+    const bool all = worth_measuring(made);
     if (all)
-      for_slices([&](const worker& w, index piece, T* scores) { weigh(w, piece, scores, made); },
+      for_slices([&](const worker& w, index piece, T*) { weigh(w, piece, made); },
                  [this](const worker& w, index s) { put_masses(w, s); });
     for (index p = 0; p < block_.panels(); ++p) {
       double dropped[lanes<T>] = {};
@@ -307,23 +308,31 @@ private:
         for (index i = 0; i < block_.rows_in(p); ++i)
           linear_.dropped[block_.rows()[p * width + i]] = dropped[i];
     }
-    return all;
   }
-  void weigh(const worker& w, index piece, T* scores, bool made) const {
-    emit(w, piece, scores, made);
+  /// A piece's gradient, which stays if scores do, is added to what the thresholds would drop.
+  void weigh(const worker& w, index piece, bool made) const {
+    const T* const gradient = emitted_once(w, piece, made);
     for (index p = 0; p < block_.panels(); ++p)
-      thresholds_.measure(p, scores + p * shape_.panel(), size_of(piece), w.masses[p]);
+      thresholds_.measure(p, gradient + p * shape_.panel(), size_of(piece), w.masses[p]);
+  }
+  const T* emitted_once(const worker& w, index piece, bool made) const {
+    const index s = kept_ ? piece : w.number;
+    if (live_[s] != emitted)
+      emit(w, piece, slot(s), made);
+    if (kept_)
+      live_[s] = emitted;
+    return slot(s);
   }
   void put_masses(const worker& w, index slice) const {
     for (index p = 0; p < block_.panels(); ++p)
       thresholds_.put(p, slice, w.masses[p]);
     clear(w.masses);
   }
-  /// Where scores are not kept, all of them have to be made once more to find the thresholds: one
-  /// product, of which a list saves most of two. So a few pieces are looked at first: whether there
-  /// would be a list for three in four of them, if the others were like them.
-  bool worth_measuring() {
-    constexpr index one_in = 16, offset = 8;
+  /// Measuring takes as long as so many features of a product; where scores are not kept, all of
+  /// them have to be made once more for it, another product; lists save at most two. So a few
+  /// pieces are looked at first: what lists would save, if the others were like them.
+  bool worth_measuring(bool made) {
+    constexpr index one_in = 16, offset = 8, features = 80;
     const index samples = (slices_ - offset + one_in - 1) / one_in;
     if (slices_ <= offset)
       return true;
@@ -337,22 +346,21 @@ private:
     for (index p = 0; p < block_.panels(); ++p)
       thresholds_.forget(p);
     for_each(samples, [&](const worker& w, index k) {
-      weigh(w, piece_of(k), slot(w.number), false);
+      weigh(w, piece_of(k), made);
       put_masses(w, k);
     });
     double dropped[lanes<T>];
     for (index p = 0; p < block_.panels(); ++p)
       thresholds_.choose(p, static_cast<double>(classes) / static_cast<double>(shape_.classes),
                          dropped);
-    std::atomic<index> few{0};
+    std::atomic<index> saved{0};
     for_each(samples, [&](const worker& w, index k) {
       const index piece = piece_of(k);
-      emit(w, piece, slot(w.number), false);
-      if (thresholds_.few(slot(w.number), size_of(piece), shape_.panel(), block_.count()))
-        ++few;
+      saved += thresholds_.saved(emitted_once(w, piece, made), size_of(piece), shape_.panel(),
+                                 block_.count());
     });
     begin_thresholds();
-    return 4 * few >= 3 * samples;
+    return 2 * depth_ * saved > classes * block_.count() * (features + (kept_ ? 0 : depth_));
   }
 
   // ---- products
@@ -366,13 +374,13 @@ private:
       add_to_bias(first, n, gradient, !first_block || linear_.accumulate_weights);
     const index step = weights_lie_ ? linear_.d_weights.row_stride : depth_;
     T* to = weights_lie_ ? linear_.d_weights.pointer(first, 0) : stage_weights_ + first * depth_;
-    live_[s] = -1;
+    live_[s] = whole;
     if constexpr (may_use_tiles)
       if (tiles_.used()) {
         tiles_.add_to_weights(gradient, n, count, to, step, accumulate, w.panels);
         return tiles_.turn(gradient, n, block_.panels(), w.rows);
       }
-    if (thresholds_.any() && thresholds_.few(gradient, n, shape_.panel(), count))
+    if (thresholds_.any() && thresholds_.saved(gradient, n, shape_.panel(), count) > 0)
       return add_live_to_weights(w, n, s, to, step, accumulate);
     for (index d = 0; d < depth_; d += shape::columns) {
       const index cols = std::min(shape::columns, depth_ - d);
@@ -489,8 +497,10 @@ private:
   linear_thresholds<T> thresholds_;
   tiles tiles_;
   T* slot_memory_ = nullptr;
-  index* live_ = nullptr; // of every slot: entries in its list; -1 where it holds all
-  T** places_ = nullptr;  // where each row's gradient goes
+  static constexpr index whole = -1, emitted = -2; // what lies in a slot, where it is no list:
+                                                   // all of a piece, for emit() or after it
+  index* live_ = nullptr;                          // of every slot: entries in its list
+  T** places_ = nullptr;                           // where each row's gradient goes
   T *stage_hidden_ = nullptr, *stage_weights_ = nullptr;
   worker* all_workers_ = nullptr;
 };
