@@ -5,10 +5,11 @@
 //
 //   build/bench/bench/bench_maps
 //
-// A benchmark is named maps/MAP/sigma:S; S is the standard deviation of the scores, and the smaller
-// it is, the more classes have a share. Its counters: us_per_row; x_maximum, time ÷ time of finding
-// the rows' maxima (reading once); x_copy, time ÷ time of copying the rows past the caches (reading
-// and writing once, as a map does); `noise` as in bench_cross_entropy. All take turns, one thread.
+// A benchmark is named maps/MAP/sigma:S/threads:N; S is the standard deviation of the scores, and
+// the smaller it is, the more classes have a share. Its counters: us_per_row; x_maximum, time ÷
+// time of finding the rows' maxima (reading once); x_copy, time ÷ time of copying the rows past the
+// caches (reading and writing once, as a map does); `noise` as in bench_cross_entropy. All take
+// turns, on the same threads.
 
 #include <algorithm>
 #include <cmath>
@@ -31,7 +32,8 @@ constexpr shape size{64, 128256};
 using rows_in = matrix_view<const float>;
 using rows_out = matrix_view<float>;
 
-template <class Map> void against_limits(benchmark::State& state, float sigma, const Map& map) {
+template <class Map>
+void against_limits(benchmark::State& state, float sigma, const pool& run_on, const Map& map) {
   auto* x = reinterpret_cast<float*>(memory().logits());
   auto* p = reinterpret_cast<float*>(memory().gradient());
   const index n = size.rows * size.cols;
@@ -39,9 +41,8 @@ template <class Map> void against_limits(benchmark::State& state, float sigma, c
   current_problem() = {}; // its scores are no longer there
   const rows_in in(x, size.rows, size.cols);
   const rows_out out(p, size.rows, size.cols);
-  const pool& one = threads(1);
 
-  map(in, out);
+  map(in, out, run_on);
   for (index r = 0; r < size.rows; ++r) {
     double sum = 0;
     for (index c = 0; c < size.cols; ++c)
@@ -52,17 +53,24 @@ template <class Map> void against_limits(benchmark::State& state, float sigma, c
     }
   }
 
-  const auto wake = [&] { one.wake(); };
+  const auto wake = [&] { run_on.wake(); };
   contestant maxima(
       [&] {
-        for (index r = 0; r < size.rows; ++r) {
-          auto most = core::find_maximum(x + r * size.cols, size.cols);
+        const auto row = [&](std::size_t r) {
+          auto most = core::find_maximum(x + static_cast<index>(r) * size.cols, size.cols);
           benchmark::DoNotOptimize(most);
-        }
+        };
+        run_on(static_cast<std::size_t>(size.rows), row);
       },
       wake);
-  contestant copying([&] { copy<stores::streaming>(x, p, static_cast<std::size_t>(n)); }, wake);
-  contestant mapping([&] { map(in, out); }, wake);
+  contestant copying(
+      [&] {
+        on_parts(run_on, static_cast<std::size_t>(n), [&](std::size_t first, std::size_t count) {
+          copy<stores::streaming>(x + first, p + first, count);
+        });
+      },
+      wake);
+  contestant mapping([&] { map(in, out, run_on); }, wake);
   for (auto _ : state) {
     compete({&maxima, &copying, &mapping});
     state.SetIterationTime(mapping.seconds());
@@ -74,27 +82,35 @@ template <class Map> void against_limits(benchmark::State& state, float sigma, c
 }
 
 template <class Map> void add(const std::string& name, const Map& map) {
+  const std::size_t most = processors().size() > 1 ? 2 : 1;
   for (const int sigma : {1, 3})
-    benchmark::RegisterBenchmark(
-        ("maps/" + name + "/sigma:" + std::to_string(sigma)).c_str(),
-        [=](benchmark::State& s) { against_limits(s, static_cast<float>(sigma), map); })
-        ->UseManualTime()
-        ->Iterations(1)
-        ->Unit(benchmark::kMillisecond);
+    for (std::size_t n = 1; n <= most; ++n)
+      benchmark::RegisterBenchmark(
+          ("maps/" + name + "/sigma:" + std::to_string(sigma) + "/threads:" + std::to_string(n))
+              .c_str(),
+          [=](benchmark::State& s) {
+            against_limits(s, static_cast<float>(sigma), threads(n), map);
+          })
+          ->UseManualTime()
+          ->Iterations(1)
+          ->Unit(benchmark::kMillisecond);
 }
 
 void register_all() {
   static perdita::workspace memory;
-  static const pool& one = threads(1);
-  add("softmax", [](rows_in x, rows_out p) { perdita::softmax(x, p, one, &memory); });
-  add("sparsemax",
-      [](rows_in x, rows_out p) { perdita::sparsemax(x, p, {.run_on = one, .memory = &memory}); });
-  add("entmax15",
-      [](rows_in x, rows_out p) { perdita::entmax15(x, p, {.run_on = one, .memory = &memory}); });
+  add("softmax",
+      [](rows_in x, rows_out p, const pool& run_on) { perdita::softmax(x, p, run_on, &memory); });
+  add("sparsemax", [](rows_in x, rows_out p, const pool& run_on) {
+    perdita::sparsemax(x, p, {.run_on = run_on, .memory = &memory});
+  });
+  add("entmax15", [](rows_in x, rows_out p, const pool& run_on) {
+    perdita::entmax15(x, p, {.run_on = run_on, .memory = &memory});
+  });
   for (const double alpha : {1.25, 1.75})
-    add("entmax(alpha=" + std::to_string(alpha).substr(0, 4) + ")", [=](rows_in x, rows_out p) {
-      perdita::entmax(x, p, {.alpha = alpha, .run_on = one, .memory = &memory});
-    });
+    add("entmax(alpha=" + std::to_string(alpha).substr(0, 4) + ")",
+        [=](rows_in x, rows_out p, const pool& run_on) {
+          perdita::entmax(x, p, {.alpha = alpha, .run_on = run_on, .memory = &memory});
+        });
 }
 
 } // namespace
