@@ -67,15 +67,13 @@ double target_side(const Formula& formula, index label, T soft, bool has_soft) {
 /// there is no target at all, the one with the largest score. `stage` holds a chunk.
 template <class T> index favourite(const row_job<T>& job, index r, T* stage) {
   const auto& from = job.soft ? job.soft : job.scores;
+  if (from.direct() && from.col_stride == 1)
+    return find_maximum(from.pointer(r, 0), job.scores.cols).at;
   maximum<T> best;
   for (index first = 0; first < job.scores.cols; first += chunk_columns) {
     const index n = std::min(chunk_columns, job.scores.cols - first);
-    const T* x = stage;
-    if (from.direct() && from.col_stride == 1)
-      x = from.pointer(r, first);
-    else
-      from.read(r, first, n, stage);
-    best = merge(best, find_maximum(x, n, first));
+    from.read(r, first, n, stage);
+    best = merge(best, find_maximum(stage, n, first));
   }
   return best.at;
 }
@@ -155,7 +153,6 @@ template <class Formula, class T> class row_kernel {
   static constexpr index width = static_cast<index>(lanes<T>);
   static constexpr index chunk_packs = chunk_columns / width;
   static constexpr index prefetch_bytes = 16384;
-  static constexpr index prefetch_distance = prefetch_bytes / static_cast<index>(sizeof(T));
 
 public:
   static index rows_per_sum(const row_job<T>& job) { return block_rows(job); }
@@ -171,6 +168,11 @@ public:
                            !job.accumulate),
         images_in_row_(job.in_place() && scores_in_place_ && gradient_in_place_),
         has_gradient_(job.has_gradient()) {
+    // A row without a target has just been read for its favourite; it is the next that is far,
+    // unless one that short of a cache leaves again.
+    constexpr index three_in_cache = (index{2} << 20) / 3 / static_cast<index>(sizeof(T));
+    if (!job.labels && !job.soft && scores_in_place_ && cols_ <= three_in_cache)
+      ahead_ = group_size(cols_) * job.scores.row_stride;
     carver memory(scratch);
     lay_out(memory, scratch != nullptr);
     scratch_bytes_ = memory.used();
@@ -770,7 +772,7 @@ private:
         if constexpr (Emit)
           from = V::load(e.from + j);
         if constexpr (Absorb) {
-          prefetch(a.x + j + prefetch_distance);
+          prefetch(a.x + j + ahead_);
           V look = V::load(a.x + j), z = formula_.score(look);
           V side(0);
           if constexpr (Formula::has_side)
@@ -911,6 +913,7 @@ private:
   index cols_, chunks_;
   bool scores_in_place_, soft_in_place_, gradient_in_place_, images_in_row_, has_gradient_;
   std::size_t scratch_bytes_ = 0;
+  index ahead_ = prefetch_bytes / static_cast<index>(sizeof(T)); // what is asked for in time
   live_row *current_ = nullptr, *previous_ = nullptr;
   index pending_ = 0; // rows of previous_ whose gradient is not written
   T* stage_x_[2] = {nullptr, nullptr};

@@ -55,12 +55,21 @@ template <class T> maximum<T> merge(const maximum<T>& a, const maximum<T>& b) {
 template <class T> maximum<T> find_maximum(const T* x, index n, index first = 0) {
   using V = pack<T>;
   constexpr auto width = static_cast<index>(lanes<T>);
-  V seen(maximum<T>{}.value);
-  for (index j = 0; j < n; j += width)
-    seen = max(j + width <= n ? V::load(x + j) : load_first(x + j, n - j, seen), seen);
-  const T most = max_lanes(seen);
-  return most > maximum<T>{}.value ? maximum<T>{most, first + (std::find(x, x + n, most) - x)}
-                                   : maximum<T>{};
+  constexpr index chains = 4; // none of which waits for another
+  const V nothing(maximum<T>{}.value);
+  V seen[chains] = {nothing, nothing, nothing, nothing};
+  index j = 0;
+  for (; j + chains * width <= n; j += chains * width)
+    for (index k = 0; k < chains; ++k)
+      seen[k] = max(V::load(x + j + k * width), seen[k]);
+  for (; j < n; j += width)
+    seen[0] = max(j + width <= n ? V::load(x + j) : load_first(x + j, n - j, nothing), seen[0]);
+  const T most = max_lanes(max(max(seen[0], seen[1]), max(seen[2], seen[3])));
+  if (!(most > maximum<T>{}.value))
+    return {};
+  for (j = 0; j + width <= n && !any(V::load(x + j) == V(most));)
+    j += width;
+  return {most, first + (std::find(x + j, x + n, most) - x)};
 }
 
 /// Σ e^{z-s}. The shift starts as the maximum of the first few scores and follows the maximum from
