@@ -8,11 +8,17 @@
 ///   solve(x, n, room)           the summary of a row; `room` is for n numbers and a pack
 ///   solve(x, n, label, room)    the same, where it depends on the label
 ///   slopes<V>(c)                z → ∂value/∂score, from the outcome's coefficients in double
+///   edge<T>(c)                  below it slopes are 0; where they take so long that they are only
+///                               taken of the others, in double
 ///   record(row, summary)        of a map: takes note of what else was found
 ///
 /// A job without labels is a map: the slopes are the result.
 
+#include <bit>
+#include <cstdint>
+
 #include "row_kernel.hpp"
+#include "threshold.hpp"
 
 namespace perdita::inline PERDITA_ABI::core {
 
@@ -27,8 +33,13 @@ template <class Formula, class T> class resident_kernel {
   static constexpr index width = static_cast<index>(lanes<T>);
   /// A solved row is soon read again.
   static constexpr index cached_numbers = (index{1} << 18) / static_cast<index>(sizeof(T));
+  /// Up to here, a row and the next may be cached at once.
+  static constexpr index two_in_cache = (index{1} << 20) / static_cast<index>(sizeof(T));
   static constexpr bool has_slopes = requires(const Formula& f, const double* c) {
     f.template slopes<V>(c);
+  };
+  static constexpr bool has_edge = requires(const Formula& f, const double* c) {
+    { f.template edge<T>(c) } -> std::same_as<T>;
   };
 
 public:
@@ -39,7 +50,10 @@ public:
       : formula_(formula), job_(job), cols_(job.scores.cols),
         scores_in_place_(job.scores.direct() && job.scores.col_stride == 1),
         gradient_in_place_(job.gradient.direct() && job.gradient.col_stride == 1 &&
-                           !job.accumulate) {
+                           !job.accumulate),
+        // Ordinary stores where there would be hardly a whole line.
+        streaming_(job.streaming && gradient_in_place_ && cols_ >= 8 * width),
+        prefetches_(scores_in_place_ && cols_ <= two_in_cache) {
     carver memory(scratch);
     const auto row = static_cast<std::size_t>(cols_ + width);
     if (scores_in_place_)
@@ -66,10 +80,13 @@ public:
           ignore(r);
       }
       if (count > 0)
-        batch(rows, count, *total);
+        batch(rows, count, last, *total);
     }
   }
-  void drain() {}
+  void drain() {
+    if (streaming_)
+      stream_fence();
+  }
 
 private:
   void ignore(index r) {
@@ -87,7 +104,7 @@ private:
       return formula_.solve(x, cols_, candidates_);
   }
 
-  void batch(const index* rows, index count, value_sum& total) {
+  void batch(const index* rows, index count, index last, value_sum& total) {
     using W = pack<double>;
     const T* x[finish_rows];
     gather(rows, count, x);
@@ -123,7 +140,10 @@ private:
           double c[coefficients];
           for (int k = 0; k < coefficients; ++k)
             c[k] = out[2 + k][i];
-          emit(rows[i], x[i], c, out[1][i]);
+          double size = 0;
+          if constexpr (has_edge)
+            size = in[2 + statistic::size][i];
+          emit(rows[i], last, x[i], c, out[1][i], size);
         }
     }
   }
@@ -145,18 +165,58 @@ private:
         job_.scores.read(rows[i], c, 1, panel_ + i * step + c);
   }
 
-  void emit(index r, const T* x, const double* c, double target) {
+  void emit(index r, index last, const T* x, const double* c, double target,
+            [[maybe_unused]] double size) {
     const V scale(static_cast<T>(job_.row_scale(r)));
+    const V own(static_cast<T>(target * job_.row_scale(r)));
+    const index label = job_.labels ? static_cast<index>(job_.label(r)) : -1;
     const auto slopes = formula_.template slopes<V>(c);
     T* out = gradient_in_place_ ? job_.gradient.pointer(r, 0) : out_;
-    const auto slope = [&](const V& z) __attribute__((always_inline)) { return slopes(z) * scale; };
+    V edge(0);
+    const double* few = nullptr; // the slopes of those from the edge on
+    if constexpr (has_edge)
+      // By the pack where hardly a pack has any, and where most have.
+      if (const index n = static_cast<index>(size); n > cols_ / 1024 && n < cols_ / 4) {
+        edge = V(formula_.template edge<T>(c));
+        few = list_slopes(x, c);
+      }
+    const auto finished = [&](const V& z, index j) __attribute__((always_inline)) {
+      V slope(0);
+      if (few)
+        for (std::uint32_t left = lane_bits(z >= edge); left != 0; left &= left - 1)
+          slope = select(iota<T>() == V(static_cast<T>(std::countr_zero(left))),
+                         V(static_cast<T>(*few++)), slope);
+      else
+        slope = slopes(z);
+      const V g = slope * scale;
+      if (static_cast<std::size_t>(label - j) < lanes<T>) [[unlikely]]
+        return select(iota<T>() == V(static_cast<T>(label - j)), own, g);
+      return g;
+    };
+    const auto part = [&](index j, index n) {
+      const V nothing(std::numeric_limits<T>::quiet_NaN()); // not from the edge on
+      store_first(finished(load_first(x + j, n, nothing), j), out + j, n);
+    };
     index j = 0;
-    for (; j + width <= cols_; j += width)
-      slope(V::load(x + j)).store(out + j);
+    const T* next = x; // what is asked for while this is written
+    if (streaming_) {
+      const auto address = reinterpret_cast<std::uintptr_t>(out);
+      j = std::min(cols_, static_cast<index>((64 - address % 64) % 64 / sizeof(T)));
+      if (j > 0)
+        part(0, j);
+      if (prefetches_ && r + rows_at_once_ < last)
+        next = job_.scores.pointer(r + rows_at_once_, 0);
+    }
+    if (streaming_)
+      for (; j + width <= cols_; j += width) {
+        prefetch(next + j);
+        finished(V::load(x + j), j).stream(out + j);
+      }
+    else
+      for (; j + width <= cols_; j += width)
+        finished(V::load(x + j), j).store(out + j);
     if (j < cols_)
-      store_first(slope(load_first(x + j, cols_ - j, V(0))), out + j, cols_ - j);
-    if (job_.labels)
-      out[job_.label(r)] = static_cast<T>(target * job_.row_scale(r));
+      part(j, cols_ - j);
     if (gradient_in_place_)
       return;
     if (job_.accumulate) {
@@ -167,10 +227,20 @@ private:
     job_.gradient.write(r, 0, cols_, out_);
   }
 
+  /// The slopes of the scores from the edge on, in their order.
+  const double* list_slopes(const T* x, const double* c) const {
+    using W = pack<double>;
+    const index count = gather_from(x, cols_, formula_.template edge<T>(c), T(0), candidates_);
+    const auto slopes = formula_.template slopes<W>(c);
+    for (index k = 0; k < count; k += static_cast<index>(lanes<double>))
+      slopes(W::load(candidates_ + k)).store(candidates_ + k);
+    return candidates_;
+  }
+
   const Formula& formula_;
   const row_job<T>& job_;
   index cols_, rows_at_once_ = finish_rows;
-  bool scores_in_place_, gradient_in_place_;
+  bool scores_in_place_, gradient_in_place_, streaming_, prefetches_;
   std::size_t scratch_bytes_ = 0;
   double* candidates_ = nullptr;
   T *panel_ = nullptr, *out_ = nullptr, *sum_ = nullptr;

@@ -93,6 +93,7 @@ template <class T> PERDITA_INLINE T negative(T a) { return -a; }
 /// The same number, held in a register from here on.
 template <class T> PERDITA_INLINE T kept(T a) { return rounded(a); }
 PERDITA_INLINE bool any(bool m) { return m; }
+PERDITA_INLINE std::uint32_t lane_bits(bool m) { return m; }
 PERDITA_INLINE bool both(bool a, bool b) { return a && b; }
 PERDITA_INLINE bool either(bool a, bool b) { return a || b; }
 template <class T> PERDITA_INLINE auto as_bits(T a) { return std::bit_cast<bits_of<T>>(a); }
@@ -259,6 +260,29 @@ template <class T> PERDITA_INLINE batch<T> kept(batch<T> a) {
   return a;
 }
 template <class M> PERDITA_INLINE bool any(const M& m) { return xsimd::any(m); }
+/// Lane i as bit i.
+template <class T> PERDITA_INLINE std::uint32_t lane_bits(const xsimd::batch_bool<T>& m) {
+#if defined(__AVX512F__)
+  return static_cast<std::uint32_t>(m.data);
+#elif defined(__AVX__)
+  if constexpr (sizeof(T) == 4)
+    return static_cast<std::uint32_t>(_mm256_movemask_ps(m.data));
+  else
+    return static_cast<std::uint32_t>(_mm256_movemask_pd(m.data));
+#elif defined(__SSE2__)
+  if constexpr (sizeof(T) == 4)
+    return static_cast<std::uint32_t>(_mm_movemask_ps(m.data));
+  else
+    return static_cast<std::uint32_t>(_mm_movemask_pd(m.data));
+#else
+  T set[batch<T>::size];
+  xsimd::select(m, batch<T>(T(1)), batch<T>(T(0))).store_unaligned(set);
+  std::uint32_t result = 0;
+  for (std::size_t i = 0; i < batch<T>::size; ++i)
+    result |= static_cast<std::uint32_t>(set[i] != T(0)) << i;
+  return result;
+#endif
+}
 template <class M> PERDITA_INLINE M both(const M& a, const M& b) { return a & b; }
 template <class M> PERDITA_INLINE M either(const M& a, const M& b) { return a | b; }
 
@@ -553,6 +577,13 @@ template <class T> PERDITA_INLINE bool any(const pack_mask<T>& m) {
   bool result = false;
   for (const auto& x : m.r)
     result |= reg::any(x);
+  return result;
+}
+/// Lane i as bit i.
+template <class T> PERDITA_INLINE std::uint32_t lane_bits(const pack_mask<T>& m) {
+  std::uint32_t result = 0;
+  for (std::size_t i = 0; i < registers<T>; ++i)
+    result |= reg::lane_bits(m.r[i]) << (i * pack<T>::step);
   return result;
 }
 /// Not as x != x: xsimd's comparison is an ordered one on some instruction sets.

@@ -5,7 +5,9 @@
 /// for the maximum, one that gathers what is near enough to it to count, and an iteration on that.
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
+#include <cstdint>
 #include <limits>
 
 #include "math.hpp"
@@ -48,24 +50,46 @@ template <class T> T top_score(const T* x, index n, T* most = nullptr) {
   return top == inf ? nan : top;
 }
 
+/// Where among n ≤ chunk_columns scores those from `edge` on are, in their order; returns how many.
+/// `at` has room for n and 4.
+template <class T> index find_from(const T* x, index n, T edge, std::uint16_t* at) {
+  using V = pack<T>;
+  constexpr index width = static_cast<index>(lanes<T>), group = 64;
+  const V nothing(std::numeric_limits<T>::quiet_NaN());
+  V most[2] = {V(-std::numeric_limits<T>::infinity()), V(-std::numeric_limits<T>::infinity())};
+  index i = 0;
+  for (; i + 2 * width <= n; i += 2 * width)
+    for (index k = 0; k < 2; ++k)
+      most[k] = max(V::load(x + i + k * width), most[k]);
+  if (i == n && !any(max(most[0], most[1]) >= V(edge)))
+    return 0;
+  index count = 0;
+  for (i = 0; i < n; i += group) {
+    std::uint64_t here = 0;
+    for (index k = 0; k < group && i + k < n; k += width) {
+      const index rest = n - (i + k);
+      const V z = rest >= width ? V::load(x + i + k) : load_first(x + i + k, rest, nothing);
+      here |= static_cast<std::uint64_t>(lane_bits(z >= V(edge))) << k;
+    }
+    std::uint16_t* to = at + count;
+    count += std::popcount(here);
+    // Four whether there are or not: what cannot be foretold takes longer.
+    for (int k = 0; k < 4 || here != 0; ++k, here &= here - 1)
+      *to++ = static_cast<std::uint16_t>(i + std::countr_zero(here));
+  }
+  return count;
+}
+
 /// Writes x_j − top for every score from `edge` on, in their order; returns how many there are.
 template <class T> index gather_from(const T* x, index n, T edge, T top, double* out) {
-  using V = pack<T>;
-  constexpr index width = static_cast<index>(lanes<T>);
-  index count = 0, i = 0;
-  const auto gather = [&](index end) {
-    for (; i < end; ++i) {
-      out[count] = static_cast<double>(x[i]) - static_cast<double>(top);
-      count += x[i] >= edge;
-    }
-  };
-  while (i + width <= n)
-    if (any(V::load(x + i) >= V(edge)))
-      gather(i + width);
-    else
-      i += width;
-  gather(n);
-  return count;
+  std::uint16_t at[chunk_columns + 4];
+  const double* const start = out;
+  for (index i = 0; i < n; i += chunk_columns) {
+    const index count = find_from(x + i, std::min(chunk_columns, n - i), edge, at);
+    for (index k = 0; k < count; ++k)
+      *out++ = static_cast<double>(x[i + at[k]]) - static_cast<double>(top);
+  }
+  return out - start;
 }
 
 /// A row's projection onto the simplex: the support S = {z > τ} with τ = (Σ_S z − 1)/|S|, as
@@ -213,10 +237,9 @@ public:
   /// In double, because a power below 1 is steep near 0; most scores are outside and cost a look.
   template <class V> auto slopes(const double* c) const {
     using T = typename V::value_type;
-    const T end = std::nextafter(static_cast<T>(c[0] - 1 / c[1]), std::numeric_limits<T>::lowest());
-    return [this, end = V(end), shift = pack<double>(c[0]), rate = pack<double>(c[1]),
+    return [this, edge = V(edge<T>(c)), shift = pack<double>(c[0]), rate = pack<double>(c[1]),
             top = pack<double>(c[2])](const V& z) {
-      if (!any(!(z <= end))) // NaN is not outside
+      if (!any(!(z < edge))) // NaN is not outside
         return V(0);
       pack<double> wide[sizeof(double) / sizeof(T)], base;
       widen(z, wide);
@@ -228,6 +251,8 @@ public:
       return narrow(wide);
     };
   }
+  /// Scores below are outside.
+  template <class T> static T edge(const double* c) { return static_cast<T>(c[0] - 1 / c[1]); }
   double lead(const tsallis_trial& t) const {
     const double a = order_, m = t.rest;
     if (m > 0.5 || a * m > 1) // = (1 − (1−m)^a (1 + a m)) / (a (a + 1))
