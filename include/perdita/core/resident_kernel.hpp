@@ -231,8 +231,10 @@ private:
   const double* list_slopes(const T* x, const double* c) const {
     using W = pack<double>;
     const index count = gather_from(x, cols_, formula_.template edge<T>(c), T(0), candidates_);
+    constexpr index step = static_cast<index>(lanes<double>);
+    std::fill_n(candidates_ + count, step - 1, 0.0);
     const auto slopes = formula_.template slopes<W>(c);
-    for (index k = 0; k < count; k += static_cast<index>(lanes<double>))
+    for (index k = 0; k < count; k += step)
       slopes(W::load(candidates_ + k)).store(candidates_ + k);
     return candidates_;
   }
