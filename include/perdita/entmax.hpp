@@ -31,10 +31,9 @@ template <class Power> struct entmax_formula : row_formula {
     return solve_tsallis(power, x, n, room);
   }
   template <class V> auto slopes(const double* c) const { return power.template slopes<V>(c); }
-  template <class T> auto edge(const double* c) const {
-    if constexpr (requires { power.template edge<T>(c); })
-      return power.template edge<T>(c);
-  }
+  template <class T>
+  requires requires(const Power& p, const double* c) { p.template edge<T>(c); }
+  T edge(const double* c) const { return power.template edge<T>(c); }
   template <class Row> auto finish(const Row& row) const {
     using W = decltype(row.target);
     const W behind = row.shift - row.target;

@@ -39,7 +39,7 @@ template <class Formula, class T> class resident_kernel {
     f.template slopes<V>(c);
   };
   static constexpr bool has_edge = requires(const Formula& f, const double* c) {
-    { f.template edge<T>(c) } -> std::same_as<T>;
+    f.template edge<T>(c);
   };
 
 public:
