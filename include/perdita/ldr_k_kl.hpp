@@ -41,14 +41,20 @@ template <class T> struct ldr_k_kl_formula : solved_formula {
   }
   row_solution solve(const T* x, index n, index y, double* d) const {
     constexpr double inf = std::numeric_limits<double>::infinity();
-    const rival_scores<T> rivals(x, n, y);
+    part_maxima<T> parts(n, k, d);
+    const rival_scores<T> rivals(x, n, y, parts);
     const auto own = static_cast<double>(x[y]);
     if (rivals.lost || own == inf)
       return no_solution();
     // Margins δ over the label, or over the largest rival where the label is masked.
     const bool has_label = own > -inf;
     const double from = (has_label ? own : static_cast<double>(rivals.top)) - margin;
-    const index found = rivals.largest(k, d), left = std::min(k, found + has_label);
+    index found = !rivals.all_masked();
+    if (k > 1)
+      found = rivals.largest(k, parts, d).chosen;
+    else
+      d[0] = static_cast<double>(rivals.top);
+    const index left = std::min(k, found + has_label);
     if (left == 0)
       return solution(inf, -1);
     const auto most = static_cast<double>(left); // at the cap, at the most

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -19,62 +20,110 @@ template <class T> struct robust_log_formula : solved_formula {
   double a;
   double per_rival; // 1/(K − 1)
 
-  template <class V> auto slopes(const double* c) const {
-    return [
-      this, top = V(static_cast<T>(c[0])), share = V(static_cast<T>(c[1])),
-      even = V(static_cast<T>(c[2]))
-    ](const V& x) __attribute__((always_inline)) {
-      const V p = exp(x - top) * share;
-      return p * (V(static_cast<T>(per_rival)) / (V(static_cast<T>(a)) + p) + even);
+  template <class V> auto image(const double* c) const {
+    return [near = V(static_cast<T>(c[0]))](const V& x) __attribute__((always_inline)) {
+      return exp(x - near);
     };
   }
-  row_solution solve(const T* x, index n, index y, double*) const {
-    const rival_scores<T> rivals(x, n, y);
+  template <class V> auto slopes(const double* c) const {
+    // With q = p/a, as p/(a + p) = q/(1 + q).
+    return [
+      share = V(static_cast<T>(c[1] / a)), even = V(static_cast<T>(c[2] * a)),
+      each = V(static_cast<T>(per_rival))
+    ](const V& image) __attribute__((always_inline)) {
+      const V q = image * share;
+      return q * (each / (q + 1) + even);
+    };
+  }
+  row_solution solve(const T* x, index n, index y, double*, T* images) const {
+    image_sweep<T> sweep(1, images);
+    const rival_scores<T> rivals(x, n, y, sweep);
     if (rivals.lost)
       return no_solution();
-    if (rivals.all_masked()) // p_y = 1, or, with the label masked too, 0
+    if (rivals.all_masked()) { // p_y = 1, or, with the label masked too, 0
+      std::fill_n(images, n, T(0));
       return solution(x[y] > rivals.top ? 0.0 : std::log1p(1 / a), 0);
-    const double sum = rivals.sum_of_images(rivals.top, 1);
-    const scalar_odds odds(std::log(sum) - rivals.label);
-    const rival_sums s = sums(rivals, odds.miss / sum);
-    const double h = odds.hit / (a + odds.hit);
-    return solution(std::log1p(odds.miss / (a + odds.hit)) + s.logs * per_rival,
-                    -odds.hit * (odds.miss / (a + odds.hit) + s.shares * per_rival), rivals.top,
-                    odds.miss / sum, h - s.shares * per_rival);
-  }
-
-private:
-  /// Σ log(1 + p_k/a) and Σ p_k/(a + p_k)
-  struct rival_sums {
-    double logs, shares;
-  };
-  /// A logarithm takes long, so several terms are multiplied first: as their product less 1, to
-  /// which (e, q) → e (1 + q) + q adds one and, with nothing subtracted, keeps its digits.
-  rival_sums sums(const rival_scores<T>& rivals, double share) const {
-    using V = pack<T>;
-    const double most = std::log(static_cast<double>(std::numeric_limits<T>::max())) - 1;
-    const auto at_once = static_cast<int>(std::fmax(1, std::fmin(16, most / std::log1p(1 / a))));
-    const V shift(rivals.top), one(1), factor(static_cast<T>(share / a));
-    V product(0), some_shares(0);
+    }
+    const double sum = sweep.sum.total(0);
+    const auto near = static_cast<double>(rivals.near);
+    // Of the rivals and of the label, on the larger one's scale.
+    const double lead = static_cast<double>(x[y]) - near, e = std::exp(-std::fabs(lead));
+    const double against = lead > 0 ? sum * e : sum, both = against + (lead > 0 ? 1 : e);
+    const double miss = against / both, hit = (lead > 0 ? 1 : e) / both;
+    constexpr auto width = static_cast<index>(lanes<T>);
+    const pack<T> factor(static_cast<T>(miss / sum / a));
     wide_lanes<T> logs, shares;
     logs.clear();
     shares.clear();
-    int left = at_once;
-    const auto flush = [&]() __attribute__((always_inline)) {
-      logs.add(log1p(product));
-      shares.add(some_shares);
-      product = some_shares = V(0);
-      left = at_once;
-    };
-    rivals.each([&](const V& z, index) __attribute__((always_inline)) {
-      const V q = exp_shifted(z - shift) * factor, with = one + q;
-      some_shares += q / with;
-      product = fma(product, with, q);
-      if (--left == 0)
-        flush();
-    });
-    flush();
-    return {logs.total(), shares.total()};
+    add_up((n + width - 1) / width,
+           [&](index i) __attribute__((always_inline)) {
+             return pack<T>::load(images + i * width) * factor;
+           },
+           [&](const pack<T>& log, const pack<T>& share) __attribute__((always_inline)) {
+             logs.add(log);
+             shares.add(share);
+           });
+    const double h = hit / (a + hit), others = shares.total() * per_rival;
+    return solution(std::log1p(miss / (a + hit)) + logs.total() * per_rival,
+                    -hit * (miss / (a + hit) + others), near, miss / sum, h - others);
+  }
+  summary<solved_row, pack<double>> solve_rows(pack<T>* x, index n, const pack<T>& label) const {
+    using W = pack<double>;
+    const W nothing(-std::numeric_limits<double>::infinity()), zero(0), one(1);
+    const short_rivals<T> rivals(x, n, label);
+    const W own = first_rows(rivals.own), top = first_rows(rivals.top);
+    const auto alone = top == nothing, masked = own == nothing;
+    const W from = select(alone, zero, top);
+    W images[most_short_columns], sum(0);
+    for (index j = 0; j < n; ++j) {
+      images[j] = exp_to<T>(rivals.score(j) - from);
+      sum += images[j];
+    }
+    sum = select(alone, select(masked, one, zero), sum);
+    const W lead = select(alone, select(masked, nothing, zero), own - from);
+    const W e = exp(-abs(lead));
+    const W against = select(lead > zero, sum * e, sum), supporting = select(lead > zero, one, e);
+    const W scale = one / (against + supporting), miss = against * scale, hit = supporting * scale;
+    const W share = select(lead > zero, e * scale, scale), factor = share * W(1 / a);
+    W logs(0), shares(0);
+    add_up(
+        n, [&](index j) __attribute__((always_inline)) { return images[j] * factor; },
+        [&](const W& log, const W& part) __attribute__((always_inline)) {
+          logs += log;
+          shares += part;
+        });
+    const W inverse = one / (W(a) + hit), others = shares * W(per_rival);
+    return solutions(first_rows(rivals.spoilt) + (top - from),
+                     {log1p(miss * inverse) + logs * W(per_rival), -hit * (miss * inverse + others),
+                      from, share, hit * inverse - others});
+  }
+
+private:
+  /// Calls add(Σ log(1 + q), Σ q/(1 + q)) for several of n packs q at a time: a logarithm takes
+  /// long, and so does a division. Logarithms are put together as their product less 1, to which
+  /// (e, q) → e (1 + q) + q adds one and, with nothing subtracted, keeps its digits; fractions as
+  /// one over that product.
+  template <class Term, class Add>
+  PERDITA_INLINE void add_up(index n, const Term& term, const Add& add) const {
+    using V = decltype(term(index{}));
+    constexpr index most_at_once = 64;
+    // The logarithm of what a product may be. It is no more than Σ q, and that no more than 1/a.
+    const double most =
+        std::log(static_cast<double>(std::numeric_limits<typename V::value_type>::max())) - 6;
+    const auto at_once =
+        1 / a < most
+            ? most_at_once
+            : static_cast<index>(std::fmax(1, std::fmin(most_at_once, most / std::log1p(1 / a))));
+    for (index i = 0; i < n;) {
+      V product(0), fractions(0), whole(1); // whole = 1 + product
+      for (const index end = std::min(n, i + at_once); i < end; ++i) {
+        const V q = term(i), with = q + 1;
+        fractions = fma(fractions, with, q * whole);
+        product = fma(product, with, q);
+        whole = whole * with;
+      }
+      add(log1p(product), fractions / whole);
+    }
   }
 };
 

@@ -32,12 +32,14 @@ template <class T> struct top_k_hinge_formula : solved_formula {
   }
   row_solution solve(const T* x, index n, index y, double* order) const {
     constexpr double inf = std::numeric_limits<double>::infinity();
-    const rival_scores<T> rivals(x, n, y);
+    part_maxima<T> parts(n, k, order);
+    const rival_scores<T> rivals(x, n, y, parts);
     const bool has_label = x[y] > -std::numeric_limits<T>::infinity();
     const T gap_of_top = (rivals.top - x[y]) + margin;
     if (rivals.spoilt || (!rivals.all_masked() && gap_of_top != gap_of_top))
       return no_solution();
-    const index found = rivals.largest(k, order), most = std::min(k, found + has_label);
+    const auto [found, gathered] = rivals.largest(k, parts, order);
+    const index most = std::min(k, found + has_label);
     if (most == 0)
       return solution(inf, -1);
     const auto gap = [&](double at) {
@@ -63,7 +65,8 @@ template <class T> struct top_k_hinge_formula : solved_formula {
       return solution(value, part - 1, edge.upper, edge.lower, part);
     }
     const double edge = order[chosen - 1];
-    const auto [above, equal] = rivals.around(static_cast<T>(edge));
+    const index equal = std::count(order, order + gathered, edge);
+    const index above = std::find(order, order + chosen, edge) - order;
     return solution(value, (counted ? 1 / count : 0) - 1, edge, edge,
                     share(above + counted, equal));
   }

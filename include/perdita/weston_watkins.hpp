@@ -30,20 +30,23 @@ template <class T> struct weston_watkins_formula : solved_formula {
     using V = pack<T>;
     constexpr T inf = std::numeric_limits<T>::infinity();
     constexpr auto width = static_cast<index>(lanes<T>);
-    wide_lanes<T> value, active;
-    value.clear();
-    active.clear();
-    for_packs(x, n, -inf, [&](const V& at, index i) {
-      V g = gap(at, V(x[y]));
-      if (y >= i && y < i + width)
-        g = select(iota<T>() == V(static_cast<T>(y - i)), V(0), g);
-      const V positive = select(g > V(0), V(1), V(0));
-      value.add(select(g <= V(0), V(0), g)); // NaN shows
-      active.add(positive);
-    });
-    const double total = value.total(), lost = total == total ? 0 : total;
+    lane_sums<T, 1> value;
+    V active(0);
+    for_packs(
+        x, n, -inf, [&](const V& at, index i) __attribute__((always_inline)) {
+          prefetch(x + i + prefetch_distance<T>);
+          V g = gap(at, V(x[y]));
+          if (y >= i && y < i + width) [[unlikely]]
+            g = select(iota<T>() == V(static_cast<T>(y - i)), V(0), g);
+          const auto inactive = g <= V(0); // NaN shows
+          value.some[0] += select(inactive, V(0), g);
+          value.count_pack();
+          active += select(inactive, V(0), V(1));
+        });
+    const double total = value.total(0), lost = total == total ? 0 : total;
     const double label = static_cast<double>(x[y]), of_label = label == label ? 0 : label;
-    return solution(total + of_label, lost + of_label - active.total(), label, lost + of_label);
+    return solution(total + of_label, lost + of_label - static_cast<double>(total_count(active)),
+                    label, lost + of_label);
   }
 };
 

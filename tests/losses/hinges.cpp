@@ -243,37 +243,56 @@ TEMPLATE_TEST_CASE("rival_scores: against the scores one by one", "[hinges]", fl
     };
     for (const index most : {1, 2, 5, 50}) {
       const auto count = std::min<std::size_t>(std::size_t(most), sorted.size());
-      const index found = rivals.largest(most, room());
+      perdita::core::part_maxima<T> parts(cols, most, room());
+      const perdita::core::rival_scores<T> swept(x.data(), cols, y, parts);
+      const auto [found, gathered] = swept.largest(most, parts, out.data());
       REQUIRE(found == static_cast<index>(count));
       CHECK(got(found) == std::vector<double>(sorted.begin(), sorted.begin() + found));
+      if (found > 0) { // and all that are as large as the last of them
+        const double last = sorted[count - 1];
+        const auto all_gathered = got(gathered);
+        CHECK(std::count(all_gathered.begin(), all_gathered.end(), last) ==
+              std::count(sorted.begin(), sorted.end(), last));
+      }
     }
     index each = 0;
     rivals.each([&](const perdita::core::pack<T>&, index i) { each += i == each * width; });
     CHECK(each == (cols + width - 1) / width);
     if (all.empty()) {
       CHECK(rivals.gather(std::numeric_limits<T>::lowest(), room()) == 0);
-      CHECK(rivals.around(0).above + rivals.around(0).equal == 0);
       return;
     }
     CHECK(rivals.top == static_cast<T>(sorted[0]));
+    std::vector<T> stored(x.size() + std::size_t(width));
+    perdita::core::image_sweep<T> sweep(0.75, stored.data());
+    const perdita::core::rival_scores<T> swept(x.data(), cols, y, sweep);
+    CHECK(swept.top == rivals.top);
+    if (!swept.lost) {
+      const auto near = static_cast<double>(swept.near);
+      CHECK(near <= sorted[0]);
+      CHECK(sorted[0] <= near + 16 / 0.75);
+      wide images = 0, error = 0;
+      for (const double z : all) {
+        const wide one = exp(wide((z - wide(near)) * 0.75));
+        images += one;
+        error += one * (4 + size_of(wide(z - wide(near))));
+      }
+      CHECK(size_of(wide(sweep.sum.total(0) - images)) <=
+            std::numeric_limits<T>::epsilon() * error);
+    }
     for (const double edge : {sorted[0], sorted[sorted.size() / 2], sorted.back(),
                               static_cast<double>(std::numeric_limits<T>::lowest())}) {
       std::vector<double> reached;
-      index above = 0;
       wide images = 0, error = 0; // of those up to it
       for (const double z : all) {
         if (z >= edge)
           reached.push_back(z);
-        above += z > edge;
         const wide image = z > edge ? wide(0) : exp(wide((z - wide(edge)) * 0.75));
         images += image;
         error += image * (4 + size_of(wide(z - wide(edge))));
       }
       CHECK(got(rivals.gather(static_cast<T>(edge), room())) == reached);
-      const auto around = rivals.around(static_cast<T>(edge));
-      CHECK(around.above == above);
-      CHECK(around.equal == std::count(all.begin(), all.end(), edge));
-      if (edge < inf && around.equal > 0)
+      if (edge < inf && std::count(all.begin(), all.end(), edge) > 0)
         CHECK(size_of(wide(rivals.sum_of_images(static_cast<T>(edge), 0.75) - images)) <=
               std::numeric_limits<T>::epsilon() * error);
     }

@@ -7,9 +7,13 @@
 ///
 ///   solve(x, n, room)           the summary of a row; `room` is for n numbers and a pack
 ///   solve(x, n, label, room)    the same, where it depends on the label
+///   solve_rows(x, n, labels)    where there is one, the summaries of finish_rows short rows: see
+///                               solved_row.hpp
 ///   slopes<V>(c)                z → ∂value/∂score, from the outcome's coefficients in double
-///   edge<T>(c)                  below it slopes are 0; where they take so long that they are only
-///                               taken of the others, in double
+///   image<V>(c)                 where there is one: z → image. Then slopes() wants images, which
+///                               solve(x, n, label, room, images) leaves: whole packs of T
+///   edge<T>(c)                  where there is one: below it slopes are 0; they take so long that
+///                               they are taken of the others alone, in double
 ///   record(row, summary)        of a map: takes note of what else was found
 ///
 /// A job without labels is a map: the slopes are the result.
@@ -35,11 +39,18 @@ template <class Formula, class T> class resident_kernel {
   static constexpr index cached_numbers = (index{1} << 18) / static_cast<index>(sizeof(T));
   /// Up to here, a row and the next may be cached at once.
   static constexpr index two_in_cache = (index{1} << 20) / static_cast<index>(sizeof(T));
-  static constexpr bool has_slopes = requires(const Formula& f, const double* c) {
-    f.template slopes<V>(c);
+  static constexpr index least_streamed = 8 * width; // else there would be hardly a whole line
+  static constexpr bool solves_rows_together = requires(const Formula& f, V* x) {
+    f.solve_rows(x, index{}, V(0));
+  };
+  static constexpr bool keeps_images = requires(const Formula& f, const double* c) {
+    f.template image<V>(c);
   };
   static constexpr bool has_edge = requires(const Formula& f, const double* c) {
     f.template edge<T>(c);
+  };
+  static constexpr bool has_slopes = requires(const Formula& f, const double* c) {
+    f.template slopes<V>(c);
   };
 
 public:
@@ -50,15 +61,13 @@ public:
       : formula_(formula), job_(job), cols_(job.scores.cols),
         scores_in_place_(job.scores.direct() && job.scores.col_stride == 1),
         gradient_in_place_(job.gradient.direct() && job.gradient.col_stride == 1 &&
-                           !job.accumulate),
-        // Ordinary stores where there would be hardly a whole line.
-        streaming_(job.streaming && gradient_in_place_ && cols_ >= 8 * width),
-        prefetches_(scores_in_place_ && cols_ <= two_in_cache) {
+                           !job.accumulate) {
     carver memory(scratch);
     const auto row = static_cast<std::size_t>(cols_ + width);
     if (scores_in_place_)
       rows_at_once_ = std::clamp<index>(cached_numbers / cols_, 1, finish_rows);
-    candidates_ = memory.take<double>(row);
+    room_ = memory.take<double>(row);
+    images_ = memory.take<T>(keeps_images ? row * static_cast<std::size_t>(rows_at_once_) : 0);
     panel_ = memory.take<T>(scores_in_place_ ? row : row * finish_rows);
     out_ = memory.take<T>(row);
     sum_ = memory.take<T>(row);
@@ -80,11 +89,11 @@ public:
           ignore(r);
       }
       if (count > 0)
-        batch(rows, count, last, *total);
+        batch(rows, count, *total);
     }
   }
   void drain() {
-    if (streaming_)
+    if (job_.streaming)
       stream_fence();
   }
 
@@ -97,36 +106,33 @@ private:
     store_ignored_report(job_, r);
   }
 
-  auto solve(const T* x, index label) const {
-    if constexpr (requires { formula_.solve(x, cols_, label, candidates_); })
-      return formula_.solve(x, cols_, label, candidates_);
+  T* images(index i) const { return images_ + i * (cols_ + width); }
+  auto solve(const T* x, index label, [[maybe_unused]] index i) const {
+    if constexpr (keeps_images)
+      return formula_.solve(x, cols_, label, room_, images(i));
+    else if constexpr (requires { formula_.solve(x, cols_, label, room_); })
+      return formula_.solve(x, cols_, label, room_);
     else
-      return formula_.solve(x, cols_, candidates_);
+      return formula_.solve(x, cols_, room_);
   }
 
-  void batch(const index* rows, index count, index last, value_sum& total) {
+  void batch(const index* rows, index count, value_sum& total) {
     using W = pack<double>;
     const T* x[finish_rows];
     gather(rows, count, x);
-    alignas(64) double in[2 + statistic::terms][finish_rows] = {};
-    for (index i = 0; i < count; ++i) {
-      const index label = job_.labels ? static_cast<index>(job_.label(rows[i])) : -1;
-      const auto s = solve(x[i], label);
-      if constexpr (requires { formula_.record(rows[i], s); })
-        formula_.record(rows[i], s);
-      in[0][i] = s.shift;
-      in[1][i] = label >= 0 ? static_cast<double>(x[i][label]) : s.shift;
-      for (int k = 0; k < statistic::terms; ++k)
-        in[2 + k][i] = s.term[k];
-    }
+    index label[finish_rows];
+    for (index i = 0; i < count; ++i)
+      label[i] = job_.labels ? static_cast<index>(job_.label(rows[i])) : -1;
     row_summary<statistic> s;
-    s.shift = W::load(in[0]);
-    s.target = W::load(in[1]);
     s.target_side = W(0);
     s.label_weight = W(1);
     s.classes = W(static_cast<double>(cols_));
-    for (int k = 0; k < statistic::terms; ++k)
-      s.term[k] = W::load(in[2 + k]);
+    const bool together = solves_rows_together && cols_ <= most_short_columns;
+    if constexpr (solves_rows_together)
+      if (together)
+        solve_together(x, label, count, s);
+    if (!together)
+      solve_each(rows, x, label, count, s);
     const row_outcome<W> result = formula_.finish(s);
     alignas(64) double out[2 + coefficients][finish_rows];
     result.value.store(out[0]);
@@ -140,12 +146,66 @@ private:
           double c[coefficients];
           for (int k = 0; k < coefficients; ++k)
             c[k] = out[2 + k][i];
-          double size = 0;
-          if constexpr (has_edge)
-            size = in[2 + statistic::size][i];
-          emit(rows[i], last, x[i], c, out[1][i], size);
+          const auto slopes = formula_.template slopes<V>(c);
+          if constexpr (keeps_images) {
+            const auto image = formula_.template image<V>(c);
+            if (together)
+              emit(
+                  rows[i], x[i], x[i], out[1][i], [&](const V& z) __attribute__((always_inline)) {
+                    return slopes(image(z));
+                  });
+            else
+              emit(rows[i], x[i], images(i), out[1][i], slopes);
+          } else if constexpr (has_edge) {
+            alignas(64) double size[finish_rows];
+            s.term[statistic::size].store(size);
+            // By the pack where hardly a pack has any, and where most have.
+            if (size[i] > static_cast<double>(cols_ / 1024) &&
+                size[i] < static_cast<double>(cols_ / 4))
+              emit(rows[i], x[i], x[i], out[1][i], listed_slopes(x[i], c));
+            else
+              emit(rows[i], x[i], x[i], out[1][i], slopes);
+          } else {
+            emit(rows[i], x[i], x[i], out[1][i], slopes);
+          }
         }
     }
+  }
+  void solve_each(const index* rows, const T* const* x, const index* label, index count,
+                  row_summary<statistic>& s) const {
+    using W = pack<double>;
+    alignas(64) double in[2 + statistic::terms][finish_rows] = {};
+    for (index i = 0; i < count; ++i) {
+      const auto one = solve(x[i], label[i], i);
+      if constexpr (requires { formula_.record(rows[i], one); })
+        formula_.record(rows[i], one);
+      in[0][i] = one.shift;
+      in[1][i] = label[i] >= 0 ? static_cast<double>(x[i][label[i]]) : one.shift;
+      for (int k = 0; k < statistic::terms; ++k)
+        in[2 + k][i] = one.term[k];
+    }
+    s.shift = W::load(in[0]);
+    s.target = W::load(in[1]);
+    for (int k = 0; k < statistic::terms; ++k)
+      s.term[k] = W::load(in[2 + k]);
+  }
+  /// Rows that are missing repeat the last.
+  void solve_together(const T* const* x, const index* label, index count,
+                      row_summary<statistic>& s) const {
+    alignas(64) T columns[most_short_columns * lanes<T>], targets[lanes<T>];
+    for (index i = 0; i < width; ++i) {
+      const index row = std::min(i, count - 1);
+      targets[i] = static_cast<T>(label[row]);
+      for (index j = 0; j < cols_; ++j)
+        columns[j * width + i] = x[row][j];
+    }
+    V z[most_short_columns];
+    for (index j = 0; j < cols_; ++j)
+      z[j] = V::load(columns + j * width);
+    const auto solved = formula_.solve_rows(z, cols_, V::load(targets));
+    s.shift = s.target = pack<double>(0);
+    for (int k = 0; k < statistic::terms; ++k)
+      s.term[k] = solved.term[k];
   }
 
   /// Rows side by side: where they lie, or copied column by column where that is how they lie.
@@ -165,87 +225,88 @@ private:
         job_.scores.read(rows[i], c, 1, panel_ + i * step + c);
   }
 
-  void emit(index r, index last, const T* x, const double* c, double target,
-            [[maybe_unused]] double size) {
-    const V scale(static_cast<T>(job_.row_scale(r)));
-    const V own(static_cast<T>(target * job_.row_scale(r)));
-    const index label = job_.labels ? static_cast<index>(job_.label(r)) : -1;
-    const auto slopes = formula_.template slopes<V>(c);
-    T* out = gradient_in_place_ ? job_.gradient.pointer(r, 0) : out_;
-    V edge(0);
-    const double* few = nullptr; // the slopes of those from the edge on
-    if constexpr (has_edge)
-      // By the pack where hardly a pack has any, and where most have.
-      if (const index n = static_cast<index>(size); n > cols_ / 1024 && n < cols_ / 4) {
-        edge = V(formula_.template edge<T>(c));
-        few = list_slopes(x, c);
-      }
-    const auto finished = [&](const V& z, index j) __attribute__((always_inline)) {
-      V slope(0);
-      if (few)
-        for (std::uint32_t left = lane_bits(z >= edge); left != 0; left &= left - 1)
-          slope = select(iota<T>() == V(static_cast<T>(std::countr_zero(left))),
-                         V(static_cast<T>(*few++)), slope);
-      else
-        slope = slopes(z);
-      const V g = slope * scale;
-      if (static_cast<std::size_t>(label - j) < lanes<T>) [[unlikely]]
-        return select(iota<T>() == V(static_cast<T>(label - j)), own, g);
-      return g;
-    };
-    const auto part = [&](index j, index n) {
-      const V nothing(std::numeric_limits<T>::quiet_NaN()); // not from the edge on
-      store_first(finished(load_first(x + j, n, nothing), j), out + j, n);
-    };
-    index j = 0;
-    const T* next = x; // what is asked for while this is written
-    if (streaming_) {
-      const auto address = reinterpret_cast<std::uintptr_t>(out);
-      j = std::min(cols_, static_cast<index>((64 - address % 64) % 64 / sizeof(T)));
-      if (j > 0)
-        part(0, j);
-      if (prefetches_ && r + rows_at_once_ < last)
-        next = job_.scores.pointer(r + rows_at_once_, 0);
-    }
-    if (streaming_)
-      for (; j + width <= cols_; j += width) {
-        prefetch(next + j);
-        finished(V::load(x + j), j).stream(out + j);
-      }
-    else
-      for (; j + width <= cols_; j += width)
-        finished(V::load(x + j), j).store(out + j);
-    if (j < cols_)
-      part(j, cols_ - j);
+  /// A row's gradient: slopes of `from`.
+  template <class Slopes>
+  void emit(index r, const T* x, const T* from, double target, Slopes slopes) {
+    if (job_.streaming && gradient_in_place_ && cols_ >= least_streamed)
+      return emit<true>(r, x, from, target, slopes, job_.gradient.pointer(r, 0));
+    emit<false>(r, x, from, target, slopes,
+                gradient_in_place_ ? job_.gradient.pointer(r, 0) : out_);
     if (gradient_in_place_)
       return;
     if (job_.accumulate) {
       job_.gradient.reader(job_.gradient.at(r, 0), job_.gradient.col_stride, cols_, sum_);
-      for (j = 0; j < cols_; ++j)
+      for (index j = 0; j < cols_; ++j)
         out_[j] += sum_[j];
     }
     job_.gradient.write(r, 0, cols_, out_);
   }
+  /// Meanwhile a row of the next batch is asked for.
+  template <bool Streamed, class Slopes>
+  PERDITA_NOINLINE void emit(index r, const T* x, const T* from, double target, Slopes slopes,
+                             T* out) const {
+    const V scale(static_cast<T>(job_.row_scale(r))),
+        own(static_cast<T>(target * job_.row_scale(r)));
+    const index label = job_.labels ? static_cast<index>(job_.label(r)) : -width;
+    const index ahead =
+        scores_in_place_ && cols_ <= two_in_cache ? rows_at_once_ * job_.scores.row_stride : 0;
+    const auto slope = [&](const V& z, index j) __attribute__((always_inline)) {
+      const V g = slopes(z) * scale;
+      const index lane = label - j;
+      if (lane >= 0 && lane < width) [[unlikely]]
+        return select(iota<T>() == V(static_cast<T>(lane)), own, g);
+      return g;
+    };
+    const auto some = [&](index j, index n) __attribute__((always_inline)) {
+      const V nothing(std::numeric_limits<T>::quiet_NaN()); // not from an edge on
+      store_first(slope(load_first(from + j, n, nothing), j), out + j, n);
+    };
+    index j = 0;
+    if constexpr (Streamed) {
+      const auto address = reinterpret_cast<std::uintptr_t>(out);
+      j = static_cast<index>((64 - address % 64) % 64 / sizeof(T));
+      if (j > 0)
+        some(0, j);
+    }
+    for (; j + width <= cols_; j += width) {
+      prefetch(x + j + ahead);
+      const V g = slope(V::load(from + j), j);
+      if constexpr (Streamed)
+        g.stream(out + j);
+      else
+        g.store(out + j);
+    }
+    if (j < cols_)
+      some(j, cols_ - j);
+  }
 
-  /// The slopes of the scores from the edge on, in their order.
-  const double* list_slopes(const T* x, const double* c) const {
+  /// Slopes of a row's scores, which have to be asked for in their order.
+  auto listed_slopes(const T* x, const double* c) const {
     using W = pack<double>;
-    const index count = gather_from(x, cols_, formula_.template edge<T>(c), T(0), candidates_);
     constexpr index step = static_cast<index>(lanes<double>);
-    std::fill_n(candidates_ + count, step - 1, 0.0);
+    const T edge = formula_.template edge<T>(c);
+    const index count = gather_from(x, cols_, edge, T(0), room_);
+    std::fill_n(room_ + count, step - 1, 0.0);
     const auto slopes = formula_.template slopes<W>(c);
     for (index k = 0; k < count; k += step)
-      slopes(W::load(candidates_ + k)).store(candidates_ + k);
-    return candidates_;
+      slopes(W::load(room_ + k)).store(room_ + k);
+    return [edge = V(edge), next = static_cast<const double*>(room_)](const V& z) mutable
+           __attribute__((always_inline)) {
+      V slope(0);
+      for (std::uint32_t left = lane_bits(z >= edge); left != 0; left &= left - 1)
+        slope = select(iota<T>() == V(static_cast<T>(std::countr_zero(left))),
+                       V(static_cast<T>(*next++)), slope);
+      return slope;
+    };
   }
 
   const Formula& formula_;
   const row_job<T>& job_;
   index cols_, rows_at_once_ = finish_rows;
-  bool scores_in_place_, gradient_in_place_, streaming_, prefetches_;
+  bool scores_in_place_, gradient_in_place_;
   std::size_t scratch_bytes_ = 0;
-  double* candidates_ = nullptr;
-  T *panel_ = nullptr, *out_ = nullptr, *sum_ = nullptr;
+  double* room_ = nullptr;
+  T *images_ = nullptr, *panel_ = nullptr, *out_ = nullptr, *sum_ = nullptr;
 };
 
 } // namespace perdita::inline PERDITA_ABI::core

@@ -15,6 +15,9 @@ namespace perdita::inline PERDITA_ABI::core {
 inline constexpr index chunk_columns = 512;
 /// Rows whose summaries are finished together, one per lane of a pack of doubles.
 inline constexpr index finish_rows = lanes<double>;
+/// Rows up to this long are solved as many at a time where a formula can: most of what is done for
+/// one row does not depend on its length.
+inline constexpr index most_short_columns = 31;
 
 /// What a formula's finish() gets: a row in each lane. For statistics over the rivals the target
 /// is not in the sums.

@@ -48,6 +48,9 @@ struct solved_formula : row_formula {
   }
 };
 
+/// How far ahead a row is asked for that is read for the first time.
+template <class T> inline constexpr index prefetch_distance = 16384 / static_cast<index>(sizeof(T));
+
 /// f(numbers, index of the first) over n numbers, a pack at a time; the last is filled up with
 /// `filler`. A lambda should be always_inline: packs that go through memory take longer than most
 /// of what is done with them.
@@ -118,6 +121,101 @@ template <class T> index total_count(const pack<T>& counts) {
   return static_cast<index>(sum.total());
 }
 
+/// What the first sweep over a row can find beside its maximum: rival_scores calls start(near) and
+/// then absorbs every pack and the index of its first score, from the start again if it turns out
+/// that the maximum is further than `slack` above `near`, which is never above it.
+
+/// e^{θ (x − near)} in whole packs, and their sum.
+template <class T> struct image_sweep {
+  double slack;
+  pack<T> rate, shift;
+  T* images;
+  lane_sums<T, 1> sum;
+
+  image_sweep(double theta, T* to)
+      : slack(16 / theta), rate(static_cast<T>(theta)), shift(0), images(to) {}
+  void start(T near) { shift = pack<T>(near); }
+  PERDITA_INLINE void operator()(const pack<T>& z, index i) {
+    const pack<T> image = exp((z - shift) * rate);
+    image.store(images + i);
+    sum.some[0] += image;
+    sum.count_pack();
+  }
+};
+
+/// f(number, how often) for the largest numbers in some packs, largest first, until they are `most`
+/// or only -inf is left. They are taken out. Without a branch that depends on the numbers: for a
+/// few, a fraction of the time that sorting takes.
+template <class T, class F> void take_largest(pack<T>* some, index packs, index most, F f) {
+  using V = pack<T>;
+  const V nothing(-std::numeric_limits<T>::infinity());
+  for (index left = most; left > 0;) {
+    V top = nothing, equal(0);
+    for (index p = 0; p < packs; ++p)
+      top = max(some[p], top);
+    const T number = max_lanes(top);
+    if (number == first_lane(nothing))
+      return;
+    for (index p = 0; p < packs; ++p) {
+      const auto here = some[p] == V(number);
+      equal += select(here, V(1), V(0));
+      some[p] = select(here, nothing, some[p]);
+    }
+    const index times = total_count(equal);
+    f(number, times);
+    left -= times;
+  }
+}
+/// How many of the largest numbers are taken like this, and from how many packs.
+inline constexpr index few_numbers = 16, few_packs = 32;
+
+/// The maxima of some parts of a row: there are rivals from the k-th largest of them on, and few
+/// more than k.
+template <class T> class part_maxima {
+  using V = pack<T>;
+  static constexpr auto width = static_cast<index>(lanes<T>);
+  static constexpr T nothing = -std::numeric_limits<T>::infinity();
+
+public:
+  static constexpr double slack = std::numeric_limits<double>::infinity();
+
+  /// `room` is for n numbers and a pack.
+  part_maxima(index n, index k, double* room)
+      : k_(k), length_(n / width / (4 * k / width + 1)), left_(length_), seen_(nothing),
+        most_(static_cast<T*>(static_cast<void*>(room))) {}
+  void start(T) {}
+  PERDITA_INLINE void operator()(const V& z, index) {
+    seen_ = max(z, seen_);
+    if (--left_ == 0)
+      flush();
+  }
+  T edge() const {
+    T result = std::numeric_limits<T>::lowest();
+    if (parts_ < k_)
+      return result;
+    if (k_ <= few_numbers && parts_ <= few_packs * width) {
+      V some[few_packs];
+      for (index p = 0; p < parts_; p += width)
+        some[p / width] = V::load(most_ + p);
+      take_largest(some, parts_ / width, k_, [&](T number, index) { result = number; });
+      return result;
+    }
+    std::nth_element(most_, most_ + k_ - 1, most_ + parts_, std::greater<>());
+    return std::fmax(most_[k_ - 1], result);
+  }
+
+private:
+  PERDITA_INLINE void flush() {
+    seen_.store(most_ + parts_);
+    parts_ += width;
+    seen_ = V(nothing);
+    left_ = length_;
+  }
+  index k_, length_, left_, parts_ = 0;
+  V seen_;
+  T* most_;
+};
+
 /// The scores of a row's rivals, as packs: -inf at the label and beyond the end.
 template <class T> class rival_scores {
   using V = pack<T>;
@@ -126,11 +224,18 @@ template <class T> class rival_scores {
 
 public:
   T top;        ///< the largest
+  T near;       ///< what the distances that are absorbed are to
   double label; ///< x_y − top; x_y where every rival is masked
   bool spoilt;  ///< NaN among them, or the label
   bool lost;    ///< that, or a rival of +inf
 
-  rival_scores(const T* x, index n, index y) : x_(x), n_(n), own_at_(y / width * width) {
+  rival_scores(const T* x, index n, index y) : rival_scores(x, n, y, nothing_more_) {}
+
+  /// With what else a sweep absorbs.
+  template <class Absorb>
+  rival_scores(const T* x, index n, index y, Absorb& absorb)
+      : x_(x), n_(n), own_at_(y / width * width) {
+    constexpr bool absorbs = !std::is_same_v<Absorb, const nothing_more>;
     if (n % width != 0) {
       last_at_ = n / width * width;
       load_first(x + last_at_, n - last_at_, V(nothing)).store(last_);
@@ -138,25 +243,51 @@ public:
     V::load(own_at_ == last_at_ ? last_ : x + own_at_).store(own_);
     own_[y % width] = nothing;
     V most(nothing), nans(0);
-    each([&](const V& z, index) __attribute__((always_inline)) {
+    auto sums = absorb; // a copy, for registers
+    if constexpr (absorbs) {
+      for (index i = 0; i < std::min(n_, 8 * width); i += width)
+        most = max(V::load(at(i)), most);
+      near = max_lanes(most);
+      sums.start(near);
+    }
+    each([&](const V& z, index i) __attribute__((always_inline)) {
+      prefetch(x + i + prefetch_distance<T>);
       most = max(z, most);
       nans = select(is_nan(z), z, nans);
+      sums(z, i);
     });
     top = max_lanes(most);
+    if constexpr (!absorbs)
+      near = top;
     label = static_cast<double>(x[y]) - (top == nothing ? 0 : static_cast<double>(top));
     spoilt = any(is_nan(nans)) || x[y] != x[y];
     lost = spoilt || top == std::numeric_limits<T>::infinity();
+    if constexpr (absorbs) {
+      if (!lost && !all_masked() &&
+          !(static_cast<double>(top) - static_cast<double>(near) <= absorb.slack)) {
+        near = top;
+        sums = absorb;
+        sums.start(near);
+        each([&](const V& z, index i) __attribute__((always_inline)) { sums(z, i); });
+      }
+      absorb = sums;
+    }
   }
   bool all_masked() const { return top == nothing; }
 
   /// f(pack of scores, index of the first)
   template <class F> PERDITA_INLINE void each(F f) const {
-    for (index i = 0; i < n_; i += width)
-      f(V::load(at(i)), i);
+    for (index i = 0; i < n_;) {
+      const index first = i, end = i < own_at_                   ? own_at_
+                                   : i < whole() && i != own_at_ ? whole()
+                                                                 : i + width;
+      for (const T* const from = at(first); i < end; i += width)
+        f(V::load(from + (i - first)), i);
+    }
   }
-  /// Σ e^{θ (x − near)} of the rivals up to `near`, on which some are.
-  double sum_of_images(T near, double theta) const {
-    const V shift(near), rate(static_cast<T>(theta));
+  /// Σ e^{θ (x − edge)} of the rivals up to `edge`, on which some are.
+  double sum_of_images(T edge, double theta) const {
+    const V shift(edge), rate(static_cast<T>(theta));
     lane_sums<T, 1> sum;
     each([&](const V& z, index) __attribute__((always_inline)) {
       const V d = z - shift;
@@ -165,31 +296,37 @@ public:
     });
     return sum.total(0);
   }
-  /// Writes the `most` largest that are not masked, largest first; returns how many there are.
-  /// `out` has room for n numbers and a pack.
-  index largest(index most, double* out) const {
-    if (most == 1) {
-      out[0] = static_cast<double>(top);
-      return all_masked() ? 0 : 1;
+  struct selection {
+    index chosen;   ///< how many there are
+    index gathered; ///< how many with what else is as large as the last of them, at least
+  };
+  /// Writes the `most` largest that are not masked, largest first, and after them what else was
+  /// gathered. `out` has room for n numbers and a pack, and may be that of `parts`.
+  selection largest(index most, const part_maxima<T>& parts, double* out) const {
+    const T edge = parts.edge();
+    if (most <= few_numbers) {
+      V some[few_packs];
+      index packs = 0, count = 0;
+      each([&](const V& z, index) __attribute__((always_inline)) {
+        const auto above = z >= V(edge);
+        if (any(above)) {
+          some[packs % few_packs] = select(above, z, V(nothing));
+          ++packs;
+        }
+      });
+      if (packs <= few_packs) {
+        take_largest(some, packs, most, [&](T number, index times) {
+          std::fill_n(out + count, times, static_cast<double>(number));
+          count += times;
+        });
+        return {std::min(most, count), count};
+      }
     }
-    const index count = gather(edge_for(most, out), out), wanted = std::min(most, count);
+    const index count = gather(edge, out), wanted = std::min(most, count);
     if (wanted < count)
       std::nth_element(out, out + wanted, out + count, std::greater<>());
     std::sort(out, out + wanted, std::greater<>());
-    return wanted;
-  }
-  struct numbers {
-    index above, equal;
-  };
-  /// How many are above a number, and how many are equal to it.
-  numbers around(T number) const {
-    const V edge(number), one(1), zero(0);
-    V above(0), equal(0);
-    each([&](const V& z, index) __attribute__((always_inline)) {
-      above += select(z > edge, one, zero);
-      equal += select(z == edge, one, zero);
-    });
-    return {total_count(above), total_count(equal)};
+    return {wanted, count};
   }
   /// All that are not below a number, as they come.
   index gather(T edge, double* out) const {
@@ -208,36 +345,59 @@ public:
   }
 
 private:
+  struct nothing_more {
+    PERDITA_INLINE void operator()(const V&, index) const {}
+  };
+  index whole() const { return n_ / width * width; }
   const T* at(index i) const { return i == own_at_ ? own_ : i == last_at_ ? last_ : x_ + i; }
 
-  /// A number that at least `most` rivals reach, and few more: of the largest in each of some
-  /// parts of the row, the one in that place.
-  T edge_for(index most, double* room) const {
-    constexpr T least = std::numeric_limits<T>::lowest();
-    const index length = n_ / width / (4 * most / width + 1); // of a part, in packs
-    if (length < 2)
-      return least;
-    index parts = 0, left = length;
-    V seen(nothing);
-    each([&](const V& z, index) __attribute__((always_inline)) {
-      seen = max(z, seen);
-      if (--left > 0)
-        return;
-      alignas(64) T some[lanes<T>];
-      seen.store(some);
-      std::copy_n(some, width, room + parts);
-      parts += width;
-      seen = V(nothing);
-      left = length;
-    });
-    std::nth_element(room, room + most - 1, room + parts, std::greater<>());
-    return std::fmax(static_cast<T>(room[most - 1]), least);
-  }
-
+  static constexpr nothing_more nothing_more_{};
   const T* x_;
   index n_, own_at_, last_at_ = -1;
   alignas(64) T own_[lanes<T>], last_[lanes<T>];
 };
+
+/// The rows in the first lanes of a pack of T.
+template <class T> PERDITA_INLINE pack<double> first_rows(const pack<T>& a) {
+  pack<double> wide[sizeof(double) / sizeof(T)];
+  widen(a, wide);
+  return wide[0];
+}
+
+/// rival_scores of short rows, a row in each lane and a class in each pack: `scores` become -inf at
+/// the labels. Only the first finish_rows lanes are of interest.
+template <class T> struct short_rivals {
+  using V = pack<T>;
+  using W = pack<double>;
+  V own, top; ///< the score of the label, and the largest of the rivals
+  V spoilt;   ///< NaN where one of them is, else 0
+  V* scores;
+  index n;
+
+  short_rivals(V* x, index columns, const V& label) : own(0), scores(x), n(columns) {
+    constexpr T nothing = -std::numeric_limits<T>::infinity();
+    top = V(nothing);
+    spoilt = V(0);
+    for (index j = 0; j < n; ++j) {
+      const auto here = label == V(static_cast<T>(j));
+      own = select(here, x[j], own);
+      spoilt = select(is_nan(x[j]), x[j], spoilt);
+      x[j] = select(here, V(nothing), x[j]);
+      top = max(x[j], top);
+    }
+  }
+  W score(index j) const { return first_rows(scores[j]); }
+};
+
+/// The rows' solution where `lost` is not NaN.
+inline summary<solved_row, pack<double>> solutions(const pack<double>& lost,
+                                                   const pack<double> (&terms)[5]) {
+  summary<solved_row, pack<double>> s;
+  s.shift = pack<double>(0);
+  for (int k = 0; k < solved_row::terms; ++k)
+    s.term[k] = select(is_nan(lost), lost, terms[k]);
+  return s;
+}
 
 /// The scores of a row's rivals as their distances from the largest of them, in double; -inf at the
 /// label.
