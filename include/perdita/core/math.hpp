@@ -111,7 +111,7 @@ PERDITA_INLINE V polynomial(const V& x, const V& x2, const Coefficients& c) {
 }
 
 /// x = n ln 2 + r, |r| <= ln2 / 2; the low bits of `shifted` are n, and `rest` is e^r - 1.
-template <class V> struct reduced_exp { V shifted, rest; };
+template <class V> struct reduced_exp { V shifted, n, rest; };
 
 template <class V> PERDITA_INLINE reduced_exp<V> reduce_exp(const V& x) {
   using C = constants_of<V>;
@@ -119,19 +119,23 @@ template <class V> PERDITA_INLINE reduced_exp<V> reduce_exp(const V& x) {
   const V n = shifted - C::magic;
   const V r = fnma(n, V(C::ln2_low), fnma(n, V(C::ln2_high), x));
   const V r2 = r * r;
-  return {shifted, fma(r2, polynomial(r, r2, C::exp), r)};
+  return {shifted, n, fma(r2, polynomial(r, r2, C::exp), r)};
 }
 
 /// e^x for least <= x <= 20; exactly 0 for x < least.
 template <class V> PERDITA_INLINE V exp_from(const V& x, const V& least) {
-  const auto [shifted, rest] = reduce_exp(x);
-  const auto n = shift_left<constants_of<V>::mantissa>(as_bits(shifted));
-  const V power = add_bits_unless_less(x, least, n, as_bits(V(1)));
-  return fma_unless_less(x, least, power, rest, power);
+  const auto e = reduce_exp(x);
+  if constexpr (has_scaling) {
+    return scale_unless_less(x, least, e.rest + 1, e.n);
+  } else {
+    const auto n = shift_left<constants_of<V>::mantissa>(as_bits(e.shifted));
+    const V power = add_bits_unless_less(x, least, n, as_bits(V(1)));
+    return fma_unless_less(x, least, power, e.rest, power);
+  }
 }
 
 /// -x = n ln 2 + r: the low bits of `shifted` are n, and `lack` is 1 - e^r.
-template <class V> struct reduced_exp_minus { V shifted, lack; };
+template <class V> struct reduced_exp_minus { V shifted, n, lack; };
 
 /// reduce_exp(-x), without a minus that takes time.
 template <class V> PERDITA_INLINE reduced_exp_minus<V> reduce_exp_minus(const V& x) {
@@ -141,7 +145,7 @@ template <class V> PERDITA_INLINE reduced_exp_minus<V> reduce_exp_minus(const V&
   const V s = fma(n, V(C::ln2_low), fma(n, V(C::ln2_high), x)); // -r
   const V s2 = s * s;
   const V even = horner<0, 2>(s2, C::exp), odd = horner<1, 2>(s2, C::exp);
-  return {shifted, fnma(s2, fnma(odd, s, even), s)};
+  return {shifted, n, fnma(s2, fnma(odd, s, even), s)};
 }
 
 /// k = the integer for which x / 2^k is in [3/4, 3/2), plus the magic number that shows it.
@@ -224,10 +228,15 @@ PERDITA_INLINE pack<double> exp_shifted(const pack<double>& x) {
 template <class T> PERDITA_INLINE pack<T> exp(const pack<T>& x) {
   using V = pack<T>;
   using C = detail::constants<T>;
-  const auto [shifted, rest] = detail::reduce_exp(x);
-  const V y = add_bits_unless_less(x, V(C::least_exp), as_bits(rest + 1),
-                                   shift_left<C::mantissa>(as_bits(shifted)));
-  return select(x <= C::greatest_exp, y, x + std::numeric_limits<T>::infinity());
+  if constexpr (has_scaling) { // which overflows as it should
+    const auto e = detail::reduce_exp(min(V(C::greatest_exp + T(0.25)), x));
+    return scale_unless_less(x, V(C::least_exp), e.rest + 1, e.n);
+  } else {
+    const auto e = detail::reduce_exp(x);
+    const V y = add_bits_unless_less(x, V(C::least_exp), as_bits(e.rest + 1),
+                                     shift_left<C::mantissa>(as_bits(e.shifted)));
+    return select(x <= C::greatest_exp, y, x + std::numeric_limits<T>::infinity());
+  }
 }
 
 /// e^-x for x >= 0: what exp(-x) is, in less time. Error: 1.1 ulp. inf gives 0. To the bit, but
@@ -235,19 +244,23 @@ template <class T> PERDITA_INLINE pack<T> exp(const pack<T>& x) {
 template <class T> PERDITA_INLINE pack<T> exp_minus(const pack<T>& x) {
   using V = pack<T>;
   using C = detail::constants<T>;
-  const auto [shifted, lack] = detail::reduce_exp_minus(x);
-  const auto n = shift_left<C::mantissa>(as_bits(shifted));
-  const V power = from_bits(n + as_bits(V(1))), minus_power = from_bits(n + as_bits(V(-1)));
-  return fma_unless_less(V(-C::least_exp), x, minus_power, lack, power);
+  const auto e = detail::reduce_exp_minus(x);
+  if constexpr (has_scaling) {
+    return scale_unless_less(V(-C::least_exp), x, 1 - e.lack, e.n);
+  } else {
+    const auto n = shift_left<C::mantissa>(as_bits(e.shifted));
+    const V power = from_bits(n + as_bits(V(1))), minus_power = from_bits(n + as_bits(V(-1)));
+    return fma_unless_less(V(-C::least_exp), x, minus_power, e.lack, power);
+  }
 }
 
 /// 1 - e^-x for x >= 0: what -expm1(-x) is, to the bit, in less time. Error: 1.3 ulp. inf gives 1.
 template <class T> PERDITA_INLINE pack<T> one_minus_exp_minus(const pack<T>& x) {
   using V = pack<T>;
   using C = detail::constants<T>;
-  const auto [shifted, lack] = detail::reduce_exp_minus(min(V(-C::expm1_is_minus_1), x));
-  const V power = from_bits(shift_left<C::mantissa>(as_bits(shifted)) + as_bits(V(1)));
-  return fma(power, lack, 1 - power);
+  const auto e = detail::reduce_exp_minus(min(V(-C::expm1_is_minus_1), x));
+  const V power = from_bits(shift_left<C::mantissa>(as_bits(e.shifted)) + as_bits(V(1)));
+  return fma(power, e.lack, 1 - power);
 }
 
 /// e^x - 1 = 2^n (e^r - 1) + (2^n - 1), reduced as in exp().
@@ -256,9 +269,9 @@ template <class T> PERDITA_INLINE pack<T> expm1(const pack<T>& x) {
   using V = pack<T>;
   using C = detail::constants<T>;
   const V inside = min(V(C::greatest_exp + T(0.25)), max(V(C::expm1_is_minus_1), x));
-  const auto [shifted, rest] = detail::reduce_exp(inside);
-  const V half = from_bits(shift_left<C::mantissa>(as_bits(shifted)) + as_bits(V(0.5)));
-  const V y = fma(half, rest, half - 0.5); // half, because 2^n can overflow where e^x does not
+  const auto e = detail::reduce_exp(inside);
+  const V half = from_bits(shift_left<C::mantissa>(as_bits(e.shifted)) + as_bits(V(0.5)));
+  const V y = fma(half, e.rest, half - 0.5); // half, because 2^n can overflow where e^x does not
   return select(abs(x) < C::tiny, x, y + y);
 }
 
@@ -267,6 +280,10 @@ template <class T> PERDITA_INLINE pack<T> expm1(const pack<T>& x) {
 template <class T> PERDITA_INLINE pack<T> log(const pack<T>& x) {
   using V = pack<T>;
   using C = detail::constants<T>;
+  if constexpr (has_scaling) {
+    const V m = mantissa(x), k = exponent(x) - exponent(m);
+    return detail::log_ends(x, 0, detail::log_from(k, m - 1, V(0)));
+  }
   const auto subnormal = x < std::numeric_limits<T>::min();
   const V y = select(subnormal, x * T(0x1p60), x);
   const V k = detail::exponent_shifted(y) - C::magic;
@@ -308,12 +325,20 @@ template <class T> PERDITA_INLINE pack<T> log1p_of_positive(const pack<T>& x) {
   using V = pack<T>;
   using C = detail::constants<T>;
   // 1 + x = 2^k (1 + f), f in [-1/4, 1/2); f = x where k = 0, and else its rounding is no matter
-  const auto exponent =
-      shift_right<C::mantissa>(as_bits(x + 1) + -std::bit_cast<bits_of<T>>(T(0.75)));
-  const V k = from_bits(exponent + std::bit_cast<bits_of<T>>(C::magic)) - C::magic;
-  // 4/2^k, as 1/2^k can be subnormal
-  const V scale = from_bits(-shift_left<C::mantissa>(exponent) + std::bit_cast<bits_of<T>>(T(4)));
-  const V f = fma(x * scale, V(0.25), fma(scale, V(0.25), V(-1)));
+  V k, f;
+  if constexpr (has_scaling) {
+    const V next = x + 1;
+    k = exponent(next) - exponent(mantissa(next));
+    const V minus_k = 0 - k;
+    f = scale(x, minus_k) + (scale(V(1), minus_k) - 1);
+  } else {
+    const auto bits =
+        shift_right<C::mantissa>(as_bits(x + 1) + -std::bit_cast<bits_of<T>>(T(0.75)));
+    k = from_bits(bits + std::bit_cast<bits_of<T>>(C::magic)) - C::magic;
+    // 4/2^k, as 1/2^k can be subnormal
+    const V scale = from_bits(-shift_left<C::mantissa>(bits) + std::bit_cast<bits_of<T>>(T(4)));
+    f = fma(x * scale, V(0.25), fma(scale, V(0.25), V(-1)));
+  }
   V y;
   if constexpr (std::is_same_v<T, float>) {
     const V f2 = f * f;

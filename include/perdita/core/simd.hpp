@@ -659,6 +659,48 @@ PERDITA_INLINE pack<T> fma_unless_less(const pack<T>& x, const pack<T>& cut, con
   });
 }
 
+/// Whether numbers are taken apart and put together by instructions of their own, those below.
+#if !PERDITA_NO_SIMD && defined(__AVX512F__)
+inline constexpr bool has_scaling = true;
+
+/// a 2^n, rounded once, for integers n.
+PERDITA_INLINE pack<float> scale(const pack<float>& a, const pack<float>& n) {
+  return pack<float>({_mm512_maskz_scalef_ps(0xFFFF, a.r[0].data, n.r[0].data)});
+}
+PERDITA_INLINE pack<double> scale(const pack<double>& a, const pack<double>& n) {
+  return pack<double>({_mm512_maskz_scalef_pd(0xFF, a.r[0].data, n.r[0].data)});
+}
+/// The same; zero where x < cut, whatever a and n are there (not where x is NaN).
+PERDITA_INLINE pack<float> scale_unless_less(const pack<float>& x, const pack<float>& cut,
+                                             const pack<float>& a, const pack<float>& n) {
+  const __mmask16 keep = _mm512_cmp_ps_mask(x.r[0].data, cut.r[0].data, _CMP_NLT_UQ);
+  return pack<float>({_mm512_maskz_scalef_ps(keep, a.r[0].data, n.r[0].data)});
+}
+PERDITA_INLINE pack<double> scale_unless_less(const pack<double>& x, const pack<double>& cut,
+                                              const pack<double>& a, const pack<double>& n) {
+  const __mmask8 keep = _mm512_cmp_pd_mask(x.r[0].data, cut.r[0].data, _CMP_NLT_UQ);
+  return pack<double>({_mm512_maskz_scalef_pd(keep, a.r[0].data, n.r[0].data)});
+}
+/// e for which 2^e <= |x| < 2^(e + 1), of subnormal x too.
+PERDITA_INLINE pack<float> exponent(const pack<float>& x) {
+  return pack<float>({_mm512_maskz_getexp_ps(0xFFFF, x.r[0].data)});
+}
+PERDITA_INLINE pack<double> exponent(const pack<double>& x) {
+  return pack<double>({_mm512_maskz_getexp_pd(0xFF, x.r[0].data)});
+}
+/// m for which x = m 2^k, 3/4 <= m < 3/2.
+PERDITA_INLINE pack<float> mantissa(const pack<float>& x) {
+  constexpr auto range = _MM_MANT_NORM_p75_1p5;
+  return pack<float>({_mm512_maskz_getmant_ps(0xFFFF, x.r[0].data, range, _MM_MANT_SIGN_src)});
+}
+PERDITA_INLINE pack<double> mantissa(const pack<double>& x) {
+  constexpr auto range = _MM_MANT_NORM_p75_1p5;
+  return pack<double>({_mm512_maskz_getmant_pd(0xFF, x.r[0].data, range, _MM_MANT_SIGN_src)});
+}
+#else
+inline constexpr bool has_scaling = false;
+#endif
+
 /// The lower and the upper eight lanes, exactly.
 template <int Half> PERDITA_INLINE pack<double> widen_half(const pack<float>& a) {
 #if !PERDITA_NO_SIMD && defined(__AVX512F__) && defined(__AVX512DQ__)
