@@ -117,14 +117,21 @@ private:
 
 /// With p = e^−2|r|:  |r| − log 2 + log(1 + p) but for a small r,  (1 − p)/(1 + p),  4p/(1 + p)².
 template <class T> struct log_cosh_formula : element_formula {
-  template <class V> PERDITA_INLINE element_outcome<V> operator()(const V& x, const V& t) const {
+  template <class V> PERDITA_INLINE V early(const V& x, const V& t) const {
+    const V size = abs(x - t);
+    return one_minus_exp_minus(size + size);
+  }
+  template <class V>
+  PERDITA_INLINE element_outcome<V> late(const V& x, const V& t, const V& early) const {
     const V r = x - t, size = abs(r), one(1);
-    const V lack = one_minus_exp_minus(size + size), sum = V(2) - lack;
+    const V& lack = early;
+    const V sum = V(2) - lack;
     const V square = size * size;
     const V inner = square * detail::polynomial(square, square * square, series<T>());
-    const V outer = size - V(std::numbers::ln2_v<T>) + log1p_of_share(one - lack);
+    const V slope = lack / sum, p = one - lack, mirror = fma(slope, V(T(0.5)), V(T(-0.5)));
+    const V outer = size - V(std::numbers::ln2_v<T>) + log1p_beside(p, mirror);
     const V power = exp_minus(size + size), whole = one + power;
-    return {select(size < V(T(0.55)), inner, outer), with_sign_bit(lack / sum, r, size),
+    return {select(size < V(T(0.55)), inner, outer), with_sign_bit(slope, r, size),
             V(4) * power / (whole * whole)};
   }
 
@@ -200,17 +207,24 @@ template <class T> struct tukey_biweight_formula : element_formula {
   }
 };
 
-/// With v = 1/(1 + u²):  (c²/2)(1 − v),  r v²,  (1 − 3u²) v³; by 1/u where u > 1.
+/// The same, and the cube of its inverse is 0.
+template <class T> inline constexpr T beyond_cube = sizeof(T) == 4 ? T(0x1p62) : T(0x1p500);
+
+/// With v = 1/(1 + u²):  (c²/2) u² v,  r v²; (1 − 3u²) v³, by 1/u where u > 1.
 template <class T> struct geman_mcclure_formula : element_formula {
   inverse_of<T> c;
   template <class V> PERDITA_INLINE element_outcome<V> operator()(const V& x, const V& t) const {
-    const V r = x - t, size = abs(r), one(1), three(3);
-    const folded_ratio<V> f(c.times(size));
-    const V v = one / f.sum, q = f.square;
-    const V top = select(f.above, one, q), steep = select(f.above, q, one) * f.ratio;
-    const V bent = select(f.above, q * q * (q - three), fnma(three, q, one));
-    return {V(c.c) * (V(c.c * T(0.5)) * (top * v)),
-            with_sign_bit(V(c.c) * (steep * v * v), r, size), bent * v * v * v};
+    const V r = x - t, size = abs(r), u = min(V(beyond_cube<T>), c.times(size));
+    const V square = u * u, v = V(1) / (square + V(1));
+    return {V(c.c) * (V(c.c * T(0.5)) * (square * v)), with_sign_bit(V(c.c) * (u * v * v), r, size),
+            bend(c.times(size))};
+  }
+
+private:
+  template <class V> static PERDITA_INLINE V bend(const V& u) {
+    const folded_ratio<V> f(u);
+    const V v = V(1) / f.sum, q = f.square, three(3);
+    return select(f.above, q * q * (q - three), fnma(three, q, V(1))) * v * v * v;
   }
 };
 
@@ -255,9 +269,13 @@ template <class T> struct gamma_formula : element_formula {
 
 template <class T> struct tweedie_formula : element_formula {
   T power;
-  template <class V> PERDITA_INLINE element_outcome<V> operator()(const V& x, const V& t) const {
+  template <class V> PERDITA_INLINE V early(const V& x, const V&) const {
+    return exp(V(2 - power) * x);
+  }
+  template <class V>
+  PERDITA_INLINE element_outcome<V> late(const V& x, const V& t, const V& early) const {
     const T below = power - 1, above = 2 - power; // exact
-    const V share = weighted(t, exp(V(-below) * x)), mean = exp(V(above) * x);
+    const V share = weighted(t, exp(V(-below) * x)), &mean = early;
     return {share / V(below) + mean / V(above), mean - share,
             fma(V(below), share, V(above) * mean)};
   }

@@ -54,32 +54,53 @@ template <class T, class Function> struct margin_formula : element_formula {
 
   template <class V>
   PERDITA_INLINE element_outcome<V> operator()(const V& x, const V& label) const {
-    const V y = fma(label, V(step), V(origin));
-    const margin_outcome<V> at = phi(y * x);
+    const V y = sign(label);
+    return of_prediction(y, phi(y * x));
+  }
+  template <class V> PERDITA_INLINE V early(const V& x, const V& label) const requires requires {
+    phi.early(x);
+  }
+  { return phi.early(sign(label) * x); }
+  template <class V>
+  PERDITA_INLINE element_outcome<V> late(const V& x, const V& label, const V& early) const {
+    const V y = sign(label);
+    return of_prediction(y, phi.late(y * x, early));
+  }
+
+private:
+  template <class V> PERDITA_INLINE V sign(const V& label) const {
+    return fma(label, V(step), V(origin));
+  }
+  template <class V>
+  static PERDITA_INLINE element_outcome<V> of_prediction(const V& y, const margin_outcome<V>& at) {
     return {at.value, y * at.slope, (y * y) * at.curvature};
   }
 };
 
 /// e = e^−|m| and what it makes of the logistic function.
 template <class V> struct logistic_tails {
-  V e, sum; ///< and 1 + e
+  V e, mirror; ///< and −e/(1 + e) = −1/(1 + e^|m|)
   pack_mask<typename V::value_type> positive;
 
-  PERDITA_INLINE explicit logistic_tails(const V& m)
-      : e(exp_minus(abs(m))), sum(e + V(1)), positive(m > V(0)) {}
-  /// 1/(1 + e^m)
-  PERDITA_INLINE V below() const { return select(positive, e, V(1)) / sum; }
+  static PERDITA_INLINE V early(const V& m) { return exp_minus(abs(m)); }
+  PERDITA_INLINE logistic_tails(const V& m, const V& early)
+      : e(early), mirror(e / (V(-1) - e)), positive(m > V(0)) {}
+  /// −1/(1 + e^m)
+  PERDITA_INLINE V minus_below() const { return select(positive, mirror, V(-1) - mirror); }
   /// e^m/(1 + e^m)²
-  PERDITA_INLINE V product() const {
-    const V large = V(1) / sum;
-    return e * large * large;
-  }
+  PERDITA_INLINE V product() const { return fnma(mirror, mirror, -mirror); }
 };
 
 struct logistic_function {
   template <class V> PERDITA_INLINE margin_outcome<V> operator()(const V& m) const {
-    const logistic_tails<V> s(m);
-    return {max(V(0), -m) + log1p_of_share(s.e), -s.below(), s.product()};
+    return late(m, early(m));
+  }
+  template <class V> PERDITA_INLINE V early(const V& m) const {
+    return logistic_tails<V>::early(m);
+  }
+  template <class V> PERDITA_INLINE margin_outcome<V> late(const V& m, const V& early) const {
+    const logistic_tails<V> s(m, early);
+    return {max(V(0), -m) + log1p_beside(s.e, s.mirror), s.minus_below(), s.product()};
   }
 };
 
@@ -133,8 +154,8 @@ struct modified_huber_function {
 /// With σ = 1/(1 + e^2m):  σ²,  −4 σ² (1 − σ),  8 σ² (1 − σ)(2 − 3σ).
 struct savage_function {
   template <class V> PERDITA_INLINE margin_outcome<V> operator()(const V& m) const {
-    const logistic_tails<V> s(m + m);
-    const V large = V(1) / s.sum, small = s.e * large;
+    const logistic_tails<V> s(m + m, logistic_tails<V>::early(m + m));
+    const V large = V(1) / (s.e + V(1)), small = s.e * large;
     const V below = select(s.positive, small, large), steep = below * (large * small);
     return {below * below, V(-4) * steep, V(8) * steep * fnma(V(3), below, V(2))};
   }
@@ -180,30 +201,38 @@ struct unhinged_function {
   }
 };
 
-/// With L = log(1 + e^−|x|), and for x > 0 (else with p t and 1 − t exchanged, and the slope's
-/// sign): (p t + 1 − t) L + (1 − t) |x|,  (1 − t − p t e^−|x|)/(1 + e^−|x|).
+/// With L = log(1 + e^−|x|), a = p t + 1 − t, and for x > 0 (else with p t instead of 1 − t, and
+/// the slope's sign):  a L + (1 − t) |x|,  1 − t − a/(1 + e^|x|).
 struct bce_formula_base : element_formula {
   template <class V>
-  PERDITA_INLINE element_outcome<V> from(const V& x, const V& t, const V& weight) const {
-    const logistic_tails<V> s(x);
+  PERDITA_INLINE element_outcome<V> from(const V& x, const V& t, const V& weight,
+                                         const V& early) const {
+    const logistic_tails<V> s(x, early);
     const V hit = weight * t, miss = V(1) - t, all = miss + hit;
-    const V wrong = select(s.positive, miss, hit), right = select(s.positive, hit, miss);
-    const V size = fnma(right, s.e, wrong) / s.sum;
-    return {all * log1p_of_share(s.e) + weighted(wrong, abs(x)), select(s.positive, size, -size),
-            all * s.product()};
+    const V wrong = select(s.positive, miss, hit), size = fma(all, s.mirror, wrong);
+    return {fma(all, log1p_beside(s.e, s.mirror), weighted(wrong, abs(x))),
+            select(s.positive, size, -size), all * s.product()};
   }
 };
 template <class T> struct bce_formula : bce_formula_base {
   T weight;
-  template <class V> PERDITA_INLINE element_outcome<V> operator()(const V& x, const V& t) const {
-    return from(x, t, V(weight));
+  template <class V> PERDITA_INLINE V early(const V& x, const V&) const {
+    return logistic_tails<V>::early(x);
+  }
+  template <class V>
+  PERDITA_INLINE element_outcome<V> late(const V& x, const V& t, const V& early) const {
+    return from(x, t, V(weight), early);
   }
 };
 struct bce_formula_of_three : bce_formula_base {
   static constexpr int inputs = 3;
+  template <class V> PERDITA_INLINE V early(const V& x, const V&, const V&) const {
+    return logistic_tails<V>::early(x);
+  }
   template <class V>
-  PERDITA_INLINE element_outcome<V> operator()(const V& x, const V& t, const V& weight) const {
-    return from(x, t, weight);
+  PERDITA_INLINE element_outcome<V> late(const V& x, const V& t, const V& weight,
+                                         const V& early) const {
+    return from(x, t, weight, early);
   }
 };
 

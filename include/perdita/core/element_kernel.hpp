@@ -105,7 +105,9 @@ template <class V> struct element_outcome_of_two : element_outcome<V> {
 };
 
 /// Base of formulas. They have an operator()(x, t), or (x, t, v) with a third input, which makes
-/// an element_outcome of packs.
+/// an element_outcome of packs. Or, in two steps, early(x, t), which makes one pack of what takes
+/// long, and late(x, t, early): a processor that looks a hundred operations ahead, and waits for
+/// one after the other of a single pack's, finds those of its neighbours within a step.
 struct element_formula {
   static constexpr int inputs = 2;
   static constexpr int slopes = 1; ///< 2: element_outcome_of_two
@@ -136,12 +138,19 @@ template <class T> struct element_chunk {
 };
 
 template <class Formula, class T>
-PERDITA_INLINE auto evaluate_pack(const Formula& f, const element_chunk<T>& c, index i) {
+concept in_two_steps = requires(const Formula& f, const pack<T>& x) {
+  f.early(x, x);
+}
+|| requires(const Formula& f, const pack<T>& x) { f.early(x, x, x); };
+
+/// f(x), f(x, t) or f(x, t, v)
+template <int Inputs, class T, class F>
+PERDITA_INLINE auto with_inputs(const element_chunk<T>& c, index i, F f) {
   using V = pack<T>;
   const V x = V::load(c.in[0] + i);
-  if constexpr (Formula::inputs == 1)
+  if constexpr (Inputs == 1)
     return f(x);
-  else if constexpr (Formula::inputs == 2)
+  else if constexpr (Inputs == 2)
     return f(x, V::load(c.in[1] + i));
   else
     return f(x, V::load(c.in[1] + i), V::load(c.in[2] + i));
@@ -164,18 +173,37 @@ void run_formula(const void* formula, const element_chunk<T>& chunk, wide_lanes<
     else if (to)
       (a * factor).store(to + i);
   };
-  for (index i = 0; i < c.size; i += static_cast<index>(lanes<T>)) {
-    if (c.ahead)
-      for (int k = 0; k < Formula::inputs; ++k)
-        prefetch(c.in[k] + i + c.ahead);
-    const auto out = evaluate_pack(f, c, i);
-    if (c.value)
-      out.value.store(c.value + i);
-    else
-      sum.add(out.value);
-    put(c.out[0], i, SecondOrder ? out.curvature : out.slope);
-    if constexpr (Formula::slopes == 2)
-      put(c.out[1], i, SecondOrder ? out.second_curvature : out.second_slope);
+  constexpr index width = static_cast<index>(lanes<T>), block = 8 * width;
+  alignas(64) T early[block], value[block];
+  for (index first = 0; first < c.size; first += block) {
+    const index n = std::min(block, c.size - first);
+    if constexpr (in_two_steps<Formula, T>)
+      for (index k = 0; k < n; k += width)
+        with_inputs<Formula::inputs>(
+            c, first + k,
+            [&](const auto&... x) __attribute__((always_inline)) { return f.early(x...); })
+            .store(early + k);
+    T* const values = c.value ? c.value + first : value;
+    for (index k = 0; k < n; k += width) {
+      const index i = first + k;
+      if (c.ahead)
+        for (int input = 0; input < Formula::inputs; ++input)
+          prefetch(c.in[input] + i + c.ahead);
+      const auto out = with_inputs<Formula::inputs>(
+          c, i, [&](const auto&... x) __attribute__((always_inline)) {
+            if constexpr (in_two_steps<Formula, T>)
+              return f.late(x..., V::load(early + k));
+            else
+              return f(x...);
+          });
+      out.value.store(values + k);
+      put(c.out[0], i, SecondOrder ? out.curvature : out.slope);
+      if constexpr (Formula::slopes == 2)
+        put(c.out[1], i, SecondOrder ? out.second_curvature : out.second_slope);
+    }
+    if (!c.value)
+      for (index k = 0; k < n; k += width)
+        sum.add(V::load(value + k));
   }
   total = sum;
 }

@@ -46,10 +46,9 @@ template <> struct constants<float> {
   static constexpr std::array<float, 8> log{0x1.5555a4p-2F,  -0x1.00004p-2F, 0x1.9969bp-3F,
                                             -0x1.54efdcp-3F, 0x1.28847ap-3F, -0x1.0d8a9p-3F,
                                             0x1.ac90ecp-4F,  -0x1.714118p-5F};
-  /// (log(1 + x) - x) / x^2, in x - 1, on [0, 1]
-  static constexpr std::array<float, 9> log1p{-0x1.3a37a0p-2F, 0x1.d1bc48p-4F,  -0x1.75638cp-5F,
-                                              0x1.34863ap-6F,  -0x1.3b6836p-7F, -0x1.791eb8p-11F,
-                                              -0x1.2bd05ep-7F, -0x1.9fb552p-8F, -0x1.b2f58cp-9F};
+  /// (log(1 + e) / (e - mirror) - 1/2) / z, in z = e * mirror on [-1/2, 0], mirror = -e / (1 + e)
+  static constexpr std::array<float, 4> mirrored{0x1.5554bap-4F, 0x1.10e07cp-6F, 0x1.ca9dd6p-9F,
+                                                 0x1.3fa696p-11F};
   /// (tanh(x) - x) / x^3, in x^2, on |x| <= 0.55
   static constexpr std::array<float, 5> tanh{-0x1.55554ap-2F, 0x1.110d14p-3F, -0x1.b92538p-5F,
                                              0x1.592052p-6F, -0x1.9a83fcp-8F};
@@ -75,6 +74,10 @@ template <> struct constants<double> {
   static constexpr std::array<double, 8> log{
       0x1.555555555554fp-1, 0x1.999999999c1adp-2, 0x1.24924921e1875p-2, 0x1.c71c749200bcap-3,
       0x1.745c4a5d6068ep-3, 0x1.3b35d00aff329p-3, 0x1.0dcaa091a52bfp-3, 0x1.1b87d35be4d21p-3};
+  static constexpr std::array<double, 10> mirrored{
+      0x1.5555555555500p-4,  0x1.1111111108d59p-6,  0x1.d41d41cb59e0ap-9,  0x1.a019ff500cef4p-11,
+      0x1.7a45d607042ffp-13, 0x1.5d2499dd45888p-15, 0x1.4561b0793a2bep-17, 0x1.2d854903a7e0ap-19,
+      0x1.01332b9bf52c5p-21, 0x1.2876ccd9b02e8p-24};
   /// (tanh(x) - x) / x^3, in x^2, on |x| <= 0.55
   static constexpr std::array<double, 10> tanh{
       -0x1.5555555555495p-2,  0x1.1111111101f91p-3, -0x1.ba1ba1acf7daep-5,  0x1.664f45ac14019p-6,
@@ -307,17 +310,19 @@ template <class T> PERDITA_INLINE pack<T> log1p(const pack<T>& x) {
   return detail::log_ends(x, -1, select(abs(x) < C::tiny, x, y));
 }
 
-/// log(1 + x) for 0 <= x <= 1. Error: float 1.5 ulp, double 0.9 ulp.
-template <class T> PERDITA_INLINE pack<T> log1p_of_share(const pack<T>& x) {
+/// log(1 + e) for 0 <= e <= 1, where mirror = -e / (1 + e) is known anyhow. The logarithm changes
+/// its sign, and z = e * mirror stays, where the two change places: it is (e - mirror) (1/2 + z
+/// P(z)), and P is short; e - mirror = 2 e + z. Error: 1.5 ulp.
+template <class T> PERDITA_INLINE pack<T> log1p_beside(const pack<T>& e, const pack<T>& mirror) {
   using V = pack<T>;
-  if constexpr (std::is_same_v<T, float>) {
-    const V less = x - 1; // <= 0, where nearly all terms are too: nothing cancels
-    return fma(x * x, detail::polynomial(less, less * less, detail::constants<T>::log1p), x);
-  } else {
-    const auto large = x >= 0.5;
-    const V f = select(large, fma(x, V(0.5), V(-0.5)), x); // exact
-    return detail::log_from(select(large, V(1), V(0)), f, V(0));
-  }
+  constexpr auto& c = detail::constants<T>::mirrored;
+  const V z = e * mirror;
+  V rest;
+  if constexpr (std::is_same_v<T, float>)
+    rest = detail::horner<0, 1>(z, c);
+  else
+    rest = detail::polynomial(z, z * z, c);
+  return fma(z, fma(e - mirror, rest, V(0.5)), e);
 }
 
 /// log(1 + x) for x >= 0. Error: float 1.3 ulp, double 0.9 ulp. inf gives inf.
@@ -325,20 +330,12 @@ template <class T> PERDITA_INLINE pack<T> log1p_of_positive(const pack<T>& x) {
   using V = pack<T>;
   using C = detail::constants<T>;
   // 1 + x = 2^k (1 + f), f in [-1/4, 1/2); f = x where k = 0, and else its rounding is no matter
-  V k, f;
-  if constexpr (has_scaling) {
-    const V next = x + 1;
-    k = exponent(next) - exponent(mantissa(next));
-    const V minus_k = 0 - k;
-    f = scale(x, minus_k) + (scale(V(1), minus_k) - 1);
-  } else {
-    const auto bits =
-        shift_right<C::mantissa>(as_bits(x + 1) + -std::bit_cast<bits_of<T>>(T(0.75)));
-    k = from_bits(bits + std::bit_cast<bits_of<T>>(C::magic)) - C::magic;
-    // 4/2^k, as 1/2^k can be subnormal
-    const V scale = from_bits(-shift_left<C::mantissa>(bits) + std::bit_cast<bits_of<T>>(T(4)));
-    f = fma(x * scale, V(0.25), fma(scale, V(0.25), V(-1)));
-  }
+  const auto exponent =
+      shift_right<C::mantissa>(as_bits(x + 1) + -std::bit_cast<bits_of<T>>(T(0.75)));
+  const V k = from_bits(exponent + std::bit_cast<bits_of<T>>(C::magic)) - C::magic;
+  // 4/2^k, as 1/2^k can be subnormal
+  const V scale = from_bits(-shift_left<C::mantissa>(exponent) + std::bit_cast<bits_of<T>>(T(4)));
+  const V f = fma(x * scale, V(0.25), fma(scale, V(0.25), V(-1)));
   V y;
   if constexpr (std::is_same_v<T, float>) {
     const V f2 = f * f;

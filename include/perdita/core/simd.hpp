@@ -663,14 +663,8 @@ PERDITA_INLINE pack<T> fma_unless_less(const pack<T>& x, const pack<T>& cut, con
 #if !PERDITA_NO_SIMD && defined(__AVX512F__)
 inline constexpr bool has_scaling = true;
 
-/// a 2^n, rounded once, for integers n.
-PERDITA_INLINE pack<float> scale(const pack<float>& a, const pack<float>& n) {
-  return pack<float>({_mm512_maskz_scalef_ps(0xFFFF, a.r[0].data, n.r[0].data)});
-}
-PERDITA_INLINE pack<double> scale(const pack<double>& a, const pack<double>& n) {
-  return pack<double>({_mm512_maskz_scalef_pd(0xFF, a.r[0].data, n.r[0].data)});
-}
-/// The same; zero where x < cut, whatever a and n are there (not where x is NaN).
+/// a 2^n, rounded once, for integers n; zero where x < cut, whatever a and n are there (not where x
+/// is NaN).
 PERDITA_INLINE pack<float> scale_unless_less(const pack<float>& x, const pack<float>& cut,
                                              const pack<float>& a, const pack<float>& n) {
   const __mmask16 keep = _mm512_cmp_ps_mask(x.r[0].data, cut.r[0].data, _CMP_NLT_UQ);
