@@ -234,7 +234,9 @@ struct logit_matching_formula : paired_scores {
       const W a = first(x + i, n - i), b = first(t + i, n - i), d = difference(a, b);
       element_outcome<W> term;
       if (kind == logit_distance::log_cosh) {
-        term = log_cosh_formula<double>()(d / W(2 * temperature), W(0));
+        const log_cosh_formula<double> log_cosh;
+        const W half = d / W(2 * temperature), zero(0);
+        term = log_cosh.late(half, zero, log_cosh.early(half, zero));
         term.slope = term.slope * W(0.5);
       } else if (kind == logit_distance::binary_kl) {
         term = binary_kl(a / W(temperature), b / W(temperature), d / W(temperature));

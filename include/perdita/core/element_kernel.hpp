@@ -173,11 +173,12 @@ void run_formula(const void* formula, const element_chunk<T>& chunk, wide_lanes<
     else if (to)
       (a * factor).store(to + i);
   };
+  constexpr bool two_steps = in_two_steps<Formula, T>;
   constexpr index width = static_cast<index>(lanes<T>), block = 8 * width;
   alignas(64) T early[block], value[block];
   for (index first = 0; first < c.size; first += block) {
     const index n = std::min(block, c.size - first);
-    if constexpr (in_two_steps<Formula, T>)
+    if constexpr (two_steps)
       for (index k = 0; k < n; k += width)
         with_inputs<Formula::inputs>(
             c, first + k,
@@ -191,17 +192,20 @@ void run_formula(const void* formula, const element_chunk<T>& chunk, wide_lanes<
           prefetch(c.in[input] + i + c.ahead);
       const auto out = with_inputs<Formula::inputs>(
           c, i, [&](const auto&... x) __attribute__((always_inline)) {
-            if constexpr (in_two_steps<Formula, T>)
+            if constexpr (two_steps)
               return f.late(x..., V::load(early + k));
             else
               return f(x...);
           });
-      out.value.store(values + k);
+      if (two_steps || c.value)
+        out.value.store(values + k);
+      else
+        sum.add(out.value);
       put(c.out[0], i, SecondOrder ? out.curvature : out.slope);
       if constexpr (Formula::slopes == 2)
         put(c.out[1], i, SecondOrder ? out.second_curvature : out.second_slope);
     }
-    if (!c.value)
+    if (two_steps && !c.value)
       for (index k = 0; k < n; k += width)
         sum.add(V::load(value + k));
   }

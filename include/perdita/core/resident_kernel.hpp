@@ -162,7 +162,7 @@ private:
             // By the pack where hardly a pack has any, and where most have.
             if (size[i] > static_cast<double>(cols_ / 1024) &&
                 size[i] < static_cast<double>(cols_ / 4))
-              emit(rows[i], x[i], x[i], out[1][i], listed_slopes(x[i], c));
+              emit(rows[i], x[i], x[i], out[1][i], list_slopes(x[i], c));
             else
               emit(rows[i], x[i], x[i], out[1][i], slopes);
           } else {
@@ -280,8 +280,21 @@ private:
       some(j, cols_ - j);
   }
 
-  /// Slopes of a row's scores, which have to be asked for in their order.
-  auto listed_slopes(const T* x, const double* c) const {
+  /// Slopes that lie there for the scores from an edge on, which are to be asked for in their
+  /// order.
+  struct slope_list {
+    V edge;
+    const double* next;
+
+    PERDITA_INLINE V operator()(const V& z) {
+      V slope(0);
+      for (std::uint32_t left = lane_bits(z >= edge); left != 0; left &= left - 1)
+        slope = select(iota<T>() == V(static_cast<T>(std::countr_zero(left))),
+                       V(static_cast<T>(*next++)), slope);
+      return slope;
+    }
+  };
+  slope_list list_slopes(const T* x, const double* c) const {
     using W = pack<double>;
     constexpr index step = static_cast<index>(lanes<double>);
     const T edge = formula_.template edge<T>(c);
@@ -290,14 +303,7 @@ private:
     const auto slopes = formula_.template slopes<W>(c);
     for (index k = 0; k < count; k += step)
       slopes(W::load(room_ + k)).store(room_ + k);
-    return [edge = V(edge), next = static_cast<const double*>(room_)](const V& z) mutable
-           __attribute__((always_inline)) {
-      V slope(0);
-      for (std::uint32_t left = lane_bits(z >= edge); left != 0; left &= left - 1)
-        slope = select(iota<T>() == V(static_cast<T>(std::countr_zero(left))),
-                       V(static_cast<T>(*next++)), slope);
-      return slope;
-    };
+    return {V(edge), room_};
   }
 
   const Formula& formula_;
