@@ -79,7 +79,7 @@ template <class T> std::vector<function<T>> functions() {
       {"log1p", [](const P& x) { return core::log1p(x); }, [](const W& x) -> W { return log1p(x); },
        T(-1), infinity, -0.9, 3, bound(1.0, 0.9)},
       {"log1p_beside", [](const P& x) { return log1p_by_mirror(x); },
-       [](const W& x) -> W { return log1p(x); }, T(0), T(1), 0, 1, bound(1.3, 1.3)},
+       [](const W& x) -> W { return log1p(x); }, T(0), T(1), 0, 1, bound(1.7, 1.7)},
       {"log1p_of_positive", [](const P& x) { return core::log1p_of_positive(x); },
        [](const W& x) -> W { return log1p(x); }, T(0), infinity, 0, 3, bound(1.3, 0.9)},
       {"softplus", [](const P& x) { return core::softplus(x); },
