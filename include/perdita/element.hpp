@@ -207,7 +207,7 @@ template <class T> struct tukey_biweight_formula : element_formula {
   }
 };
 
-/// The same, and the cube of its inverse is 0.
+/// Stands for every larger u: its square is finite, and u/(1 + u²)² is 0.
 template <class T> inline constexpr T beyond_cube = sizeof(T) == 4 ? T(0x1p62) : T(0x1p500);
 
 /// With v = 1/(1 + u²):  (c²/2) u² v,  r v²; (1 − 3u²) v³, by 1/u where u > 1.

@@ -139,6 +139,9 @@ private:
     result.target_gradient.store(out[1]);
     for (int k = 0; k < coefficients; ++k)
       result.coefficient[k].store(out[2 + k]);
+    [[maybe_unused]] alignas(64) double size[finish_rows];
+    if constexpr (has_edge)
+      s.term[statistic::size].store(size);
     for (index i = 0; i < count; ++i) {
       store_value(job_, rows[i], out[0][i], total);
       if constexpr (has_slopes)
@@ -157,8 +160,6 @@ private:
             else
               emit(rows[i], x[i], images(i), out[1][i], slopes);
           } else if constexpr (has_edge) {
-            alignas(64) double size[finish_rows];
-            s.term[statistic::size].store(size);
             // By the pack where hardly a pack has any, and where most have.
             if (size[i] > static_cast<double>(cols_ / 1024) &&
                 size[i] < static_cast<double>(cols_ / 4))

@@ -18,6 +18,10 @@ inline constexpr index finish_rows = lanes<double>;
 /// Rows up to this long are solved as many at a time where a formula can: most of what is done for
 /// one row does not depend on its length.
 inline constexpr index most_short_columns = 31;
+/// How far ahead a row is asked for that is read for the first time, in bytes and in numbers.
+inline constexpr index prefetch_bytes = 16384;
+template <class T>
+inline constexpr index prefetch_distance = prefetch_bytes / static_cast<index>(sizeof(T));
 
 /// What a formula's finish() gets: a row in each lane. For statistics over the rivals the target
 /// is not in the sums.

@@ -152,7 +152,6 @@ template <class Formula, class T> class row_kernel {
   using statistic = typename Formula::statistic;
   static constexpr index width = static_cast<index>(lanes<T>);
   static constexpr index chunk_packs = chunk_columns / width;
-  static constexpr index prefetch_bytes = 16384;
 
 public:
   static index rows_per_sum(const row_job<T>& job) { return block_rows(job); }
@@ -913,7 +912,7 @@ private:
   index cols_, chunks_;
   bool scores_in_place_, soft_in_place_, gradient_in_place_, images_in_row_, has_gradient_;
   std::size_t scratch_bytes_ = 0;
-  index ahead_ = prefetch_bytes / static_cast<index>(sizeof(T)); // what is asked for in time
+  index ahead_ = prefetch_distance<T>; // what is asked for in time
   live_row *current_ = nullptr, *previous_ = nullptr;
   index pending_ = 0; // rows of previous_ whose gradient is not written
   T* stage_x_[2] = {nullptr, nullptr};

@@ -48,9 +48,6 @@ struct solved_formula : row_formula {
   }
 };
 
-/// How far ahead a row is asked for that is read for the first time.
-template <class T> inline constexpr index prefetch_distance = 16384 / static_cast<index>(sizeof(T));
-
 /// f(numbers, index of the first) over n numbers, a pack at a time; the last is filled up with
 /// `filler`. A lambda should be always_inline: packs that go through memory take longer than most
 /// of what is done with them.
