@@ -324,6 +324,12 @@ TEMPLATE_TEST_CASE("rival_scores: against the scores one by one", "[hinges]", fl
   for (int kind = 0; kind < long_kinds; ++kind)
     for (const index y : {0, 1000, 4098})
       check(long_row<T>(kind, 4099, random), y);
+  // The largest comes late, and far above what was seen before: a sweep starts again.
+  for (const double rise : {20., 25., 90.}) {
+    auto late = long_row<T>(0, 4099, random);
+    late[4000] = *std::max_element(late.begin(), late.end()) + static_cast<T>(rise);
+    check(late, 0);
+  }
 }
 
 TEST_CASE("hinges: options out of range are refused", "[hinges]") {
