@@ -436,6 +436,19 @@ batch<double> batch_row(const batch<double>& x, std::size_t row) {
   std::copy_n(&x.x[row * n], n, result.x.begin());
   return result;
 }
+/// Twice the gradients g and d of a call, added to what is there.
+template <class Loss>
+void check_added(const Loss& loss, const batch<double>& x, const batch<double>& proxies,
+                 const std::vector<int>& labels, const perdita::mixed_examples<double>& mixed,
+                 const batch<double>& g, const batch<double>& d) {
+  batch<double> h(x.view().rows, x.view().cols, 1.0), e(5, x.view().cols, -1.0);
+  loss(x.seen(), proxies.seen(), labels, mixed, h.view(), e.view(),
+       {.scale = 2, .accumulate = true});
+  for (std::size_t k = 0; k < g.x.size(); ++k)
+    CHECK(std::abs(h.x[k] - (1 + 2 * g.x[k])) < 1e-13);
+  for (std::size_t k = 0; k < d.x.size(); ++k)
+    CHECK(std::abs(e.x[k] - (2 * d.x[k] - 1)) < 1e-13);
+}
 } // namespace
 
 TEST_CASE("Metrix: calls", "[threads]") {
@@ -462,6 +475,16 @@ TEST_CASE("Metrix: calls", "[threads]") {
   loss(x.view(), labels, mixed, other.view(), {.scale = 2, .accumulate = true});
   for (std::size_t k = 0; k < g.x.size(); ++k)
     CHECK(std::abs(other.x[k] - (1 + 2 * g.x[k])) < 1e-14);
+  { // What the mean divides by, and slopes of anchors, which are weights of the gradient.
+    std::vector<double> of_anchors;
+    for (index i = 0; i < n; ++i)
+      of_anchors.push_back(0.25 * static_cast<double>(i % 7));
+    CHECK(near(loss(x.view(), labels, mixed, {.normaliser = 8}), value * n / 8, 1e-14));
+    loss(x.view(), labels, mixed, h.view(), {.row_weights = of_anchors, .normaliser = 8});
+    loss(x.view(), labels, mixed, other.view(), {.upstream = of_anchors, .normaliser = 8});
+    for (std::size_t k = 0; k < g.x.size(); ++k)
+      CHECK(std::abs(other.x[k] - h.x[k]) < 1e-13);
+  }
   // No examples, or none of the loss: the clean loss. λ = 1 and λ = 0 are rows themselves.
   const double alone = clean(x.view(), labels, h.view());
   CHECK(loss(x.view(), labels, {}, g.view()) == alone);
@@ -544,6 +567,7 @@ TEST_CASE("Metrix: calls", "[threads]") {
             of_all);
       CHECK(h.x == g.x);
       CHECK(e.x == d.x);
+      check_added(mix, x, proxies, classes, whole, g, d);
       batch<double> of_one(1, 5);
       const std::vector<int> none(40, 0);
       CHECK(near(mix(x.seen(), batch_row(proxies, 0).seen(), none, whole, g.view(), of_one.view()),
@@ -551,6 +575,10 @@ TEST_CASE("Metrix: calls", "[threads]") {
       for (const double slope : g.x)
         CHECK(std::abs(slope) < 1e-14);
     }
+    const perdita::metrix mix(perdita::proxy_anchor<double>({.alpha = 8}), {.weight = 0.5});
+    batch<double> d(5, 5);
+    mix(x.seen(), proxies.seen(), classes, mixed, g.view(), d.view());
+    check_added(mix, x, proxies, classes, mixed, g, d);
     loss(x.view(), labels, mixed, g.view());
   }
 
@@ -566,10 +594,89 @@ TEST_CASE("Metrix: calls", "[threads]") {
   refused([](auto& m) { m.first[3] = -1; }, "first[3] is -1");
   refused([](auto& m) { m.second[4] = 40; }, "second[4] is 40");
   refused([](auto& m) { m.share[5] = 1.5; }, "share[5] is 1.5");
+  refused([](auto& m) { m.share[6] = std::numeric_limits<double>::quiet_NaN(); },
+          "share[6] is nan");
   CHECK_THROWS_WITH(perdita::metrix(clean, {.weight = -1}), ContainsSubstring("weight is -1"));
   CHECK_THROWS_WITH(perdita::metrix(perdita::lifted_structure<double>()),
                     ContainsSubstring("terms of lifted_structure is pairs"));
   CHECK(g.x == kept.x);
+}
+
+// Images of what belongs to an anchor are taken of what does not, too, and the other way round:
+// here of e^89, for which float has no number.
+TEST_CASE("Metrix: what is far apart", "") {
+  const std::vector<int> labels{0, 0, 1, 1}; // which lie opposite one another
+  const perdita::mixed_examples<float> rows{{1, 2, 3, 0}, {0, 1, 2, 0}, {1, 1, 1, 1}};
+  batch<float> x(4, 2), long_x(4, 2), g(4, 2), d(2, 2);
+  for (index r = 0; r < 4; ++r)
+    for (index k = 0; k < 2; ++k) {
+      const double angle = 0.01 * static_cast<double>(r) + (r < 2 ? 0 : 3.14159);
+      x(r, k) = static_cast<float>(k == 0 ? std::cos(angle) : std::sin(angle));
+      long_x(r, k) = 44.6F * x(r, k);
+    }
+  const auto finite = [](const batch<float>& b) {
+    return std::all_of(b.x.begin(), b.x.end(), [](float slope) { return std::isfinite(slope); });
+  };
+  const perdita::metrix pairs(perdita::multi_similarity<float>({.alpha = 44.5, .beta = 44.5}),
+                              {.strangers = true});
+  CHECK(std::isfinite(pairs(x.view(), labels, rows, g.view())));
+  CHECK(finite(g));
+  const perdita::metrix lifted(
+      perdita::lifted_structure<float>(
+          {.margin = 99, .terms = perdita::lifted_terms::anchors, .normalise = false}),
+      {.strangers = true});
+  CHECK(std::isfinite(lifted(long_x.view(), labels, rows, g.view())));
+  CHECK(finite(g));
+  for (const bool exchanged : {false, true})
+    for (const bool all : {false, true}) {
+      batch<float> proxies(2, 2);
+      for (index k = 0; k < 2; ++k) {
+        proxies(0, k) = x(exchanged ? 3 : 0, k);
+        proxies(1, k) = x(exchanged ? 0 : 3, k);
+      }
+      const perdita::metrix nca(perdita::proxy_nca<float>({.scale = 22.25, .all_proxies = all}));
+      CHECK(std::isfinite(nca(x.seen(), proxies.seen(), labels, rows, g.view(), d.view())));
+      CHECK((finite(g) && finite(d)));
+    }
+}
+
+// Row 4 is NaN, and left out of the clean part. It is part of an example that anchors of classes
+// other than 1 and 2 are not compared with.
+TEMPLATE_TEST_CASE("Metrix: what is not compared may be anything", "", float, double) {
+  using T = TestType;
+  const std::vector<int> labels{0, 0, 1, 0, 2, 0, 1};
+  const perdita::mixed_examples<T> mixed{
+      {0, 2, 4, 3}, {2, 1, 2, 6}, {T(0.5), T(0.25), T(0.75), T(0.5)}};
+  const perdita::mixed_examples<T> without{{0, 2}, {2, 1}, {T(0.5), T(0.25)}};
+  const auto x = random_batch<T>(7, 3, 8);
+  auto spoilt = x;
+  spoilt(4, 1) = std::numeric_limits<T>::quiet_NaN();
+  const std::vector<T> weights{1, 1, 0, 1, 0, 1, 0}; // class 0 alone
+  const auto filter = [](index, T* relation, index) { relation[4] = 0; };
+  const auto check = [&](const auto& clean) {
+    const perdita::metrix loss(clean);
+    std::vector<T> values(7);
+    perdita::anchor_options<T> call{.row_weights = weights, .filter = filter};
+    const T value = loss(x.view(), labels, mixed, call);
+    CHECK(loss(spoilt.view(), labels, mixed, call) == value);
+    call.row_weights = {};
+    call.values = values;
+    CHECK(std::isnan(loss(spoilt.view(), labels, mixed, call)));
+    for (std::size_t i = 0; i < 7; ++i)
+      CHECK(std::isnan(values[i]) == (labels[i] != 0));
+  };
+  check(perdita::multi_similarity<T>());
+  check(perdita::pair_margin<T>());
+  check(perdita::lifted_structure<T>({.margin = 3, .terms = perdita::lifted_terms::anchors}));
+  auto beyond = x; // of which no square is a number
+  beyond(4, 1) = std::numeric_limits<T>::max() / 2;
+  const perdita::metrix lengths(perdita::pair_margin<T>({.normalise = false}));
+  const perdita::anchor_options<T> call{.row_weights = weights, .filter = filter};
+  CHECK(lengths(beyond.view(), labels, mixed, call) == lengths(x.view(), labels, mixed, call));
+  batch<T> g(7, 3); // of a row that nothing depends on: 0
+  const perdita::metrix loss{perdita::multi_similarity<T>()};
+  loss(spoilt.view(), labels, without, g.view(), call);
+  CHECK((g(4, 0) == 0 && g(4, 1) == 0 && g(4, 2) == 0));
 }
 
 TEST_CASE("Metrix: what is drawn", "") {
