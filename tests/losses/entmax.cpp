@@ -6,13 +6,16 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdint>
 #include <limits>
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "support/catch.hpp"
+#include "support/executors.hpp"
 #include "support/numbers.hpp"
 #include "support/row_battery.hpp"
 #include "support/wide.hpp"
@@ -327,6 +330,45 @@ TEMPLATE_TEST_CASE("entmax_loss: gradient with respect to alpha", "[entmax]", fl
       CHECK(values[1] == 0);
       CHECK(size_of(total - sum) <= 1e-5 * size_of(sum) + wide(1e-8));
     }
+}
+
+// A gradient of more than 4 MiB is written past the caches, whole lines at a time; one that
+// overwrites its scores is not. With α = 1.25 slopes are taken of the support alone.
+TEMPLATE_TEST_CASE("entmax losses: a gradient that goes past the caches has the same bits",
+                   "[entmax]", float, double) {
+  using T = TestType;
+  const threads_executor pool(3, task_order::shuffled);
+  const auto check = [&](const auto& loss, index classes, index gap) {
+    const index stride = classes + gap,
+                n = (index{4} << 20) / static_cast<index>(sizeof(T)) / classes + 2;
+    std::vector<T> x(static_cast<std::size_t>(n * stride));
+    for (std::size_t i = 0; i < x.size(); ++i)
+      x[i] = static_cast<T>(i * 7919 % 1009) / 64;
+    std::vector<int> y;
+    for (index r = 0; r < n; ++r)
+      y.push_back(r % 11 == 3 ? -100 : static_cast<int>(r * 101 % classes));
+    std::vector<T> expected = x;
+    const perdita::matrix_view<T> all(expected.data(), n, classes, stride, 1);
+    const T value = loss(all, y, all);
+    for (index r = 0; r < n; ++r) // between rows, where nothing may be written
+      std::fill_n(expected.begin() + r * stride + classes, r + 1 < n ? gap : 0, T(9));
+    INFO(classes << " classes");
+    std::vector<T> gradient(expected.size() + 32, T(9));
+    const auto start = 5 + (64 - reinterpret_cast<std::uintptr_t>(gradient.data()) % 64) /
+                               sizeof(T) % (64 / sizeof(T));
+    const perdita::matrix_view<const T> scores(x.data(), n, classes, stride, 1);
+    const perdita::matrix_view<T> to(gradient.data() + start, n, classes, stride, 1);
+    CHECK(loss(scores, y, to, {.run_on = pool}) == value);
+    const auto first = gradient.begin() + static_cast<index>(start),
+               last = first + ((n - 1) * stride + classes);
+    CHECK(std::equal(first, last, expected.begin()));
+    CHECK(std::count(gradient.begin(), first, T(9)) == first - gradient.begin());
+    CHECK(std::count(last, gradient.end(), T(9)) == gradient.end() - last);
+  };
+  for (const auto& [classes, gap] : {std::pair<index, index>{1000, 0}, {997, 5}, {40007, 0}}) {
+    check(perdita::entmax_loss<T>({.alpha = 1.25}), classes, gap);
+    check(perdita::entmax15_loss<T>(), classes, gap);
+  }
 }
 
 TEST_CASE("entmax_loss: alpha is checked", "[entmax]") {

@@ -272,7 +272,11 @@ TEMPLATE_TEST_CASE("simplex maps: known values", "[entmax_maps]", float, double)
     const auto n = static_cast<index>(scores.size());
     std::vector<T> p(scores.size());
     const perdita::matrix_view<const T> x(scores.data(), 1, n);
-    map(alpha, x, perdita::matrix_view<T>(p.data(), 1, n));
+    std::vector<index> support(1, -1);
+    map(alpha, x, perdita::matrix_view<T>(p.data(), 1, n), support);
+    CHECK(support[0] == std::count_if(expected.begin(), expected.end(), [](double share) {
+            return share > 0; // none is where they are NaN
+          }));
     for (std::size_t k = 0; k < p.size(); ++k) {
       INFO("alpha " << alpha << ", class " << k << ": " << p[k] << " for " << expected[k]);
       const bool right =
@@ -308,6 +312,12 @@ TEMPLATE_TEST_CASE("simplex maps: known values", "[entmax_maps]", float, double)
     check(alpha, {-margin, 0, -margin}, {0, 1, 0}, 0);
   }
   check(1 + 1e-9, {0, 1}, {1 / (1 + std::exp(1.)), std::exp(1.) / (1 + std::exp(1.))}, golden);
+  // p^−3 is no number: beside what counts instead, the others are nothing.
+  const row_major<T> p{{1, static_cast<T>(sizeof(T) == 4 ? 1e-20 : 1e-200)}}, d{{1, 2}};
+  row_major<T> slopes(1, 2);
+  perdita::entmax_backward(p, d, slopes, {.alpha = 5});
+  CHECK(std::abs(slopes(0, 0) + 1) <= std::numeric_limits<T>::epsilon());
+  CHECK(std::isfinite(slopes(0, 1)));
 }
 
 TEMPLATE_TEST_CASE("budget_map: values and backward", "[entmax_maps]", float, double) {
@@ -415,6 +425,8 @@ TEST_CASE("simplex maps: arguments are checked", "[entmax_maps]") {
   for (const double alpha : alphas) {
     CHECK_THROWS_AS(map(alpha, x, wrong), std::invalid_argument);
     CHECK_THROWS_AS(map(alpha, x, right, two), std::invalid_argument);
+    CHECK_THROWS_AS(map(alpha, x, right, perdita::vector_view<index>(nullptr, 2)),
+                    std::invalid_argument);
     CHECK_THROWS_AS(backward(alpha, x, x, wrong), std::invalid_argument);
     CHECK_THROWS_AS(backward(alpha, x, wrong, right), std::invalid_argument);
   }

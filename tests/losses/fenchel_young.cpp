@@ -219,6 +219,12 @@ TEST_CASE("Fenchel-Young losses: softmax is cross-entropy less the entropy", "[f
   CHECK(std::abs(value - (whole - entropy)) < 1e-15 * 8);
   for (std::size_t k = 0; k < 4; ++k)
     CHECK(std::abs(g[k] - h[k]) < 1e-15);
+  // Where the label leads, 1 − p is known without a difference to 1.
+  const std::vector<double> leads{50, 0};
+  std::vector<double> slopes(2);
+  perdita::fenchel_young_loss<double>()(row_view(leads), std::vector<int>{0}, row_view(slopes));
+  CHECK(std::abs(slopes[0] + std::exp(-50.)) < 1e-15 * std::exp(-50.));
+  CHECK(std::abs(slopes[1] - std::exp(-50.)) < 1e-15 * std::exp(-50.));
 }
 
 // All digits of the loss of a target near its prediction.
