@@ -701,6 +701,18 @@ TEST_CASE("similarity: slices with labels, weights and by-products", "[similarit
       CHECK(off_slopes(a, whole) <= 24);
       CHECK(a.hits == whole.hits);
     }
+  // The last two records first.
+  const auto slice = [&](index first, index n) {
+    return head.slice(x.view(), matrix_view<const T>(y.data.data() + first * depth, n, depth),
+                      batch.labels, first, cols, {.row_weights = batch.weights});
+  };
+  std::vector<perdita::similarity_record> all(at(rows)), more(at(rows)), last(at(rows));
+  slice(0, 20).summarise(all);
+  slice(20, 145).summarise(more);
+  slice(165, 5).summarise(last);
+  slice(0, 20).merge(more, last);
+  slice(0, 20).merge(all, more);
+  CHECK(off<T>({slice(0, 20).finish(all)}, {whole.value}) <= 24);
 }
 
 TEMPLATE_TEST_CASE("similarity: slices of a batch within itself", "[similarity]", float, double) {
