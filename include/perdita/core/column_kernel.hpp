@@ -73,7 +73,7 @@ public:
       *p = memory.take<V>(n);
     shifts_ = memory.take<V>(n * static_cast<std::size_t>(chunks));
     part_ = memory.take<V>(n * used_lanes * statistic::terms);
-    sums_ = memory.take<wide_lanes<T>>(n * used_lanes * statistic::terms);
+    sums_ = memory.take<wide_lanes<T>>(one_chunk() ? 0 : n * used_lanes * statistic::terms);
     stage_ = memory.take<T>(rows * static_cast<std::size_t>(short_rows_ ? cols_ : 1));
     for (T** p : {&soft_, &out_, &line_})
       *p = memory.take<T>(rows + 2 * chunk_columns);
@@ -100,6 +100,8 @@ public:
 
 private:
   index chunk_size(index column) const { return std::min(chunk_columns, cols_ - column); }
+  /// Whether a chunk's sums are a row's.
+  bool one_chunk() const { return cols_ <= chunk_columns; }
   /// Sum number j mod W of term k, for every pack of rows.
   template <class X> X* lane(X* sums, int k, index j) const {
     return sums + (k * std::min(width, cols_) + j % width) * tile_packs_;
@@ -195,6 +197,8 @@ private:
           rivals_[p] = max(seen_[p], rivals_[p]);
         shifts_[c / chunk_columns * tile_packs_ + p] = shift_[p];
       }
+      if (one_chunk())
+        break;
       for (int k = 0; k < statistic::terms; ++k)
         for (index j = 0; j < std::min(n, width); ++j)
           for (index p = 0; p < packs_; ++p)
@@ -252,10 +256,11 @@ private:
       shift_[p] = statistic::template first_shift<V>();
       rivals_[p] = V(-std::numeric_limits<T>::infinity());
     }
-    for (int k = 0; k < statistic::terms; ++k)
-      for (index j = 0; j < std::min(width, cols_); ++j)
-        for (index p = 0; p < packs_; ++p)
-          lane(sums_, k, j)[p].clear();
+    if (!one_chunk())
+      for (int k = 0; k < statistic::terms; ++k)
+        for (index j = 0; j < std::min(width, cols_); ++j)
+          for (index p = 0; p < packs_; ++p)
+            lane(sums_, k, j)[p].clear();
     if (!short_rows_)
       return;
     // Columns of the tile, from rows that lie side by side or not.
@@ -371,13 +376,8 @@ private:
   /// Sums a chunk of the packs of rows [begin, end), and looks at it.
   PERDITA_NOINLINE void absorb(index column, index n, index begin, index end) {
     const V nothing = statistic::template look_at_nothing<V>();
-    for (index p = begin; p < end; ++p) {
-      if (statistic::look_is_maximum)
-        seen_[p] = nothing;
-      for (int k = 0; k < statistic::terms; ++k)
-        for (index j = 0; j < std::min(n, width); ++j)
-          lane(part_, k, j)[p] = V(0);
-    }
+    if (statistic::look_is_maximum)
+      std::fill(seen_ + begin, seen_ + end, nothing);
     index j = 0;
     if (columns_at_once())
       for (; j + group <= n; j += group)
@@ -397,7 +397,7 @@ private:
     for (index p = begin; p < end; ++p) {
       V sum[statistic::terms];
       for (int k = 0; k < statistic::terms; ++k)
-        sum[k] = sums[k * step + p];
+        sum[k] = j < width ? V(0) : sums[k * step + p];
       V seen = seen_[p];
       for (index k = 0; k < Columns; ++k) {
         prefetch(at.x[k] + at.ahead + p * width);
@@ -437,7 +437,10 @@ private:
     s.label_weight = W::load(label_weight_ + at);
     s.classes = W(static_cast<double>(cols_));
     for (int k = 0; k < statistic::terms; ++k)
-      s.term[k] = folded([&](index i) { return lane(sums_, k, i)[p].folded(static_cast<int>(h)); });
+      s.term[k] =
+          one_chunk()
+              ? folded([&](index i) { return half(lane(part_, k, i)[p], h); })
+              : folded([&](index i) { return lane(sums_, k, i)[p].folded(static_cast<int>(h)); });
     return with_own(formula_, s, std::min(finish_rows, rows_ - at),
                     [&](index i) { return first_ + at + i; });
   }
