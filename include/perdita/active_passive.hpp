@@ -33,13 +33,12 @@ template <class T> struct active_passive_formula : row_formula {
     const W sum = fma(row.term[2], odds.above(), c - row.term[1]);
     // Nothing to normalise by: a masked class, or no rival.
     const auto void_sum = (row.term[2] < k - W(1)) | (c == inf) | (sum == zero);
-    const W inverse = select(void_sum, zero, W(alpha) / sum);
-    const W per_square = select(void_sum, zero, inverse / sum);
+    const W per_sum = select(void_sum, zero, W(1) / sum), inverse = W(alpha) * per_sum;
     const value_and_slope other = passive(odds);
 
     row_outcome<W> out;
     out.value = select(c == inf, W(alpha), weighted(inverse, c)) + weighted(W(beta), other.value);
-    const W even = weighted(per_square, c); // of every class
+    const W even = weighted(inverse * per_sum, c); // of every class
     const W steep = inverse - k * even + W(beta) * other.slope;
     out.coefficient[0] = even;
     out.image_scale = select(row.term[0] == zero, zero, steep * odds.per_rival);

@@ -20,15 +20,27 @@ template <class T> struct ldr_kl_formula : row_formula {
   double lambda, margin;
 
   template <class V> PERDITA_INLINE V score(const V& x) const {
-    return x / V(static_cast<typename V::value_type>(lambda));
+    return x * V(static_cast<typename V::value_type>(1 / lambda));
   }
   template <class Row> auto finish(const Row& row) const {
     using W = std::remove_cvref_t<decltype(row.target)>;
-    const W u = log_odds_against(row) + W(margin / lambda);
-    const W miss = sigmoid(u);
+    W surprise, miss, per_image;
+    if constexpr (std::is_same_v<T, double>) { // the margin may be less than an ulp of the shift
+      const W u = log_odds_against(row) + W(margin / lambda);
+      surprise = softplus(u);
+      miss = sigmoid(u);
+      per_image = per_rival(miss, row);
+    } else {
+      Row ahead = row;
+      ahead.shift = row.shift + W(margin / lambda);
+      const target_odds<T, W> odds(ahead);
+      surprise = odds.surprise;
+      miss = odds.miss;
+      per_image = select(row.term[0] == W(0), W(0), odds.per_rival);
+    }
     row_outcome<W> out;
-    out.value = W(lambda) * (softplus(u) - log(row.classes));
-    out.image_scale = per_rival(miss, row);
+    out.value = W(lambda) * (surprise - log(row.classes));
+    out.image_scale = per_image;
     out.target_gradient = -miss;
     return out;
   }

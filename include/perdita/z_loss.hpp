@@ -14,7 +14,7 @@ namespace core {
 
 /// With z the target's standard score and u = a (b − z):  ℓ = softplus(u) / a,
 /// ∂ℓ/∂x_j = −σ(u)/σ (δ_jy − 1/K − z (x_j − μ)/(σ K)).
-struct z_loss_formula : row_formula {
+template <class T> struct z_loss_formula : row_formula {
   using statistic = moments;
   static constexpr bool excludes_target = false;
   static constexpr bool proportional = false;
@@ -27,19 +27,20 @@ struct z_loss_formula : row_formula {
   }
   template <class Row> auto finish(const Row& row) const {
     using W = decltype(row.target);
-    const W zero(0), n = row.classes;
-    const W offset = row.term[1] / n; // μ − shift
-    const W variance = max(zero, (row.term[2] - row.term[1] * offset) / n);
+    const W zero(0), n = row.classes, one_of = W(1) / n;
+    const W offset = row.term[1] * one_of; // μ − shift
+    const W variance = max(zero, (row.term[2] - row.term[1] * offset) * one_of);
     const W inverse = select(variance == zero, zero, W(1) / sqrt(variance));
     const W z = ((row.target - row.shift) - offset) * inverse;
     const W u = W(a) * (W(b) - z);
-    const W steep = sigmoid(u) * inverse;
+    const auto [value, rate] = softplus_and_sigmoid_to<T>(u);
+    const W steep = rate * inverse * one_of;
     row_outcome<W> out;
-    out.value = softplus(u) / W(a);
-    out.coefficient[0] = steep * z * inverse / n;
-    out.coefficient[1] = steep / n - out.coefficient[0] * offset;
+    out.value = value * W(1 / a);
+    out.coefficient[0] = steep * z * inverse;
+    out.coefficient[1] = steep - out.coefficient[0] * offset;
     out.coefficient[2] = row.shift;
-    out.target_gradient = -(steep * ((n - W(1)) - z * z) / n);
+    out.target_gradient = -(steep * ((n - W(1)) - z * z));
     return out;
   }
 };
@@ -89,7 +90,8 @@ public:
 private:
   friend row_loss<z_loss<T>, T>;
   template <class F> void visit(const core::row_job<T>&, F f) const {
-    f(core::z_loss_formula{{}, static_cast<double>(options_.a), static_cast<double>(options_.b)});
+    f(core::z_loss_formula<T>{
+        {}, static_cast<double>(options_.a), static_cast<double>(options_.b)});
   }
   options options_;
 };

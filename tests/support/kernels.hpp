@@ -30,7 +30,7 @@
   PERDITA_TEST_ROWS(how, T, cross_entropy_formula<T, log_sum_exp_and_moments>)                     \
   PERDITA_TEST_ROWS(how, T, target_formula<T>)                                                     \
   PERDITA_TEST_ROWS(how, T, ldr_kl_formula<T>)                                                     \
-  PERDITA_TEST_ROWS(how, T, z_loss_formula)                                                        \
+  PERDITA_TEST_ROWS(how, T, z_loss_formula<T>)                                                     \
   PERDITA_TEST_ROWS(how, T, sparsemax_formula)
 
 #define PERDITA_TEST_SIMILARITY(how, T, ...)                                                       \
@@ -45,7 +45,7 @@
   PERDITA_TEST_LINEAR(how, T, cross_entropy_formula<T, log_sum_exp>)                               \
   PERDITA_TEST_LINEAR(how, T, cross_entropy_formula<T, log_sum_exp_and_total>)                     \
   PERDITA_TEST_LINEAR(how, T, cross_entropy_formula<T, log_sum_exp_and_moments>)                   \
-  PERDITA_TEST_LINEAR(how, T, z_loss_formula)
+  PERDITA_TEST_LINEAR(how, T, z_loss_formula<T>)
 
 namespace perdita::inline PERDITA_ABI::core {
 PERDITA_TEST_ROW_KERNELS(extern template, float)

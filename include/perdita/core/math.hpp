@@ -404,6 +404,18 @@ template <class T> PERDITA_INLINE pack<T> sigmoid(const pack<T>& x) {
   return select(x < 0, e, V(1)) / (e + 1);
 }
 
+/// log(1 + e^x) and 1 / (1 + e^-x) in double, as exact as what is rounded to T in the end needs.
+template <class V> struct softplus_and_sigmoid { V softplus, sigmoid; };
+template <class T>
+PERDITA_INLINE softplus_and_sigmoid<pack<double>> softplus_and_sigmoid_to(const pack<double>& x) {
+  using V = pack<double>;
+  if constexpr (std::is_same_v<T, double>)
+    return {softplus(x), sigmoid(x)};
+  const V far(650), e = exp_to<T>(min(far, x));
+  const auto [log, inverse] = log1p_and_inverse_to<T>(e);
+  return {log + max(V(0), x - far), e * inverse};
+}
+
 /// The hyperbolic tangent: x + x^3 P(x^2) up to 0.55, 1 - 2 / (e^2|x| + 1) beyond.
 /// Error: 1.6 ulp. +-inf gives +-1, and +-0 itself; tanh(-x) = -tanh(x) to the bit.
 template <class T> PERDITA_INLINE pack<T> tanh(const pack<T>& x) {

@@ -21,7 +21,7 @@ namespace perdita::inline PERDITA_ABI {
 namespace core {
 
 /// Map: score(x) gives z; constant(), linear and quadratic are f's coefficients; slope(z) is f'.
-template <class Map> struct score_ratio_formula : row_formula {
+template <class Map, class T> struct score_ratio_formula : row_formula {
   using statistic = power_sums;
   static constexpr bool proportional = false;
   static constexpr bool linear = false;
@@ -44,12 +44,15 @@ template <class Map> struct score_ratio_formula : row_formula {
       return f;
     };
     const W rivals = of(row.term[0], row.term[1], row.term[2]), f = of(one, z, z * z);
-    const W inverse = one / (rivals + f);
+    const W per_own = one / f, odds = rivals * per_own, most(0x1p1000);
+    const auto [surprise, hit] = log1p_and_inverse_to<T>(min(most, odds));
     const auto lost = masked(z);
     row_outcome<W> out;
-    out.value = select(lost, inf, log1p(rivals / f));
-    out.coefficient[0] = select(lost & (rivals == zero), zero, select(lost, one / rivals, inverse));
-    out.target_gradient = select(lost, zero, zero - (map.slope(z) / f) * (rivals * inverse));
+    out.value = select(lost, inf, select(odds < most, surprise, odds));
+    out.coefficient[0] = hit * per_own;
+    if (any(lost)) [[unlikely]]
+      out.coefficient[0] = select(lost, select(rivals == zero, zero, one / rivals), hit * per_own);
+    out.target_gradient = select(lost, zero, zero - (map.slope(z) * per_own) * (odds * hit));
     return out;
   }
 
@@ -75,7 +78,7 @@ private:
   friend row_loss<Derived, T>;
   template <class F> void visit(const core::row_job<T>&, F f) const {
     auto map = score_ratio_access::map(static_cast<const Derived&>(*this));
-    f(core::score_ratio_formula<decltype(map)>{{}, map});
+    f(core::score_ratio_formula<decltype(map), T>{{}, map});
   }
 };
 
