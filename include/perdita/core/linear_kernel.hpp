@@ -424,7 +424,7 @@ private:
 
   /// Columns of the gradient of the hidden states that one task adds to.
   index columns_per_task() const {
-    const index share = depth_ / (2 * workers_) / width * width;
+    const index share = (depth_ / workers_ + width - 1) / width * width;
     return std::clamp(share, 4 * width, shape::columns);
   }
   /// Columns of the gradient of the hidden states += gradient of the scores times weights.

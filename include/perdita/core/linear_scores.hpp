@@ -34,8 +34,10 @@ void make_scores(const linear_operands<T>& head, const index* rows, index count,
                     copy, packed + p * terms * width);
     for (index c = 0; c < n; c += shape::strip) {
       const index some = std::min(shape::strip, n - c);
-      multiply<T>(rows_of(head.weights, first + c, some, k, terms, copy), {packed, terms * width},
-                  {scores + c * width, width, panel}, some, panels * width, terms, k > 0);
+      broadcast_operand<T> weights = rows_of(head.weights, first + c, some, k, terms, copy);
+      weights.far = true;
+      multiply<T>(weights, {packed, terms * width}, {scores + c * width, width, panel}, some,
+                  panels * width, terms, k > 0);
     }
   }
 }
