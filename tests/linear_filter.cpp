@@ -133,6 +133,24 @@ TEST_CASE("linear: what drop_mass drops is within the share, and its effect with
     }
 }
 
+TEST_CASE("linear: no more is dropped than is said to be", "[linear]") {
+  auto p = peaked_problem();
+  for (index c = 0; c < p.classes; ++c) // a feature in which what rivals lose adds up
+    p.weights[static_cast<std::size_t>(c * p.features)] = 1;
+  const gradients exact = differentiate(p, {});
+  std::vector<double> dropped(static_cast<std::size_t>(p.rows));
+  const gradients g = differentiate(p, {.drop_mass = 0.3, .dropped = dropped});
+  double missing = 0, said = 0;
+  for (index r = 0; r < p.rows; ++r) {
+    const auto at = static_cast<std::size_t>(r * p.features);
+    const double off = static_cast<double>(exact.hidden[at]) - static_cast<double>(g.hidden[at]);
+    CHECK(off <= 1.001 * dropped[static_cast<std::size_t>(r)] + 1e-8);
+    missing += off;
+    said += dropped[static_cast<std::size_t>(r)];
+  }
+  CHECK(missing > 0.7 * said); // pieces in which a list does not pay are kept whole
+}
+
 TEST_CASE("linear: drop_below drops by size, with what is in an entry but the common scale",
           "[linear]") {
   const auto p = peaked_problem();
@@ -180,9 +198,12 @@ TEST_CASE("linear: flat rows have nothing to drop, and lose nothing", "[linear]"
   const auto p = make_linear_problem<float>(40, 32, 3000, 8, 0.05, true);
   auto flat = p;
   flat.bias.assign(flat.bias.size(), 0);
-  const gradients exact = differentiate(flat, {}), g = differentiate(flat, {.drop_mass = 0.1});
-  CHECK(g.hidden == exact.hidden);
-  CHECK(g.weights == exact.weights);
+  const gradients exact = differentiate(flat, {});
+  for (const double share : {0.1, 0.5}) { // the second threshold would drop half of all, or more
+    const gradients g = differentiate(flat, {.drop_mass = share});
+    CHECK(g.hidden == exact.hidden);
+    CHECK(g.weights == exact.weights);
+  }
 }
 
 TEST_CASE("linear: where nothing is worth a list, it is not searched for one", "[linear]") {
@@ -220,11 +241,14 @@ TEST_CASE("linear: a NaN is never dropped, and no other row changes", "[linear]"
   auto poisoned = p;
   poisoned.hidden[static_cast<std::size_t>(3 * p.features + 1)] =
       std::numeric_limits<float>::quiet_NaN();
-  const gradients g = differentiate(poisoned, {.drop_mass = 0.1});
-  for (index d = 0; d < p.features; ++d)
-    CHECK(std::isnan(g.hidden[static_cast<std::size_t>(3 * p.features + d)]));
-  for (index d = 0; d < p.features; ++d)
-    CHECK(!std::isnan(g.hidden[static_cast<std::size_t>(4 * p.features + d)]));
+  for (const perdita::linear_options& options : {perdita::linear_options{.drop_mass = 0.3},
+                                                 perdita::linear_options{.drop_below = 0x1p-12}}) {
+    const gradients g = differentiate(poisoned, options);
+    for (index d = 0; d < p.features; ++d)
+      CHECK(std::isnan(g.hidden[static_cast<std::size_t>(3 * p.features + d)]));
+    for (index d = 0; d < p.features; ++d)
+      CHECK(!std::isnan(g.hidden[static_cast<std::size_t>(4 * p.features + d)]));
+  }
 }
 
 TEST_CASE("linear: filters are refused where they mean nothing", "[linear]") {

@@ -10,7 +10,9 @@
 /// share · mass / classes, which cannot drop too much.
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
+#include <cstdint>
 #include <type_traits>
 
 #include "row_job.hpp"
@@ -124,36 +126,40 @@ public:
     threshold_[panel] = V::load(threshold);
   }
 
+  /// Which lanes are live, of every panel of a class, class by class.
+  using lane_mask = std::uint16_t;
+  static_assert(width <= 16);
+
   /// What a list of the live entries of a piece saves, in entries of products; 0 where the piece
-  /// is as fast. NaN is live.
-  index saved(const T* gradient, index n, index panel_step, index rows) const {
+  /// is as fast. NaN is live. `live` is given a mask for every class and panel, for list().
+  index saved(const T* gradient, index n, index panel_step, index rows, lane_mask* live) const {
     constexpr index cost = 8; // measured: entries of a product in the time of a listed one
-    index live = 0;
-    for (index p = 0; p * width < rows; ++p) {
+    const index panels = (rows + width - 1) / width;
+    index count = 0;
+    for (index p = 0; p < panels; ++p) {
       const V threshold = threshold_[p];
-      V sum(0);
-      for (index j = 0; j < n; ++j)
-        sum += select(abs(V::load(gradient + p * panel_step + j * width)) <= threshold, V(0), V(1));
-      live += static_cast<index>(
-          sum_lanes(select(iota<T>() < V(static_cast<T>(rows - p * width)), sum, V(0))));
+      const std::uint32_t real = (std::uint32_t{1} << std::min(width, rows - p * width)) - 1;
+      for (index j = 0; j < n; ++j) {
+        const V g = V::load(gradient + p * panel_step + j * width);
+        const std::uint32_t here = lane_bits(!(abs(g) <= threshold)) & real;
+        live[j * panels + p] = static_cast<lane_mask>(here);
+        count += std::popcount(here);
+      }
     }
-    return std::max<index>(n * rows - live * cost, 0);
+    return std::max<index>(n * rows - count * cost, 0);
   }
-  /// Lists the live entries of a piece, class by class; returns how many there are.
-  index list(const T* gradient, index n, index panel_step, index rows, live_entry<T>* to) const {
-    alignas(64) T value[lanes<T>], threshold[lanes<T>];
+  /// Lists the entries of a piece that saved() has found live, class by class; returns how many
+  /// there are.
+  index list(const T* gradient, index n, index panel_step, index rows, const lane_mask* live,
+             live_entry<T>* to) const {
     live_entry<T>* const first = to;
     for (index j = 0; j < n; ++j)
-      for (index p = 0; p * width < rows; ++p) {
-        const V g = V::load(gradient + p * panel_step + j * width);
-        if (!core::any(!(abs(g) <= threshold_[p]))) [[likely]]
-          continue;
-        g.store(value);
-        threshold_[p].store(threshold);
-        for (index i = 0; i < std::min(width, rows - p * width); ++i)
-          if (!(std::fabs(value[i]) <= threshold[i]))
-            *to++ = {static_cast<decltype(to->at)>(j * rows + p * width + i), value[i]};
-      }
+      for (index p = 0; p * width < rows; ++p)
+        for (std::uint32_t left = *live++; left != 0; left &= left - 1) {
+          const index i = std::countr_zero(left);
+          *to++ = {static_cast<decltype(to->at)>(j * rows + p * width + i),
+                   gradient[p * panel_step + j * width + i]};
+        }
     return to - first;
   }
 

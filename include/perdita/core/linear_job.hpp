@@ -41,15 +41,16 @@ template <class T> struct linear_shape {
   static constexpr index panels = 16; ///< of W rows in a block, at the most
   /// Columns of an input that go through a product at once.
   static constexpr index columns = panels * width;
-  static constexpr index depth = 256; ///< terms of a product that are added up at once
-  static constexpr index strip = 48;  ///< rows of the broadcast operand that pass over all panels
+  static constexpr index most_classes = 512; ///< in a piece
+  static constexpr index depth = 256;        ///< terms of a product that are added up at once
+  static constexpr index strip = 48; ///< rows of the broadcast operand that pass over all panels
   /// Classes of which another head's scores are made at once, to lie beside those of a piece.
   static constexpr index beside = 128;
   index classes;
 
   /// Classes in a piece: fewer where there are few, so that there is work for several threads.
   index piece() const {
-    return classes >= 4096 ? 512 : std::clamp<index>((classes + 7) / 8, 64, 512);
+    return classes >= 4096 ? most_classes : std::clamp<index>((classes + 7) / 8, 64, most_classes);
   }
   index pieces() const { return (classes + piece() - 1) / piece(); }
   /// Elements from panel to panel of a piece: not a power of two, for the caches' sake.

@@ -323,6 +323,13 @@ private:
       live_[s] = emitted;
     return slot(s);
   }
+  /// Of a piece's live entries, in the room for rows until the list is made.
+  static auto* masks(const worker& w) {
+    using lane_mask = typename linear_thresholds<T>::lane_mask;
+    static_assert(sizeof(lane_mask) * shape::most_classes * shape::panels <=
+                  sizeof(T) * shape::strip * shape::depth);
+    return reinterpret_cast<lane_mask*>(w.rows);
+  }
   void put_masses(const worker& w, index slice) const {
     for (index p = 0; p < block_.panels(); ++p)
       thresholds_.put(p, slice, w.masses[p]);
@@ -357,7 +364,7 @@ private:
     for_each(samples, [&](const worker& w, index k) {
       const index piece = piece_of(k);
       saved += thresholds_.saved(emitted_once(w, piece, made), size_of(piece), shape_.panel(),
-                                 block_.count());
+                                 block_.count(), masks(w));
     });
     begin_thresholds();
     return 2 * depth_ * saved > classes * block_.count() * (features + (kept_ ? 0 : depth_));
@@ -380,7 +387,7 @@ private:
         tiles_.add_to_weights(gradient, n, count, to, step, accumulate, w.panels);
         return tiles_.turn(gradient, n, block_.panels(), w.rows);
       }
-    if (thresholds_.any() && thresholds_.saved(gradient, n, shape_.panel(), count) > 0)
+    if (thresholds_.any() && thresholds_.saved(gradient, n, shape_.panel(), count, masks(w)) > 0)
       return add_live_to_weights(w, n, s, to, step, accumulate);
     for (index d = 0; d < depth_; d += shape::columns) {
       const index cols = std::min(shape::columns, depth_ - d);
@@ -410,7 +417,7 @@ private:
     T* gradient = slot(s);
     const index count = block_.count();
     auto* list = reinterpret_cast<live_entry<T>*>(w.panels);
-    live_[s] = thresholds_.list(gradient, n, shape_.panel(), count, list);
+    live_[s] = thresholds_.list(gradient, n, shape_.panel(), count, masks(w), list);
     if (!accumulate)
       for (index c = 0; c < n; ++c)
         std::fill_n(to + c * step, depth_, T(0));
