@@ -61,8 +61,10 @@ in_slices(const Loss& loss, const linear_problem<typename Loss::value_type>& p,
       cuts.size(), std::vector<perdita::linear_record>(rows));
   for (std::size_t s = 0; s < cuts.size(); ++s)
     slice_from(s, [&](const auto& slice, const auto&) { slice.summarise(records[s]); });
-  for (std::size_t s = 1; s < cuts.size(); ++s)
-    slice_from(0, [&](const auto& slice, const auto&) { slice.merge(records[0], records[s]); });
+  for (std::size_t step = 1; step < cuts.size(); step *= 2) // what is merged is merged again
+    for (std::size_t s = 0; s + step < cuts.size(); s += 2 * step)
+      slice_from(
+          s, [&](const auto& slice, const auto&) { slice.merge(records[s], records[s + step]); });
   for (std::size_t s = 0; s < cuts.size(); ++s)
     slice_from(s, [&](const auto& slice, const auto& d_weights) {
       const T value = slice.finish(records[0]);
@@ -115,6 +117,9 @@ template <class T> double off(const std::vector<T>& a, const std::vector<T>& b) 
 template <class T> linear_problem<T> sliced_problem() {
   random_numbers random(3);
   linear_problem<T> p = make_linear_problem<T>(37, 29, 1301, 3);
+  p.labels[0] = 16; // the last class of a slice that becomes the second of a pair
+  p.labels[1] = 1299;
+  p.labels[2] = 1299;
   ignore_some(p);
   add_weights(p, random);
   return p;
