@@ -170,6 +170,20 @@ TEST_CASE("linear: slices may keep only a few pieces", "[linear]") {
   CHECK(off(a.d_weights, expected.d_weights) <= 3e-6);
 }
 
+TEST_CASE("linear: rivals of all pieces count for a hit", "[linear]") {
+  linear_problem<float> p = make_linear_problem<float>(9, 8, 1301, 3);
+  p.labels.assign(p.labels.size(), 5);
+  p.bias.assign(p.bias.size(), 0);
+  p.bias[5] = 500;
+  p.bias[1300] = 600;
+  const perdita::cross_entropy<float> loss;
+  const auto hits = whole(loss, p).hits;
+  CHECK(std::count(hits.begin(), hits.end(), 0) == p.rows);
+  p.bias[1300] = 400;
+  const auto more = whole(loss, p).hits;
+  CHECK(std::count(more.begin(), more.end(), 1) == p.rows);
+}
+
 TEST_CASE("linear: a slice refuses what cannot be its", "[linear]") {
   const auto p = sliced_problem<float>();
   const perdita::linear head(perdita::cross_entropy<float>{});
