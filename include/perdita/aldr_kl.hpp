@@ -21,11 +21,9 @@ template <class T> struct aldr_kl_formula : solved_formula {
   double lambda, alpha, margin;
   using W = pack<double>;
 
-  template <class V> auto slopes(const double* c) const {
-    return [
-      top = V(static_cast<T>(c[0])), inverse = V(static_cast<T>(c[1])),
-      share = V(static_cast<T>(c[2]))
-    ](const V& x) __attribute__((always_inline)) {
+  template <class V, class C> auto slopes(const C* c) const {
+    return [ top = to_lanes<V>(c[0]), inverse = to_lanes<V>(c[1]),
+             share = to_lanes<V>(c[2]) ](const V& x) __attribute__((always_inline)) {
       return exp((x - top) * inverse) * share;
     };
   }
@@ -79,10 +77,11 @@ template <class T> struct aldr_kl_formula : solved_formula {
     W at(lambda), result = at, open = select(alone | is_nan(lost), zero, one);
     moments m, result_m{one, zero, zero, zero};
     for (int step = 0; any(open > zero); ++step) {
+      const W inverse = one / at;
       m = {zero, zero, zero, zero};
       for (index j = 0; j < n; ++j)
         absorb(
-            m.of, max(W(-800), (rivals.score(j) - from) / at),
+            m.of, max(W(-800), (rivals.score(j) - from) * inverse),
             [](const W& f) __attribute__((always_inline)) { return exp_to<T>(f); });
       const W to = next(state(m, label, at), log_classes);
       const auto found = (abs(to - at) <= nearest * at) & (open > zero);

@@ -30,7 +30,10 @@ template <class Power> struct entmax_formula : row_formula {
   template <class T> auto solve(const T* x, index n, double* room) const {
     return solve_tsallis(power, x, n, room);
   }
-  template <class V> auto slopes(const double* c) const { return power.template slopes<V>(c); }
+  template <class T> auto solve_rows(pack<T>* x, index n) const {
+    return solve_tsallis_rows(power, x, n);
+  }
+  template <class V, class C> auto slopes(const C* c) const { return power.template slopes<V>(c); }
   template <class T>
   requires requires(const Power& p, const double* c) { p.template edge<T>(c); }
   T edge(const double* c) const { return power.template edge<T>(c); }
@@ -55,6 +58,8 @@ template <class Power> struct entmax_formula : row_formula {
 template <class F> void with_entmax_power(double alpha, F f) {
   if (alpha == 1.5)
     f(tsallis_three_halves{});
+  else if (alpha == 1.25)
+    f(tsallis_five_quarters{});
   else
     f(tsallis_power(alpha));
 }
@@ -272,9 +277,10 @@ private:
 /// with everything else as sparsemax_loss has it.
 /// For α > 2 a probability has an infinite slope where it leaves 0, and is as exact there as
 /// doubles for τ make it: half their digits for α = 3.
-/// Special values, shapes, reductions, errors: as sparsemax_loss. α = 3/2 and α = 2 are served
-/// faster by losses of their own; else each score within 1/(α−1) of the maximum takes an
-/// exponential and a logarithm in double, some five times for the threshold and once for p.
+/// Special values, shapes, reductions, errors: as sparsemax_loss. α = 2 is served faster by a loss
+/// of its own, and α = 3/2 and 5/4 take squares and roots; else each score within 1/(α−1) of the
+/// maximum takes an exponential and a logarithm in double, some five times for the threshold and
+/// once for p.
 /// Throws std::invalid_argument if α is not a finite number above 1.
 /// Source: Peters, Niculae and Martins, "Sparse sequence-to-sequence models", ACL 2019; Blondel,
 /// Martins and Niculae, "Learning with Fenchel-Young losses", JMLR 2020.

@@ -31,10 +31,10 @@ template <class T> struct ldr_k_kl_formula : solved_formula {
   double lambda, margin;
   index k;
 
-  template <class V> auto slopes(const double* c) const {
+  template <class V, class C> auto slopes(const C* c) const {
     return [
-      near = V(static_cast<T>(c[0])), most = V(static_cast<T>(c[1])),
-      share = V(static_cast<T>(c[2])), inverse = V(static_cast<T>(1 / lambda))
+      near = to_lanes<V>(c[0]), most = to_lanes<V>(c[1]), share = to_lanes<V>(c[2]),
+      inverse = V(static_cast<T>(1 / lambda))
     ](const V& x) __attribute__((always_inline)) {
       return min(most, exp((x - near) * inverse) * share);
     };
@@ -97,6 +97,91 @@ template <class T> struct ldr_k_kl_formula : solved_formula {
     const auto near = static_cast<T>(m < top ? d[m] + from : label_or_next);
     return solution(has_label ? value : inf, -miss, static_cast<double>(near), 1 / most,
                     free() * std::exp((static_cast<double>(near) - from) / lambda - below));
+  }
+  /// The same, a row in each lane, with L_m as r + log(1 + X), r one of the margins that it is of.
+  summary<solved_row, pack<double>> solve_rows(pack<T>* x, index n, const pack<T>& label) const {
+    using V = pack<T>;
+    using W = pack<double>;
+    const W zero(0), one(1), inf(std::numeric_limits<double>::infinity()), inverse(1 / lambda);
+    const short_rivals<T> rivals(x, n, label);
+    const W own = first_rows(rivals.own), highest = first_rows(rivals.top);
+    const auto masked = own == -inf;
+    const W has_label = select(masked, zero, one);
+    const W of_from = select(masked, highest, own);
+    const W from = select(of_from == -inf, zero, of_from) - margin;
+    const W lost =
+        first_rows(rivals.spoilt) + select((highest == inf) | (own == inf), inf - inf, zero);
+
+    V order[most_short_columns];
+    largest_by_lane(x, n, k, order);
+    W found(0);
+    for (index i = 0; i < k; ++i)
+      found += select(first_rows(order[i]) > -inf, one, zero);
+    const W left = min(W(static_cast<double>(k)), found + has_label);
+    const auto none = left == zero;
+    const W most = select(none, one, left), top = most - one;
+    W last(0);
+    for (index i = 0; i < k; ++i)
+      last = select(top == W(static_cast<double>(i + 1)), first_rows(order[i]), last);
+    const auto label_in_top =
+        (has_label > zero) & (top > zero) & ((found < top) | (last - from < zero));
+    const auto label_below = (has_label > zero) & !label_in_top;
+    const W held = select(label_in_top, top - one, top);
+    W next = -inf, margins[most_short_columns], label_left = select(label_in_top, zero, -inf);
+    for (index i = 0; i < k; ++i) { // those among the top in falling order, and what comes next
+      const W at(static_cast<double>(i)), score = first_rows(order[i]);
+      next = select(held == at, score, next);
+      const W d = select(at < held, score - from, -inf);
+      margins[i] = max(d, label_left);
+      label_left = min(d, label_left);
+    }
+    // Those that are not: L as r + log(1 + X).
+    const auto has_next = next > -inf;
+    const W edge = select(has_next, next, zero);
+    W images(-1), r = select(has_next, (edge - from) * inverse, -inf);
+    for (index j = 0; j < n; ++j) {
+      const W d = (rivals.score(j) - edge) * inverse;
+      images += exp_to<T>(select(d > zero, -inf, d));
+    }
+    for (index i = 0; i < k; ++i) // what is as large, but among the top
+      images +=
+          select((W(static_cast<double>(i)) < held) & (first_rows(order[i]) == edge), -one, zero);
+    W others = max(zero, images);
+    const auto label_leads = label_below & !(r > zero);
+    const W of_next = select(has_next, others + one, zero);
+    others = select(label_below, select(label_leads, of_next * exp(r), others + exp(-r)), others);
+    r = select(label_leads, zero, r);
+
+    W at_cap = top, open = one;
+    for (index i = k - 1; i > 0; --i) {
+      const W here(static_cast<double>(i)), d = margins[i - 1] * inverse;
+      const W with = (others + one) * exp_to<T>(r - d);
+      const auto tried = (open > zero) & !(here > top);
+      const auto stops = tried & (most - (here - one) > with + one);
+      const auto goes = tried & !stops;
+      open = select(stops, zero, open);
+      others = select(goes, with, others);
+      r = select(goes, d, r);
+      at_cap = select(goes, here - one, at_cap);
+    }
+    W sum(0), first(0);
+    for (index i = 0; i < k; ++i) {
+      const W here(static_cast<double>(i));
+      sum += select(here < at_cap, margins[i], zero);
+      first = select(here == at_cap, margins[i] + from, first);
+    }
+    const W below = r + log1p(others), part = at_cap / most, free = (most - at_cap) / most;
+    const W size(std::log(static_cast<double>(n)));
+    const W value = sum / most + lambda * part * (log(most) - size) +
+                    free * lambda * (below - size - log(free));
+    const W share = min(one / most, free * exp(-below));
+    const W miss = select(masked, one, select(most == one, -expm1(-below), one - share));
+    const W label_or_next = select(label_below | !has_next, max(next, from), next);
+    const W near = first_rows(to_lanes<V>(select(at_cap < top, first, label_or_next)));
+    const W factor = free * exp((near - from) * inverse - below);
+    return solutions(lost, {select(masked | none, inf, value), select(none, -one, -miss),
+                            select(none, zero, near), select(none, zero, one / most),
+                            select(none, zero, factor)});
   }
 
 private:

@@ -14,12 +14,12 @@ struct norm_of_two {
   template <class W> PERDITA_INLINE void raise(const W& rate, const W& z, W& base, W& power) const {
     power = base = max(W(0), fma(rate, z, W(1)));
   }
-  template <class V> static auto slopes(const double* c) {
-    using T = typename V::value_type;
-    return [shift = V(static_cast<T>(c[0])), rate = V(static_cast<T>(c[1])),
-            top = V(static_cast<T>(c[2]))](const V& z) {
-      return top * max(V(0), fma(rate, z - shift, V(1)));
-    };
+  template <class W> PERDITA_INLINE W lower(const W& base, const W&) const {
+    return select(base > W(0), W(1), W(0));
+  }
+  template <class V, class C> static auto slopes(const C* c) {
+    return [shift = to_lanes<V>(c[0]), rate = to_lanes<V>(c[1]), top = to_lanes<V>(c[2])](
+               const V& z) { return top * max(V(0), fma(rate, z - shift, V(1))); };
   }
 };
 
@@ -30,6 +30,9 @@ template <class Solver, class Power> struct normmax_formula : entmax_formula<Pow
   normmax_formula(const Solver& s, const Power& p) : entmax_formula<Power>(p), solver(s) {}
   template <class T> auto solve(const T* x, index n, double* room) const {
     return solve_norm(solver, this->power, x, n, room);
+  }
+  template <class T> auto solve_rows(pack<T>* x, index n) const {
+    return solve_norm_rows(solver, this->power, x, n);
   }
 };
 

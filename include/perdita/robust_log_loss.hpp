@@ -20,15 +20,15 @@ template <class T> struct robust_log_formula : solved_formula {
   double a;
   double per_rival; // 1/(K − 1)
 
-  template <class V> auto image(const double* c) const {
-    return [near = V(static_cast<T>(c[0]))](const V& x) __attribute__((always_inline)) {
+  template <class V, class C> auto image(const C* c) const {
+    return [near = to_lanes<V>(c[0])](const V& x) __attribute__((always_inline)) {
       return exp(x - near);
     };
   }
-  template <class V> auto slopes(const double* c) const {
+  template <class V, class C> auto slopes(const C* c) const {
     // With q = p/a, as p/(a + p) = q/(1 + q).
     return [
-      share = V(static_cast<T>(c[1] / a)), even = V(static_cast<T>(c[2] * a)),
+      share = to_lanes<V>(c[1] / a), even = to_lanes<V>(c[2] * a),
       each = V(static_cast<T>(per_rival))
     ](const V& image) __attribute__((always_inline)) {
       const V q = image * share;

@@ -25,9 +25,11 @@ struct sparsemax_formula : row_formula {
   template <class T> auto solve(const T* x, index n, double* room) const {
     return simplex_threshold::solve(x, n, room);
   }
-  template <class V> auto slopes(const double* c) const {
-    using T = typename V::value_type;
-    return [shift = V(static_cast<T>(c[0])), threshold = V(static_cast<T>(c[1]))](const V& x) {
+  template <class T> auto solve_rows(pack<T>* x, index n) const {
+    return simplex_threshold::solve_rows(x, n);
+  }
+  template <class V, class C> auto slopes(const C* c) const {
+    return [shift = to_lanes<V>(c[0]), threshold = to_lanes<V>(c[1])](const V& x) {
       return max(V(0), (x - shift) - threshold);
     };
   }
@@ -94,8 +96,11 @@ template <class T> struct simplex_backward_formula : row_formula {
     using N = typename V::value_type;
     constexpr N most = sizeof(T) == 4 ? N(1e15) : N(1e150);
     V s(1);
+    const V root = sqrt(p);
     if (power == 0.5)
-      s = sqrt(p);
+      s = root;
+    else if (power == 0.75)
+      s = root * sqrt(root);
     else if (power != 0)
       s = min(V(most), exp(log(p) * V(static_cast<N>(power))));
     return select(p > V(0), s, p);

@@ -22,10 +22,10 @@ template <class T> struct top_k_hinge_formula : solved_formula {
   index k;
 
   /// c: scores above c[0] have 1/k, those from c[1] to c[0] have c[2].
-  template <class V> auto slopes(const double* c) const {
+  template <class V, class C> auto slopes(const C* c) const {
     return [
-      upper = V(static_cast<T>(c[0])), lower = V(static_cast<T>(c[1])),
-      share = V(static_cast<T>(c[2])), each = V(T(1) / static_cast<T>(k))
+      upper = to_lanes<V>(c[0]), lower = to_lanes<V>(c[1]), share = to_lanes<V>(c[2]),
+      each = V(T(1) / static_cast<T>(k))
     ](const V& x) __attribute__((always_inline)) {
       return select(x > upper, each, select(x >= lower, share, V(0))) + (share - share);
     };
@@ -69,6 +69,61 @@ template <class T> struct top_k_hinge_formula : solved_formula {
     const index above = std::find(order, order + chosen, edge) - order;
     return solution(value, (counted ? 1 / count : 0) - 1, edge, edge,
                     share(above + counted, equal));
+  }
+  /// The same, a row in each lane.
+  summary<solved_row, pack<double>> solve_rows(pack<T>* x, index n, const pack<T>& label) const {
+    using V = pack<T>;
+    using W = pack<double>;
+    constexpr T inf = std::numeric_limits<T>::infinity();
+    const V zero(0), one(1), nothing(-inf), all(static_cast<T>(k));
+    const short_rivals<T> rivals(x, n, label);
+    const auto gap = [&](const V& z) { return (z - rivals.own) + V(margin); };
+    V order[most_short_columns], found(0), last(0);
+    largest_by_lane(x, n, k, order);
+    for (index i = 0; i < k; ++i)
+      found += select(order[i] > nothing, one, zero);
+    const V has_label = select(rivals.own > nothing, one, zero), most = min(all, found + has_label);
+    for (index i = 0; i < k; ++i)
+      last = select(most == V(static_cast<T>(i + 1)), order[i], last);
+    const V counted =
+        select((has_label > zero) & ((found < most) | (gap(last) <= zero)), one, zero);
+    const V chosen = most - counted;
+    W sum(0);
+    V edge(0);
+    for (index i = 0; i < k; ++i) {
+      const auto here = chosen > V(static_cast<T>(i));
+      sum += first_rows(select(here, gap(order[i]), zero));
+      edge = select(here, order[i], edge);
+    }
+    V above(0), equal(0), above_label(0), equal_label(0);
+    V upper(std::numeric_limits<T>::lowest()), lower(inf);
+    for (index j = 0; j < n; ++j) {
+      const V z = x[j], g = gap(z);
+      above += select(z > edge, one, zero);
+      equal += select(z == edge, one, zero);
+      above_label += select(g > zero, one, zero);
+      equal_label += select(g == zero, one, zero);
+      upper = max(upper, select(g > zero, nothing, z));
+      lower = min(lower, select(g == zero, z, V(inf)));
+    }
+    const auto few = most < all, whole = !few;
+    const auto by_label = whole & (counted > zero) & ((chosen == zero) | (gap(edge) >= zero));
+    const W count = first_rows(most),
+            of_label = select(first_rows(counted) > W(0), 1 / count, W(0));
+    const W before = first_rows(select(by_label, above_label, above + counted));
+    const W ties = first_rows(select(by_label, equal_label + one, equal));
+    const W share = select(first_rows(most) < W(static_cast<double>(k)), 1 / count,
+                           (count - before) / (count * ties));
+    const W own_share = select(first_rows(select(by_label, one, zero)) > W(0), share, of_label);
+    const auto none = count == W(0);
+    const V of_top = gap(rivals.top);
+    const V lost = select((rivals.top > nothing) & is_nan(of_top), of_top, rivals.spoilt);
+    return solutions(first_rows(lost),
+                     {select(none, W(inf), sum / count), select(none, W(0), own_share) - 1,
+                      first_rows(select(few, V(inf), select(by_label, upper, edge))),
+                      first_rows(select(few, V(std::numeric_limits<T>::lowest()),
+                                        select(by_label, lower, edge))),
+                      select(none, W(0), share)});
   }
 
 private:

@@ -21,8 +21,8 @@ template <class T> struct weston_watkins_formula : solved_formula {
     const V masked(-std::numeric_limits<T>::infinity());
     return select(x == masked, masked, (x - label) + V(margin));
   }
-  template <class V> auto slopes(const double* c) const {
-    return [this, label = V(static_cast<T>(c[0])), lost = V(static_cast<T>(c[1]))](const V& x) {
+  template <class V, class C> auto slopes(const C* c) const {
+    return [this, label = to_lanes<V>(c[0]), lost = to_lanes<V>(c[1])](const V& x) {
       return select(gap(x, label) > V(0), V(1), V(0)) + lost;
     };
   }
@@ -47,6 +47,23 @@ template <class T> struct weston_watkins_formula : solved_formula {
     const double label = static_cast<double>(x[y]), of_label = label == label ? 0 : label;
     return solution(total + of_label, lost + of_label - static_cast<double>(total_count(active)),
                     label, lost + of_label);
+  }
+  summary<solved_row, pack<double>> solve_rows(pack<T>* x, index n, const pack<T>& label) const {
+    using V = pack<T>;
+    using W = pack<double>;
+    const short_rivals<T> rivals(x, n, label);
+    const V zero(0), one(1);
+    W total(0);
+    V active(0);
+    for (index j = 0; j < n; ++j) {
+      const V g = gap(x[j], rivals.own);
+      const auto inactive = g <= zero; // NaN shows
+      total += first_rows(select(inactive, zero, g));
+      active += select(inactive, zero, one);
+    }
+    const W own = first_rows(rivals.own), of_label = select(is_nan(own), own, W(0));
+    const W lost = of_label + select(is_nan(total), total, W(0));
+    return solutions(W(0), {total + of_label, lost - first_rows(active), own, lost, W(0)});
   }
 };
 

@@ -7,9 +7,11 @@
 ///
 ///   solve(x, n, room)           the summary of a row; `room` is for n numbers and a pack
 ///   solve(x, n, label, room)    the same, where it depends on the label
-///   solve_rows(x, n, labels)    where there is one, the summaries of finish_rows short rows: see
-///                               solved_row.hpp
-///   slopes<V>(c)                z → ∂value/∂score, from the outcome's coefficients in double
+///   solve_rows(x, n)            where there is one, the summaries of finish_rows short rows, one
+///                               in each lane and a class in each pack
+///   solve_rows(x, n, labels)    the same, where they depend on the labels: see solved_row.hpp
+///   slopes<V>(c)                z → ∂value/∂score, from the outcome's coefficients in double; of
+///                               one row, or with solve_rows() of the row in each lane too
 ///   image<V>(c)                 where there is one: z → image. Then slopes() wants images, which
 ///                               solve(x, n, label, room, images) leaves: whole packs of T
 ///   edge<T>(c)                  where there is one: below it slopes are 0; they take so long that
@@ -40,8 +42,11 @@ template <class Formula, class T> class resident_kernel {
   /// Up to here, a row and the next may be cached at once.
   static constexpr index two_in_cache = (index{1} << 20) / static_cast<index>(sizeof(T));
   static constexpr index least_streamed = 8 * width; // else there would be hardly a whole line
-  static constexpr bool solves_rows_together = requires(const Formula& f, V* x) {
+  static constexpr bool label_in_rows = requires(const Formula& f, V* x) {
     f.solve_rows(x, index{}, V(0));
+  };
+  static constexpr bool solves_rows_together = label_in_rows || requires(const Formula& f, V* x) {
+    f.solve_rows(x, index{});
   };
   static constexpr bool keeps_images = requires(const Formula& f, const double* c) {
     f.template image<V>(c);
@@ -81,15 +86,18 @@ public:
   /// Rows [first, last): adds their weighted values to the total.
   void run(index first, index last, value_sum* total) {
     for (index r = first; r < last;) {
-      index rows[finish_rows], count = 0;
+      index rows[finish_rows], labels[finish_rows], count = 0;
       for (; r < last && count < rows_at_once_; ++r) {
-        if (job_.counts(r, job_.labels ? job_.label(r) : 0))
+        const std::int64_t label = job_.labels ? job_.label(r) : -1;
+        if (job_.counts(r, label)) {
+          labels[count] = static_cast<index>(label);
           rows[count++] = r;
-        else
+        } else {
           ignore(r);
+        }
       }
       if (count > 0)
-        batch(rows, count, *total);
+        batch(rows, labels, count, *total);
     }
   }
   void drain() {
@@ -116,23 +124,18 @@ private:
       return formula_.solve(x, cols_, room_);
   }
 
-  void batch(const index* rows, index count, value_sum& total) {
+  void batch(const index* rows, const index* label, index count, value_sum& total) {
     using W = pack<double>;
-    const T* x[finish_rows];
+    const T* x[finish_rows] = {};
     gather(rows, count, x);
-    index label[finish_rows];
-    for (index i = 0; i < count; ++i)
-      label[i] = job_.labels ? static_cast<index>(job_.label(rows[i])) : -1;
     row_summary<statistic> s;
     s.target_side = W(0);
     s.label_weight = W(1);
     s.classes = W(static_cast<double>(cols_));
-    const bool together = solves_rows_together && cols_ <= most_short_columns;
     if constexpr (solves_rows_together)
-      if (together)
-        solve_together(x, label, count, s);
-    if (!together)
-      solve_each(rows, x, label, count, s);
+      if (cols_ <= most_short_columns)
+        return solve_together(rows, x, label, count, s, total);
+    solve_each(rows, x, label, count, s);
     const row_outcome<W> result = formula_.finish(s);
     alignas(64) double out[2 + coefficients][finish_rows];
     result.value.store(out[0]);
@@ -151,23 +154,16 @@ private:
             c[k] = out[2 + k][i];
           const auto slopes = formula_.template slopes<V>(c);
           if constexpr (keeps_images) {
-            const auto image = formula_.template image<V>(c);
-            if (together)
-              emit(
-                  rows[i], x[i], x[i], out[1][i], [&](const V& z) __attribute__((always_inline)) {
-                    return slopes(image(z));
-                  });
-            else
-              emit(rows[i], x[i], images(i), out[1][i], slopes);
+            emit(rows[i], label[i], x[i], images(i), out[1][i], slopes);
           } else if constexpr (has_edge) {
             // By the pack where hardly a pack has any, and where most have.
             if (size[i] > static_cast<double>(cols_ / 1024) &&
                 size[i] < static_cast<double>(cols_ / 4))
-              emit(rows[i], x[i], x[i], out[1][i], list_slopes(x[i], c));
+              emit(rows[i], label[i], x[i], x[i], out[1][i], list_slopes(x[i], c));
             else
-              emit(rows[i], x[i], x[i], out[1][i], slopes);
+              emit(rows[i], label[i], x[i], x[i], out[1][i], slopes);
           } else {
-            emit(rows[i], x[i], x[i], out[1][i], slopes);
+            emit(rows[i], label[i], x[i], x[i], out[1][i], slopes);
           }
         }
     }
@@ -190,23 +186,132 @@ private:
     for (int k = 0; k < statistic::terms; ++k)
       s.term[k] = W::load(in[2 + k]);
   }
-  /// Rows that are missing repeat the last.
-  void solve_together(const T* const* x, const index* label, index count,
-                      row_summary<statistic>& s) const {
-    alignas(64) T columns[most_short_columns * lanes<T>], targets[lanes<T>];
-    for (index i = 0; i < width; ++i) {
-      const index row = std::min(i, count - 1);
-      targets[i] = static_cast<T>(label[row]);
-      for (index j = 0; j < cols_; ++j)
-        columns[j * width + i] = x[row][j];
-    }
+
+  /// Short rows, one in each lane and a class in each pack.
+  void solve_together(const index* rows, const T* const* x, const index* label, index count,
+                      row_summary<statistic>& s, value_sum& total) const {
+    using W = pack<double>;
     V z[most_short_columns];
-    for (index j = 0; j < cols_; ++j)
-      z[j] = V::load(columns + j * width);
-    const auto solved = formula_.solve_rows(z, cols_, V::load(targets));
-    s.shift = s.target = pack<double>(0);
+    to_columns(x, count, z);
+    alignas(64) T of_label[lanes<T>] = {};
+    for (index i = 0; i < count; ++i)
+      of_label[i] = static_cast<T>(label[i]);
+    const V own_class = V::load(of_label);
+    const auto solved = [&]() __attribute__((always_inline)) {
+      if constexpr (label_in_rows)
+        return formula_.solve_rows(z, cols_, own_class);
+      else
+        return formula_.solve_rows(z, cols_);
+    }
+    ();
+    s.shift = s.target = solved.shift;
     for (int k = 0; k < statistic::terms; ++k)
       s.term[k] = solved.term[k];
+    if constexpr (!label_in_rows) {
+      V own = to_lanes<V>(solved.shift);
+      for (index j = 0; j < cols_; ++j)
+        own = select(own_class == V(static_cast<T>(j)), z[j], own);
+      s.target = first_rows(own);
+    }
+    if constexpr (requires { formula_.record(index{}, summary<statistic, double>()); })
+      record(rows, count, s);
+    const row_outcome<W> result = formula_.finish(s);
+    if (rows[0] % finish_rows == 0 && rows[count - 1] == rows[0] + finish_rows - 1 &&
+        !job_.row_weights.data && !job_.report.values.data) {
+      total.add(result.value);
+    } else {
+      alignas(64) double value[finish_rows];
+      result.value.store(value);
+      for (index i = 0; i < count; ++i)
+        store_value(job_, rows[i], value[i], total);
+    }
+    if constexpr (has_slopes)
+      if (job_.has_gradient())
+        emit_together(rows, count, z, own_class, result);
+  }
+  static bool equidistant(const T* const* x, index count) {
+    for (index i = 2; i < count; ++i)
+      if (x[i] - x[i - 1] != x[1] - x[0])
+        return false;
+    return true;
+  }
+  /// Rows that are missing repeat the last.
+  void to_columns(const T* const* x, index count, V* z) const {
+    alignas(64) T columns[most_short_columns * lanes<T>];
+    for (index j = 0; j < cols_; ++j)
+      V(0).store(columns + j * width);
+    if (equidistant(x, count)) {
+      copy_transposed(x[0], x[count > 1] - x[0], count, cols_, columns, width);
+    } else {
+      for (index i = 0; i < count; ++i)
+        for (index j = 0; j < cols_; ++j)
+          columns[j * width + i] = x[i][j];
+    }
+    for (index i = count; i < finish_rows; ++i)
+      for (index j = 0; j < cols_; ++j)
+        columns[j * width + i] = columns[j * width + count - 1];
+    for (index j = 0; j < cols_; ++j)
+      z[j] = V::load(columns + j * width);
+  }
+  void record(const index* rows, index count, const row_summary<statistic>& s) const {
+    alignas(64) double term[statistic::terms][finish_rows];
+    for (int k = 0; k < statistic::terms; ++k)
+      s.term[k].store(term[k]);
+    for (index i = 0; i < count; ++i) {
+      summary<statistic, double> one;
+      for (int k = 0; k < statistic::terms; ++k)
+        one.term[k] = term[k][i];
+      formula_.record(rows[i], one);
+    }
+  }
+  void emit_together(const index* rows, index count, const V* z, const V& own_class,
+                     const row_outcome<pack<double>>& result) const {
+    using W = pack<double>;
+    alignas(64) double factor[finish_rows] = {};
+    for (index i = 0; i < count; ++i)
+      factor[i] = job_.row_scale(rows[i]);
+    const W factors = W::load(factor);
+    const V scale = to_lanes<V>(factors), own = to_lanes<V>(result.target_gradient * factors);
+    const auto slope = [&]() {
+      if constexpr (keeps_images)
+        return [
+          slopes = formula_.template slopes<V>(result.coefficient),
+          image = formula_.template image<V>(result.coefficient)
+        ](const V& x) __attribute__((always_inline)) {
+          return slopes(image(x));
+        };
+      else if constexpr (has_edge)
+        return [slopes = formula_.template slopes<W>(result.coefficient)](const V& x)
+            __attribute__((always_inline)) {
+          return to_lanes<V>(slopes(first_rows(x)));
+        };
+      else
+        return formula_.template slopes<V>(result.coefficient);
+    }();
+    alignas(64) T columns[most_short_columns * lanes<T>];
+    for (index j = 0; j < cols_; ++j)
+      select(own_class == V(static_cast<T>(j)), own, slope(z[j]) * scale)
+          .store(columns + j * width);
+    if (gradient_in_place_) {
+      T* out[finish_rows] = {};
+      for (index i = 0; i < count; ++i)
+        out[i] = job_.gradient.pointer(rows[i], 0);
+      if (equidistant(out, count))
+        return copy_transposed(columns, width, cols_, count, out[0], out[count > 1] - out[0]);
+    }
+    alignas(64) T across[finish_rows * most_short_columns];
+    copy_transposed(columns, width, cols_, count, across, cols_);
+    for (index i = 0; i < count; ++i)
+      hand_over(rows[i], across + i * cols_);
+  }
+  /// A row's gradient where it does not lie as it is computed.
+  void hand_over(index r, T* gradient) const {
+    if (job_.accumulate) {
+      job_.gradient.reader(job_.gradient.at(r, 0), job_.gradient.col_stride, cols_, sum_);
+      for (index j = 0; j < cols_; ++j)
+        gradient[j] += sum_[j];
+    }
+    job_.gradient.write(r, 0, cols_, gradient);
   }
 
   /// Rows side by side: where they lie, or copied column by column where that is how they lie.
@@ -228,32 +333,26 @@ private:
 
   /// A row's gradient: slopes of `from`.
   template <class Slopes>
-  void emit(index r, const T* x, const T* from, double target, Slopes slopes) {
+  void emit(index r, index label, const T* x, const T* from, double target, Slopes slopes) {
     if (job_.streaming && gradient_in_place_ && cols_ >= least_streamed)
-      return emit<true>(r, x, from, target, slopes, job_.gradient.pointer(r, 0));
-    emit<false>(r, x, from, target, slopes,
+      return emit<true>(r, label, x, from, target, slopes, job_.gradient.pointer(r, 0));
+    emit<false>(r, label, x, from, target, slopes,
                 gradient_in_place_ ? job_.gradient.pointer(r, 0) : out_);
-    if (gradient_in_place_)
-      return;
-    if (job_.accumulate) {
-      job_.gradient.reader(job_.gradient.at(r, 0), job_.gradient.col_stride, cols_, sum_);
-      for (index j = 0; j < cols_; ++j)
-        out_[j] += sum_[j];
-    }
-    job_.gradient.write(r, 0, cols_, out_);
+    if (!gradient_in_place_)
+      hand_over(r, out_);
   }
   /// Meanwhile a row of the next batch is asked for.
   template <bool Streamed, class Slopes>
-  PERDITA_NOINLINE void emit(index r, const T* x, const T* from, double target, Slopes slopes,
-                             T* out) const {
+  PERDITA_NOINLINE void emit(index r, index label, const T* x, const T* from, double target,
+                             Slopes slopes, T* out) const {
     const V scale(static_cast<T>(job_.row_scale(r))),
         own(static_cast<T>(target * job_.row_scale(r)));
-    const index label = job_.labels ? static_cast<index>(job_.label(r)) : -width;
+    const index own_class = label >= 0 ? label : -width;
     const index ahead =
         scores_in_place_ && cols_ <= two_in_cache ? rows_at_once_ * job_.scores.row_stride : 0;
     const auto slope = [&](const V& z, index j) __attribute__((always_inline)) {
       const V g = slopes(z) * scale;
-      const index lane = label - j;
+      const index lane = own_class - j;
       if (lane >= 0 && lane < width) [[unlikely]]
         return select(iota<T>() == V(static_cast<T>(lane)), own, g);
       return g;

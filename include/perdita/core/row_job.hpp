@@ -18,6 +18,22 @@ inline constexpr index finish_rows = lanes<double>;
 /// Rows up to this long are solved as many at a time where a formula can: most of what is done for
 /// one row does not depend on its length.
 inline constexpr index most_short_columns = 31;
+/// The rows in the first lanes of a pack of T.
+template <class T> PERDITA_INLINE pack<double> first_rows(const pack<T>& a) {
+  pack<double> wide[sizeof(double) / sizeof(T)];
+  widen(a, wide);
+  return wide[0];
+}
+/// In the lanes of V, what is the same for all, or has been found for finish_rows rows.
+template <class V> PERDITA_INLINE V to_lanes(double x) {
+  return V(static_cast<typename V::value_type>(x));
+}
+template <class V> PERDITA_INLINE V to_lanes(const pack<double>& rows) {
+  pack<double> wide[sizeof(double) / sizeof(typename V::value_type)];
+  for (auto& w : wide)
+    w = rows;
+  return narrow(wide);
+}
 /// How far ahead a row is asked for that is read for the first time, in bytes and in numbers.
 inline constexpr index prefetch_bytes = 16384;
 template <class T>

@@ -354,13 +354,6 @@ private:
   alignas(64) T own_[lanes<T>], last_[lanes<T>];
 };
 
-/// The rows in the first lanes of a pack of T.
-template <class T> PERDITA_INLINE pack<double> first_rows(const pack<T>& a) {
-  pack<double> wide[sizeof(double) / sizeof(T)];
-  widen(a, wide);
-  return wide[0];
-}
-
 /// rival_scores of short rows, a row in each lane and a class in each pack: `scores` become -inf at
 /// the labels. Only the first finish_rows lanes are of interest.
 template <class T> struct short_rivals {
@@ -385,6 +378,19 @@ template <class T> struct short_rivals {
   }
   W score(index j) const { return first_rows(scores[j]); }
 };
+
+/// The k largest of n packs lane by lane, largest first; -inf where there are fewer.
+template <class V> void largest_by_lane(const V* x, index n, index k, V* order) {
+  std::fill_n(order, k, V(-std::numeric_limits<typename V::value_type>::infinity()));
+  for (index j = 0; j < n; ++j) {
+    V left = x[j];
+    for (index i = 0; i < k; ++i) {
+      const V more = max(left, order[i]);
+      left = min(left, order[i]);
+      order[i] = more;
+    }
+  }
+}
 
 /// The rows' solution where `lost` is not NaN.
 inline summary<solved_row, pack<double>> solutions(const pack<double>& lost,

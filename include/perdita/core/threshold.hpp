@@ -92,6 +92,41 @@ template <class T> index gather_from(const T* x, index n, T edge, T top, double*
   return out - start;
 }
 
+/// Short rows less their largest scores, a row in each lane and a class in each pack.
+template <class T> struct short_rows {
+  using W = pack<double>;
+  W top; ///< the largest scores; NaN where there is NaN or +inf, 0 where all is masked
+  pack_mask<double> masked;
+  index n;
+  W z[most_short_columns];
+
+  short_rows(pack<T>* x, index columns) : n(columns) {
+    using V = pack<T>;
+    const V nothing(-std::numeric_limits<T>::infinity());
+    V most = nothing, spoilt(0);
+    for (index j = 0; j < n; ++j) {
+      most = max(x[j], most);
+      spoilt = select(is_nan(x[j]), x[j], spoilt);
+    }
+    const W largest = first_rows(select(most == nothing, V(0), most));
+    const W lost = (largest - largest) + first_rows(spoilt);
+    masked = (first_rows(most) == W(-std::numeric_limits<double>::infinity())) & (lost == W(0));
+    top = largest + lost;
+    for (index j = 0; j < n; ++j)
+      z[j] = first_rows(x[j]) - largest;
+  }
+  /// Of whole rows: what the kernel wants of them, and of those that are masked.
+  template <class Statistic>
+  summary<Statistic, W> finish(const W (&terms)[Statistic::terms],
+                               const double (&of_masked)[Statistic::terms]) const {
+    summary<Statistic, W> s;
+    s.shift = top;
+    for (int k = 0; k < Statistic::terms; ++k)
+      s.term[k] = select(masked, W(of_masked[k]), select(is_nan(top), top, terms[k]));
+    return s;
+  }
+};
+
 /// A row's projection onto the simplex: the support S = {z > τ} with τ = (Σ_S z − 1)/|S|, as
 /// |S|, Σ_S z, Σ_S z², of z = x − max x. Resident: S is only known once the whole row is, so the
 /// core hands over a row that lies in cache, and a head that never holds one cannot serve it.
@@ -132,6 +167,27 @@ struct simplex_threshold {
       count = kept;
     }
   }
+  /// Short rows: a row that is done only finds the same again.
+  template <class T>
+  static summary<simplex_threshold, pack<double>> solve_rows(pack<T>* x, index n) {
+    using W = pack<double>;
+    const short_rows<T> rows(x, n);
+    const W zero(0), one(1);
+    W threshold(-1), size(0), sum, squares, before;
+    do {
+      before = size;
+      size = sum = squares = zero;
+      for (index j = 0; j < n; ++j) {
+        const auto inside = rows.z[j] > threshold;
+        const W z = select(inside, rows.z[j], zero);
+        sum += z;
+        squares = fma(z, z, squares);
+        size += select(inside, one, zero);
+      }
+      threshold = max((sum - one) / size, threshold); // never lower, by no rounding
+    } while (any(!(size == before)));
+    return rows.template finish<simplex_threshold>({size, sum, squares}, {0, 0, 0});
+  }
 };
 
 /// The argmax p of ⟨p, x⟩ − (Σ p^α − 1)/(α(α−1)) over the simplex, which is
@@ -147,13 +203,73 @@ struct tsallis_threshold {
   static constexpr int size = 4;
 };
 
-/// A trial value of p₁, and of what goes with it.
-struct tsallis_trial {
-  double at;        ///< what the iteration moves: 0 where p₁ is 1, and larger where it is less
-  double rate;      ///< c
-  double top, rest; ///< p₁ and 1 − p₁, neither of them the difference to the other
-  double root;      ///< p₁^{α−1}
+/// A trial value of p₁, and of what goes with it: of a row, or as packs of a row in each lane.
+template <class W> struct tsallis_point {
+  W at;        ///< what the iteration moves: 0 where p₁ is 1, and larger where it is less
+  W rate;      ///< c
+  W top, rest; ///< p₁ and 1 − p₁, neither of them the difference to the other
+  W root;      ///< p₁^{α−1}
 };
+using tsallis_trial = tsallis_point<double>;
+
+/// Sums over the rivals of the maximum at a trial: (1−r)_+^β, the same to β − 1 and to β + 1, and
+/// how many are above 0.
+template <class W> struct tsallis_sums { W powers, slopes, tails, size; };
+
+/// B/E of Newton's step.
+template <class W> W shape_of(const tsallis_sums<W>& rivals) {
+  return (1 + rivals.powers) / (1 + rivals.slopes);
+}
+
+inline double scalar_exp(double x) { return first_lane(exp(pack<double>(x))); }
+inline double scalar_log(double x) { return first_lane(log(pack<double>(x))); }
+inline double scalar_expm1(double x) { return first_lane(expm1(pack<double>(x))); }
+inline double scalar_log1p(double x) { return first_lane(log1p(pack<double>(x))); }
+
+/// What mathematics of one row or of a row in each lane is written in.
+inline double row_exp(double x) { return scalar_exp(x); }
+inline double row_expm1(double x) { return scalar_expm1(x); }
+inline double row_log1p(double x) { return scalar_log1p(x); }
+inline double row_fma(double a, double b, double c) { return std::fma(a, b, c); }
+inline double row_sqrt(double x) { return std::sqrt(x); }
+inline double row_select(bool which, double a, double b) { return which ? a : b; }
+inline double row_abs(double x) { return std::abs(x); }
+inline bool row_any(bool which) { return which; }
+inline pack<double> row_exp(const pack<double>& x) { return exp(x); }
+inline pack<double> row_expm1(const pack<double>& x) { return expm1(x); }
+inline pack<double> row_log1p(const pack<double>& x) { return log1p(x); }
+PERDITA_INLINE pack<double> row_fma(const pack<double>& a, const pack<double>& b,
+                                    const pack<double>& c) {
+  return fma(a, b, c);
+}
+PERDITA_INLINE pack<double> row_sqrt(const pack<double>& x) { return sqrt(x); }
+PERDITA_INLINE pack<double> row_select(const pack_mask<double>& which, const pack<double>& a,
+                                       const pack<double>& b) {
+  return select(which, a, b);
+}
+PERDITA_INLINE pack<double> row_abs(const pack<double>& x) { return abs(x); }
+PERDITA_INLINE bool row_any(const pack_mask<double>& which) { return any(which); }
+
+/// z → p from the maximum, c and p₁, in double: a power below 1 is steep near 0, and a large one
+/// multiplies an error. Most scores are outside and cost a look.
+template <class V, class Power, class C> auto wide_slopes(const Power& power, const C* c) {
+  using W = pack<double>;
+  return [
+    power, edge = to_lanes<V>(c[0] - 1 / c[1]), shift = to_lanes<W>(c[0]), rate = to_lanes<W>(c[1]),
+    top = to_lanes<W>(c[2])
+  ](const V& z) __attribute__((always_inline)) {
+    if (!any(!(z < edge))) // NaN is not outside
+      return V(0);
+    W wide[sizeof(double) / sizeof(typename V::value_type)], base;
+    widen(z, wide);
+    for (auto& w : wide) {
+      W raised;
+      power.raise(rate, w - shift, base, raised);
+      w = top * raised;
+    }
+    return narrow(wide);
+  };
+}
 
 /// The mathematics of one α for solve_tsallis(). With f = Σ p at a trial p₁, Newton's method is
 /// applied to f^{α−1}, which is linear in p₁^{α−1} where all scores are alike and convex in it for
@@ -161,49 +277,100 @@ struct tsallis_trial {
 ///
 ///   p₁^{α−1} ← p₁^{α−1} (1 + (B/E)(f^{1−α} − 1)),   B = Σ (1−r)_+^β,   E = Σ (1−r)_+^{β−1}.
 ///
-/// α = 3/2: squares and one root; the iteration moves 1 − √p₁.
-struct tsallis_three_halves {
-  double unit = 0.5; ///< c √p₁: α − 1, or what the scores are divided by besides
+/// α = 1 + 2^{−K}, β = 2^K: squares and roots; the iteration moves 1 − p₁^{α−1}. For α = 3/2 a
+/// support's equation is quadratic, and a step is to its root where it has one.
+template <int K> struct tsallis_squares {
+  static constexpr int beta = 1 << K;
+  static constexpr double order = 1. / beta; ///< α − 1
 
-  static constexpr double alpha() { return 1.5; }
+  double unit = order; ///< c p₁^{α−1}: α − 1, or what the scores are divided by besides
+
+  static constexpr double alpha() { return 1 + order; }
 
   /// No less than what the iteration arrives at: where n scores are equal, and some rounding.
-  static double most(double n) { return 1 - (1 - 0x1p-40) / std::sqrt(n); }
-  tsallis_trial trial(double at, double root) const {
-    return {at, unit / root, root * root, at * (2 - at), root};
+  static double most(double n) {
+    for (int k = 0; k < K; ++k)
+      n = std::sqrt(n);
+    return 1 - (1 - 0x1p-40) / n;
   }
-  tsallis_trial trial(double at) const { return trial(at, 1 - at); }
-  tsallis_trial step(const tsallis_trial& now, double excess, double shape) const {
-    const double norm = std::sqrt(1 + excess);
-    const double relative = shape * (excess / (norm * (1 + norm)));
+  template <class W> tsallis_point<W> trial(const W& at, const W& root) const {
+    W top = root, rest = at;
+    for (int k = 0; k < K; ++k) {
+      rest = rest * (1 + top);
+      top = top * top;
+    }
+    return {at, unit / root, top, rest, root};
+  }
+  template <class W> tsallis_point<W> trial(const W& at) const { return trial(at, W(1 - at)); }
+  template <class W>
+  tsallis_point<W> step(const tsallis_point<W>& now, const W& excess,
+                        const tsallis_sums<W>& rivals) const {
+    W change; // of p₁^{α−1}, relative
+    if constexpr (K == 1) {
+      // Where nothing enters or leaves, Σ (base + change)² has to be 1/p₁.
+      const W sum = 1 + rivals.slopes, over = excess / now.top;
+      const W inside = row_fma(sum, sum, -(1 + rivals.size) * over);
+      change = -over / (sum + row_sqrt(inside));
+      if (row_any(inside < 0))
+        change = row_select(inside < 0, newton(excess, rivals), change);
+    } else {
+      change = newton(excess, rivals);
+    }
     // The smaller of the two is exact, and the other one its complement.
-    const double root = std::fma(-now.root, relative, now.root);
-    return root <= 0.5 ? trial(1 - root, root) : trial(std::fma(now.root, relative, now.at));
+    const W root = row_fma(now.root, change, now.root), at = row_fma(-now.root, change, now.at);
+    const auto small = root <= 0.5;
+    return trial(row_select(small, W(1 - root), at), row_select(small, root, W(1 - at)));
   }
   /// (1 + y)_+ and its power β.
   template <class W> PERDITA_INLINE void raise(const W& rate, const W& z, W& base, W& power) const {
-    base = max(W(0), fma(rate, z, W(1)));
-    power = base * base;
+    power = base = max(W(0), fma(rate, z, W(1)));
+    for (int k = 0; k < K; ++k)
+      power = power * power;
   }
-  /// z → p from the maximum, c and p₁, in the precision of V.
-  template <class V> static auto slopes(const double* c) {
-    using T = typename V::value_type;
-    return [shift = V(static_cast<T>(c[0])), rate = V(static_cast<T>(c[1])),
-            top = V(static_cast<T>(c[2]))](const V& z) {
-      const V base = max(V(0), fma(rate, z - shift, V(1)));
-      return top * (base * base);
-    };
+  /// The power β − 1.
+  template <class W> PERDITA_INLINE W lower(const W& base, const W&) const {
+    W result = base, square = base;
+    for (int k = 1; k < K; ++k) {
+      square = square * square;
+      result = result * square;
+    }
+    return result;
   }
+  template <class V, class C> auto slopes(const C* c) const {
+    if constexpr (K > 1)
+      return wide_slopes<V>(*this, c);
+    else
+      return [shift = to_lanes<V>(c[0]), rate = to_lanes<V>(c[1]),
+              top = to_lanes<V>(c[2])](const V& z) {
+        const V base = max(V(0), fma(rate, z - shift, V(1)));
+        return top * (base * base);
+      };
+  }
+  /// Scores below are outside.
+  template <class T>
+  requires(K > 1) static T edge(const double* c) { return static_cast<T>(c[0] - 1 / c[1]); }
   /// ∫_0^{1−p₁} t (1−t)^{α−2} dt
-  static double lead(const tsallis_trial& t) { return t.at * t.at * (2 + t.root) * (2. / 3); }
+  template <class W> static W lead(const tsallis_point<W>& t) {
+    W sum = W(1); // Σ_i (β − i) p₁^{(α−1) i}
+    for (int i = 2; i <= beta; ++i)
+      sum = row_fma(sum, t.root, W(i));
+    return t.at * t.at * sum * (1 / alpha());
+  }
   /// 1 − p₁^{α−1}
-  static double short_of_one(const tsallis_trial& t) { return t.at; }
-};
+  template <class W> static W short_of_one(const tsallis_point<W>& t) { return t.at; }
 
-inline double scalar_exp(double x) { return first_lane(exp(pack<double>(x))); }
-inline double scalar_log(double x) { return first_lane(log(pack<double>(x))); }
-inline double scalar_expm1(double x) { return first_lane(expm1(pack<double>(x))); }
-inline double scalar_log1p(double x) { return first_lane(log1p(pack<double>(x))); }
+private:
+  template <class W> static W newton(const W& excess, const tsallis_sums<W>& rivals) {
+    W norm = 1 + excess, over = W(1); // norm^β − 1 over norm − 1
+    for (int k = 0; k < K; ++k) {
+      norm = row_sqrt(norm);
+      over = over * (1 + norm);
+    }
+    return -shape_of(rivals) * (excess / (norm * over));
+  }
+};
+using tsallis_three_halves = tsallis_squares<1>;
+using tsallis_five_quarters = tsallis_squares<2>;
 
 /// Any α > 1, by exponentials and logarithms that keep their digits for α near 1, where p becomes
 /// softmax, and for large α, where p₁^{α−1} may be too small for any number; moves −log p₁.
@@ -217,68 +384,64 @@ public:
   double alpha() const { return order_ + 1; }
   double order() const { return order_; }
   double most(double n) const { return scalar_log1p(n - 1) * (1 + 0x1p-40); }
-  tsallis_trial trial(double at) const {
+  template <class W> tsallis_point<W> trial(const W& at) const {
     constexpr double most = 1e300; // times a difference of 0 is 0
-    return {at, std::min(most, unit_ * scalar_exp(order_ * at)), scalar_exp(-at),
-            -scalar_expm1(-at), scalar_exp(-order_ * at)};
+    const W rate = unit_ * row_exp(order_ * at);
+    return {at, row_select(rate < most, rate, W(most)), row_exp(-at), -row_expm1(-at),
+            row_exp(-order_ * at)};
   }
-  tsallis_trial step(const tsallis_trial& now, double excess, double shape) const {
-    const double y = -order_ * scalar_log1p(excess); // log(1 + shape (e^y − 1)) in two ways
-    const double change = y > -1     ? scalar_log1p(shape * scalar_expm1(y))
-                          : y > -700 ? y + scalar_log1p((1 - shape) * scalar_expm1(-y))
-                                     : std::max(y, scalar_log1p(-shape));
-    return trial(now.at - change / order_);
+  template <class W>
+  tsallis_point<W> step(const tsallis_point<W>& now, const W& excess,
+                        const tsallis_sums<W>& rivals) const {
+    const W shape = shape_of(rivals);
+    const W y = -order_ * row_log1p(excess); // log(1 + shape (e^y − 1)) in several ways
+    W change = row_log1p(shape * row_expm1(y));
+    const auto far = y <= -1;
+    if (row_any(far)) {
+      const W least = row_log1p(-shape);
+      const W very_far = row_select(y < least, least, y);
+      change = row_select(
+          far, row_select(y > -700, y + row_log1p((1 - shape) * row_expm1(-y)), very_far), change);
+    }
+    return trial(W(now.at - change / order_));
   }
   template <class W> PERDITA_INLINE void raise(const W& rate, const W& z, W& base, W& power) const {
     const W y = max(W(-1), rate * z);
     base = W(1) + y;
     power = exp(log1p(y) * W(1 / order_));
   }
-  /// In double, because a power below 1 is steep near 0; most scores are outside and cost a look.
-  template <class V> auto slopes(const double* c) const {
-    using T = typename V::value_type;
-    return [this, edge = V(edge<T>(c)), shift = pack<double>(c[0]), rate = pack<double>(c[1]),
-            top = pack<double>(c[2])](const V& z) {
-      if (!any(!(z < edge))) // NaN is not outside
-        return V(0);
-      pack<double> wide[sizeof(double) / sizeof(T)], base;
-      widen(z, wide);
-      for (auto& w : wide) {
-        pack<double> power;
-        raise(rate, w - shift, base, power);
-        w = top * power;
-      }
-      return narrow(wide);
-    };
+  /// The power β − 1; 0 outside.
+  template <class W> PERDITA_INLINE W lower(const W& base, const W& power) const {
+    return select(base > W(0), power / base, W(0));
   }
-  /// Scores below are outside.
+  template <class V, class C> auto slopes(const C* c) const { return wide_slopes<V>(*this, c); }
   template <class T> static T edge(const double* c) { return static_cast<T>(c[0] - 1 / c[1]); }
-  double lead(const tsallis_trial& t) const {
-    const double a = order_, m = t.rest;
-    if (m > 0.5 || a * m > 1) // = (1 − (1−m)^a (1 + a m)) / (a (a + 1))
-      return -scalar_expm1(std::fma(-a, t.at, scalar_log1p(a * m))) / (a * (a + 1));
-    double term = m * m, sum = 0;
-    for (double k = 0; std::abs(term) > 0x1p-60 * sum; ++k) {
-      sum += term / (k + 2);
-      term *= (k + 1 - a) / (k + 1) * m;
+  template <class W> W lead(const tsallis_point<W>& t) const {
+    const double a = order_;
+    const W m = t.rest;
+    const auto far = (m > 0.5) | (a * m > 1);
+    const W closed = -row_expm1(row_fma(W(-a), t.at, row_log1p(a * m))) / (a * (a + 1));
+    if (!row_any(!far)) // = (1 − (1−m)^a (1 + a m)) / (a (a + 1))
+      return closed;
+    W term = m * m, sum = W(0);
+    for (double k = 0; row_any((row_abs(term) > 0x1p-60 * sum) & !far); ++k) {
+      sum = sum + term / (k + 2);
+      term = term * ((k + 1 - a) / (k + 1) * m);
     }
-    return sum;
+    return row_select(far, closed, sum);
   }
-  double short_of_one(const tsallis_trial& t) const { return -scalar_expm1(-order_ * t.at); }
+  template <class W> W short_of_one(const tsallis_point<W>& t) const {
+    return -row_expm1(-order_ * t.at);
+  }
 
 private:
   double order_, unit_; // α − 1, and c p₁^{α−1}
 };
 
-/// Sums over the rivals of the maximum at a trial: (1−r)_+^β, the same to β − 1 and to β + 1, and
-/// how many are above 0.
-struct tsallis_sums {
-  double powers, slopes, tails, size;
-};
-
 /// `z` are x_j − max x of n rivals, filled up with -inf to a whole number of packs.
 template <class Power>
-tsallis_sums sum_rivals(const Power& power, const tsallis_trial& t, const double* z, index n) {
+tsallis_sums<double> sum_rivals(const Power& power, const tsallis_trial& t, const double* z,
+                                index n) {
   using W = pack<double>;
   constexpr index width = static_cast<index>(lanes<double>);
   const W rate(t.rate), zero(0), one(1);
@@ -289,11 +452,10 @@ tsallis_sums sum_rivals(const Power& power, const tsallis_trial& t, const double
   for (index j = 0; j < n; j += width) {
     W base, raised;
     power.raise(rate, W::load(z + j), base, raised);
-    const auto inside = base > zero;
     powers.add(raised);
     tails.add(raised * base);
-    slopes += select(inside, raised / base, zero);
-    size += select(inside, one, zero);
+    slopes += power.lower(base, raised);
+    size += select(base > zero, one, zero);
   }
   return {powers.total(), sum_lanes(slopes), tails.total(), sum_lanes(size)};
 }
@@ -313,19 +475,19 @@ inline index drop_outside(const tsallis_trial& t, double* z, index n) {
 /// Where an iteration has come to.
 struct tsallis_root {
   tsallis_trial at; ///< Σ p is 1 to rounding
-  double low;       ///< a trial at which it is no less than 1
+  double low;       ///< a trial at which it is no less than 1, but for rounding
   double conjugate, size;
   index rivals; ///< of z, those that are left
 };
 
-/// Newton's method from a trial with Σ p ≥ 1, and bisection where it leaves the bracket (it may for
+/// Steps from a trial with Σ p ≥ 1, and bisection where it leaves the bracket (it may for
 /// α > 2) or takes its time, on the rivals z, which are dropped as they leave the support.
 template <class Power>
 tsallis_root find_root(const Power& power, tsallis_trial t, double* z, index count) {
   double low = t.at, high = power.most(static_cast<double>(count + 1));
   count = drop_outside(t, z, count);
   for (int round = 0;; ++round) {
-    const tsallis_sums s = sum_rivals(power, t, z, count);
+    const tsallis_sums<double> s = sum_rivals(power, t, z, count);
     const double excess = std::fma(t.top, s.powers, -t.rest); // Σ p − 1
     if (excess > 0) { // p₁ is too large, and the support here as well
       low = t.at;
@@ -334,12 +496,12 @@ tsallis_root find_root(const Power& power, tsallis_trial t, double* z, index cou
       high = t.at;
     }
     const bool settled = std::abs(excess) <= 0x1p-49 * t.rest;
-    tsallis_trial next = power.step(t, excess, (1 + s.powers) / (1 + s.slopes));
+    tsallis_trial next = power.step(t, excess, s);
     if (!settled && !(low < next.at && next.at < high && round < 40))
       next = power.trial(low + (high - low) / 2);
     if (settled || next.at == low || next.at == high) {
       const double conjugate = power.lead(t) + t.top * t.root * s.tails / power.alpha();
-      return {t, low, conjugate, 1 + s.size, count};
+      return {t, settled ? t.at : low, conjugate, 1 + s.size, count};
     }
     t = next;
   }
@@ -365,7 +527,7 @@ template <class T> index gather_rivals(const T* x, index n, T top, double rate, 
 template <class Power, class T>
 tsallis_root find_threshold(const Power& power, const T* x, index n, T top, const T* most,
                             double* room) {
-  tsallis_trial start = power.trial(0);
+  tsallis_trial start = power.trial(0.0);
   if (most) {
     const index some = gather_rivals(most, top_lanes<T>, top, start.rate, room);
     // From a little short of there, for what rounding has done.
@@ -401,6 +563,76 @@ summary<tsallis_threshold, double> solve_tsallis(const Power& power, const T* x,
   return solve_row(power, x, n, room, summarise);
 }
 
+/// find_root() for short rows, less their largest scores. Rows that are done stay where they are.
+template <class T> struct tsallis_rows : short_rows<T> {
+  using W = pack<double>;
+  using short_rows<T>::n;
+  using short_rows<T>::z;
+  tsallis_point<W> at;
+  W conjugate, size;
+
+  template <class Power>
+  tsallis_rows(const Power& power, pack<T>* x, index columns) : short_rows<T>(x, columns) {
+    const W zero(0), one(1), nothing(-std::numeric_limits<double>::infinity());
+    W missing(1); // one largest score is not among the rivals
+    for (index j = 0; j < n; ++j) {
+      const auto largest = (z[j] == zero) & (missing > zero);
+      missing = select(largest, zero, missing);
+      z[j] = select(largest, nothing, z[j]);
+    }
+    const auto solvable = !(this->masked | is_nan(this->top));
+    W low(0), high(power.most(static_cast<double>(n))), open = select(solvable, one, zero);
+    at = power.trial(zero);
+    for (int round = 0;; ++round) {
+      tsallis_sums<W> s{zero, zero, zero, zero};
+      for (index j = 0; j < n; ++j) {
+        W base, raised;
+        power.raise(at.rate, z[j], base, raised);
+        s.powers += raised;
+        s.slopes += power.lower(base, raised);
+        s.tails = fma(raised, base, s.tails);
+        s.size += select(base > zero, one, zero);
+      }
+      const W excess = fma(at.top, s.powers, -at.rest);
+      const auto settled = abs(excess) <= at.rest * 0x1p-49;
+      open = select(settled, zero, open);
+      if (any(open > zero)) {
+        const auto larger = excess > zero;
+        low = select(larger, at.at, low);
+        high = select(larger, high, at.at);
+        tsallis_point<W> next = power.step(at, excess, s);
+        const auto serves = (low < next.at) & (next.at < high) & (W(round) < W(40));
+        if (any(!serves & (open > zero)))
+          replace(next, power.trial(W(low + (high - low) / 2)), !serves);
+        open = select((next.at == low) | (next.at == high), zero, open);
+        replace(at, next, open > zero);
+      }
+      if (!any(open > zero)) {
+        conjugate = power.lead(at) + at.top * at.root * s.tails / power.alpha();
+        size = one + s.size;
+        return;
+      }
+    }
+  }
+
+private:
+  static void replace(tsallis_point<W>& old, const tsallis_point<W>& by,
+                      const pack_mask<double>& where) {
+    for (W tsallis_point<W>::*part :
+         {&tsallis_point<W>::at, &tsallis_point<W>::rate, &tsallis_point<W>::top,
+          &tsallis_point<W>::rest, &tsallis_point<W>::root})
+      old.*part = select(where, by.*part, old.*part);
+  }
+};
+
+template <class Power, class T>
+summary<tsallis_threshold, pack<double>> solve_tsallis_rows(const Power& power, pack<T>* x,
+                                                            index n) {
+  const tsallis_rows<T> rows(power, x, n);
+  return rows.template finish<tsallis_threshold>(
+      {rows.at.rate, rows.at.top, rows.at.rest, rows.conjugate, rows.size}, {1, 0, 1, 0, 0});
+}
+
 /// The argmax p of ⟨p, x⟩ − ‖p‖_α over the simplex. With h = 1 − 1/α and w = (p/‖p‖_α)^{α−1},
 ///
 ///   w_j = w₁ (1 − r_j)_+,   r_j = (max x − x_j)/w₁,   Σ w^{1/h} = 1,   p_j ∝ w_j^{1/(α−1)},
@@ -419,6 +651,23 @@ summary<tsallis_threshold, double> solve_norm(const Solver& solver, const Power&
         {r.at.rate, 1 / (1 + others), others / (1 + others), solver.short_of_one(r.at), r.size}};
   };
   return solve_row(solver, x, n, room, summarise);
+}
+
+template <class Solver, class Power, class T>
+summary<tsallis_threshold, pack<double>> solve_norm_rows(const Solver& solver, const Power& power,
+                                                         pack<T>* x, index n) {
+  using W = pack<double>;
+  const tsallis_rows<T> rows(solver, x, n);
+  W others(0);
+  for (index j = 0; j < n; ++j) {
+    W base, raised;
+    power.raise(rows.at.rate, rows.z[j], base, raised);
+    others += raised;
+  }
+  const W sum = 1 + others;
+  return rows.template finish<tsallis_threshold>(
+      {rows.at.rate, 1 / sum, others / sum, solver.short_of_one(rows.at), rows.size},
+      {1, 0, 1, 0, 0});
 }
 
 } // namespace perdita::inline PERDITA_ABI::core
