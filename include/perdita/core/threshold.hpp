@@ -173,20 +173,20 @@ struct simplex_threshold {
     using W = pack<double>;
     const short_rows<T> rows(x, n);
     const W zero(0), one(1);
-    W threshold(-1), size(0), sum, squares, before;
+    W threshold(-1), count(0), sum, squares, before;
     do {
-      before = size;
-      size = sum = squares = zero;
+      before = count;
+      count = sum = squares = zero;
       for (index j = 0; j < n; ++j) {
         const auto inside = rows.z[j] > threshold;
         const W z = select(inside, rows.z[j], zero);
         sum += z;
         squares = fma(z, z, squares);
-        size += select(inside, one, zero);
+        count += select(inside, one, zero);
       }
-      threshold = max((sum - one) / size, threshold); // never lower, by no rounding
-    } while (any(!(size == before)));
-    return rows.template finish<simplex_threshold>({size, sum, squares}, {0, 0, 0});
+      threshold = max((sum - one) / count, threshold); // never lower, by no rounding
+    } while (any(!(count == before)));
+    return rows.template finish<simplex_threshold>({count, sum, squares}, {0, 0, 0});
   }
 };
 
