@@ -29,11 +29,9 @@ template <class T> struct multi_margin_formula : weston_watkins_formula<T> {
   template <class V> PERDITA_INLINE V step(const V& gap) const {
     return select(gap > V(0), squared ? gap : V(1), V(0));
   }
-  template <class V> auto slopes(const double* c) const {
-    return [this, label = V(static_cast<T>(c[0])), lost = V(static_cast<T>(c[1])),
-            factor = V(static_cast<T>(c[2]))](const V& x) {
-      return weighted(factor, step(this->gap(x, label))) + lost;
-    };
+  template <class V, class C> auto slopes(const C* c) const {
+    return [this, label = to_lanes<V>(c[0]), lost = to_lanes<V>(c[1]), factor = to_lanes<V>(c[2])](
+               const V& x) { return weighted(factor, step(this->gap(x, label))) + lost; };
   }
   row_solution solve(const T* x, index n, index y, double*) const {
     using V = pack<T>;
@@ -57,6 +55,30 @@ template <class T> struct multi_margin_formula : weston_watkins_formula<T> {
     const auto times = [](double w, double a) { return w == 0 ? 0 : w * a; };
     return solution(times(share, sum) + lost, lost - times(factor, steps.total()), label, lost,
                     factor);
+  }
+  /// The same, a row in each lane.
+  summary<solved_row, pack<double>> solve_rows(pack<T>* x, index n, const pack<T>& label) const {
+    using V = pack<T>;
+    using W = pack<double>;
+    const short_rivals<T> rivals(x, n, label);
+    W total(0), steps(0);
+    for (index j = 0; j < n; ++j) {
+      const V g = this->gap(x[j], rivals.own);
+      total += first_rows(select(g <= V(0), V(0), squared ? g * g : g)); // NaN shows
+      steps += first_rows(step(g));
+    }
+    alignas(64) T of_label[lanes<T>];
+    alignas(64) double weight[finish_rows];
+    label.store(of_label);
+    for (index i = 0; i < finish_rows; ++i)
+      weight[i] =
+          class_weights ? static_cast<double>(class_weights[static_cast<index>(of_label[i])]) : 1;
+    const W own = first_rows(rivals.own), zero(0);
+    const W sum = total + select(is_nan(own), own, zero), lost = select(is_nan(sum), sum, zero);
+    const W share = W::load(weight) / W(static_cast<double>(n));
+    const W factor = squared ? 2 * share : share;
+    return solutions(
+        zero, {weighted(share, sum) + lost, lost - weighted(factor, steps), own, lost, factor});
   }
 };
 
