@@ -93,7 +93,7 @@ struct entmax_alpha_formula : row_formula {
     index count = gather_rivals(x, n, static_cast<T>(s.shift), rate, z);
     z[count++] = 0; // and the maximum itself
     const double a = alpha - 1, rest = s.term[2];
-    const double log_root = a * (rest < 0.5 ? scalar_log1p(-rest) : first_lane(log(W(top))));
+    const double log_root = a * (rest < 0.5 ? row_log1p(-rest) : row_log(top));
     const W zero(0);
     wide_lanes<double> sum;
     sum.clear();

@@ -96,7 +96,7 @@ inline double norm_of(double alpha, const double* q, index n) {
   sum.clear();
   for_packs(q, n, 0.0,
             [&](const W& share, index) { sum.add(exp(log(share / W(most)) * W(alpha))); });
-  return most * scalar_exp(scalar_log(sum.total()) / alpha);
+  return most * row_exp(row_log(sum.total()) / alpha);
 }
 
 /// The value and slopes of a row whose target has the sum s·mass: with solve(x, n, top, room) →
@@ -152,7 +152,7 @@ struct shannon_young {
       });
       const double others = sum_lanes(images) + (sum_lanes(ties) - 1);
       return [top, rest = others / (1 + others), most = 1 / (1 + others),
-              log_sum = scalar_log1p(others), term = bregman_term(0)](const W& at, const W& share) {
+              log_sum = row_log1p(others), term = bregman_term(0)](const W& at, const W& share) {
         const W behind = at - W(top), p = W(most) * exp(behind);
         const W gap = gap_to_target(share, p, behind, rest);
         return young_part{term(share, p, behind - W(log_sum), gap), gap};
@@ -236,7 +236,7 @@ struct norm_young {
           const double others = sum_rivals(power, t, room, root.rivals).powers;
           const double log_most = -t.at / power.alpha(); // of v
           return [=, size = norm_of(alpha, q, n) / sum_of(q, n), rest = others / (1 + others),
-                  rest_of_v = -scalar_expm1(log_most)](const W& at, const W& share) {
+                  rest_of_v = -row_expm1(log_most)](const W& at, const W& share) {
             const W zero(0), behind = at - W(top), log_base = log1p(max(W(-1), W(t.rate) * behind));
             if (!any((log_base > W(-std::numeric_limits<double>::infinity())) | !(share == zero)))
               return young_part{zero, zero};

@@ -221,15 +221,11 @@ template <class W> W shape_of(const tsallis_sums<W>& rivals) {
   return (1 + rivals.powers) / (1 + rivals.slopes);
 }
 
-inline double scalar_exp(double x) { return first_lane(exp(pack<double>(x))); }
-inline double scalar_log(double x) { return first_lane(log(pack<double>(x))); }
-inline double scalar_expm1(double x) { return first_lane(expm1(pack<double>(x))); }
-inline double scalar_log1p(double x) { return first_lane(log1p(pack<double>(x))); }
-
 /// What mathematics of one row or of a row in each lane is written in.
-inline double row_exp(double x) { return scalar_exp(x); }
-inline double row_expm1(double x) { return scalar_expm1(x); }
-inline double row_log1p(double x) { return scalar_log1p(x); }
+inline double row_exp(double x) { return first_lane(exp(pack<double>(x))); }
+inline double row_log(double x) { return first_lane(log(pack<double>(x))); }
+inline double row_expm1(double x) { return first_lane(expm1(pack<double>(x))); }
+inline double row_log1p(double x) { return first_lane(log1p(pack<double>(x))); }
 inline double row_fma(double a, double b, double c) { return std::fma(a, b, c); }
 inline double row_sqrt(double x) { return std::sqrt(x); }
 inline double row_select(bool which, double a, double b) { return which ? a : b; }
@@ -383,7 +379,7 @@ public:
       : order_(std::min(order, 1e100)), unit_(std::min(unit, 1e100)) {}
   double alpha() const { return order_ + 1; }
   double order() const { return order_; }
-  double most(double n) const { return scalar_log1p(n - 1) * (1 + 0x1p-40); }
+  double most(double n) const { return row_log1p(n - 1) * (1 + 0x1p-40); }
   template <class W> tsallis_point<W> trial(const W& at) const {
     constexpr double most = 1e300; // times a difference of 0 is 0
     const W rate = unit_ * row_exp(order_ * at);
