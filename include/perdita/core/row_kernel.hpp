@@ -152,6 +152,8 @@ template <class Formula, class T> class row_kernel {
   using statistic = typename Formula::statistic;
   static constexpr index width = static_cast<index>(lanes<T>);
   static constexpr index chunk_packs = chunk_columns / width;
+  static constexpr index short_chunks = 4;
+  static constexpr index short_columns = short_chunks * chunk_columns;
 
 public:
   static index rows_per_sum(const row_job<T>& job) { return block_rows(job); }
@@ -166,7 +168,9 @@ public:
         gradient_in_place_(job.gradient.direct() && job.gradient.col_stride == 1 &&
                            !job.accumulate),
         images_in_row_(job.in_place() && scores_in_place_ && gradient_in_place_),
-        has_gradient_(job.has_gradient()) {
+        has_gradient_(job.has_gradient()),
+        short_(cols_ <= short_columns && scores_in_place_ && (!job.soft || soft_in_place_) &&
+               (!has_gradient_ || gradient_in_place_)) {
     // A row without a target has just been read for its favourite; it is the next that is far,
     // unless one that short of a cache leaves again.
     constexpr index three_in_cache = (index{2} << 20) / 3 / static_cast<index>(sizeof(T));
@@ -221,10 +225,10 @@ private:
     const T* x; // where the scores and the gradient lie, if they may be used there
     T* gradient;
     T raw_target, shift;
-    V look; // what the first chunk's shift is picked from
-    bool looked;
-    T rivals;     // the largest raw score but the target's
-    bool shifted; // not all chunks have the same shift
+    V look[short_chunks]; // what the first chunks' shifts are picked from
+    index looked;         // of how many chunks that is known
+    T rivals;             // the largest raw score but the target's
+    bool shifted;         // not all chunks have the same shift
     wide_lanes<T> sums[statistic::terms];
     T* shifts;  // of every chunk
     T* factors; // of every chunk: from image to share
@@ -263,7 +267,7 @@ private:
     side_cursor<T> side;
     V factor, cut, shift, scale;
     V coefficient[coefficients];
-    index hole; // the pack with the target in it, or -1
+    index hole = -1; // the pack with the target in it, or -1
     T hole_lane;
     V target;       // its gradient
     index head = 0; // columns before the first aligned pack of a streamed row
@@ -339,7 +343,7 @@ private:
     row.shift = first_lane(statistic::template first_shift<V>());
     row.rivals = -std::numeric_limits<T>::infinity();
     row.shifted = false;
-    row.looked = false;
+    row.looked = 0;
   }
 
   index hole_in(const live_row& row, index first, index n) const {
@@ -477,6 +481,13 @@ private:
     return with_target(g, at / width, e);
   }
 
+  void put_end(const V& end, index at, index n, const emit_cursor& e) {
+    if (e.streaming)
+      begin_line(end, e.to + at, n);
+    else
+      store_first(end, e.to + at, n);
+  }
+
   // A streamed row ends in the line in which the next one starts. An ordinary store there would
   // wait for memory, so the end waits for its line to be complete.
 
@@ -517,6 +528,20 @@ private:
                     e.coefficient);
   }
 
+  /// The same of pack number i.
+  PERDITA_INLINE V gradient_of_pack(index i, const V& read, const emit_cursor& e) const {
+    V side(0);
+    if constexpr (Formula::has_side)
+      side = e.side.at(i * width);
+    return gradient_of(read, side, e);
+  }
+  static PERDITA_INLINE void put(const V& g, index i, const emit_cursor& e) {
+    if (e.streaming)
+      g.stream(e.to + i * width);
+    else
+      g.store(e.to + i * width);
+  }
+
   /// What is left of `run` chunks from number c on once their whole packs are written.
   void flush(const live_row& row, const emit_cursor& e, index c, index run) {
     const index first = c * chunk_columns + e.head;
@@ -533,12 +558,8 @@ private:
       absorb_cursor none;
       step<false, true>(n / width - 1, n / width, none, both);
     }
-    if (const index rest = n % width, at = n - rest; rest > 0) {
-      if (e.streaming)
-        begin_line(partial(e, at, rest), e.to + at, rest);
-      else
-        store_first(partial(e, at, rest), e.to + at, rest);
-    }
+    if (const index rest = n % width, at = n - rest; rest > 0)
+      put_end(partial(e, at, rest), at, rest, e);
     if (gradient_in_place_)
       return;
     if (job_.accumulate) {
@@ -554,13 +575,12 @@ private:
 
   /// The sums of the current rows and the gradient of the previous ones.
   template <bool Gradient> void advance(index count) {
-    if constexpr (Gradient || !statistic::look_is_maximum) {
-      for (index k = 0; k < std::max(count, pending_); ++k)
-        advance(k < count ? &current_[k] : nullptr, k < pending_ ? &previous_[k] : nullptr,
-                k + 1 < count ? &current_[k + 1] : nullptr);
-    } else {
-      for (index k = 0; k < count; ++k)
-        sum_up(current_[k]);
+    for (index k = 0; k < std::max(count, pending_); ++k) {
+      live_row* a = k < count ? &current_[k] : nullptr;
+      live_row* e = Gradient && k < pending_ ? &previous_[k] : nullptr;
+      live_row* after = k + 1 < count ? &current_[k + 1] : nullptr;
+      if (!short_ || !a || (e && e->shifted) || !pass<Gradient>(*a, e, after ? *after : *a))
+        advance<Gradient>(a, e, after);
     }
   }
 
@@ -597,40 +617,6 @@ private:
       row.rivals = std::max(row.rivals, max_lanes(a.rivals));
   }
 
-  /// All chunks of a row's sums. With no gradient to overwrite the scores, a chunk is summed with
-  /// the shift of the chunk before, and again in the rare case that its maximum is too far above
-  /// it.
-  void sum_up(live_row& row) {
-    const V nothing = statistic::template look_at_nothing<V>();
-    absorb_cursor a;
-    emit_cursor none;
-    const index at_once = chunks_at_once(nullptr, none);
-    for (index c = 0; c < chunks_;) {
-      index run = run_from(c, at_once, nullptr);
-      const index first = c * chunk_columns, n = size_of(c, run);
-      a.x = scores(row, first, n, stage_x_[0]);
-      a.side = side(row.row, first, n, stage_soft_);
-      set_hole(hole_in(row, first, n), a.hole, a.hole_lane);
-      if (c == 0)
-        choose_shift(row, look_at(row, a.x, 0, chunk_size(0), 0, nothing), 0);
-      if (row.label >= first && row.label < first + n)
-        row.raw_target = a.x[row.label - first];
-      start_sums(row, a, c);
-      const index packs = step<true, false, true>(0, n / width, a, none);
-      if (packs < n / width) {
-        run = packs / chunk_packs;
-      } else if (n % width) {
-        absorb_tail(a, packs * width, n % width);
-        a.seen = look_at(row, a.x, first, n, packs * width, a.seen);
-      }
-      accept_run(row, a);
-      c += run - 1; // whose shift is not settled
-      if (!choose_shift(row, a.seen, c)) {
-        accept(row, a);
-        ++c;
-      }
-    }
-  }
   void start_sums(live_row& row, absorb_cursor& a, index c) const {
     a.row = &row;
     a.first_chunk = a.chunk = c;
@@ -643,14 +629,14 @@ private:
 
   /// All chunks of row a's sums, and with each one the same chunk of row e's gradient. Meanwhile
   /// the next chunk is looked at: a's own, or the first one of the row that comes after.
-  void advance(live_row* a, live_row* e, live_row* after) {
+  template <bool Gradient> void advance(live_row* a, live_row* e, live_row* after) {
     absorb_cursor absorbing;
     emit_cursor emitting;
     if (a) {
       // Copied scores have no room for another row's.
       absorbing.after = scores_in_place_ ? after : nullptr;
       absorbing.x = scores(*a, 0, chunk_size(0), stage_x_[0]);
-      absorbing.seen = a->looked ? a->look
+      absorbing.seen = a->looked ? a->look[0]
                                  : look_at(*a, absorbing.x, 0, chunk_size(0), 0,
                                            statistic::template look_at_nothing<V>());
     }
@@ -661,7 +647,7 @@ private:
       const index run = run_from(c, at_once, e);
       const index absorb_packs = a ? aim(*a, absorbing, c, run) : 0;
       const index emit_packs = e ? aim(*e, emitting, c, run) : 0;
-      const index done = take(absorb_packs, emit_packs, c, run, absorbing, e, emitting);
+      const index done = take<Gradient>(absorb_packs, emit_packs, c, run, absorbing, e, emitting);
       if (a)
         settle(*a, absorbing, c, run, done);
       c += done;
@@ -703,19 +689,22 @@ private:
   /// Packs of sums and of the gradient, as many as they have in common together; returns how many
   /// of the chunks are done: fewer where the shift has to move. The images of row e are read before
   /// others take their place.
+  template <bool Gradient>
   index take(index absorb_packs, index emit_packs, index c, index run, absorb_cursor& absorbing,
              const live_row* e, const emit_cursor& emitting) {
-    index at = 0;
-    const index both = std::min(absorb_packs, emit_packs);
-    if (both > 0)
-      at = step<true, true>(0, both, absorbing, emitting);
-    const index done = at < both ? at / chunk_packs : run;
-    if (emit_packs > both)
-      step<false, true>(both, emit_packs, absorbing, emitting);
-    if (e)
-      flush(*e, emitting, c, done);
-    if (at < both || absorb_packs == both)
-      return done;
+    index at = 0, both = 0;
+    if constexpr (Gradient) {
+      both = std::min(absorb_packs, emit_packs);
+      if (both > 0)
+        at = step<true, true>(0, both, absorbing, emitting);
+      const index done = at < both ? at / chunk_packs : run;
+      if (emit_packs > both)
+        step<false, true>(both, emit_packs, absorbing, emitting);
+      if (e)
+        flush(*e, emitting, c, done);
+      if (at < both || absorb_packs == both)
+        return done;
+    }
     at = step<true, false>(at, absorb_packs, absorbing, emitting);
     return at < absorb_packs ? at / chunk_packs : run;
   }
@@ -738,8 +727,8 @@ private:
                        a.looks ? a.seen : statistic::template look_at_nothing<V>());
     }
     if (end == 0) {
-      next->look = a.seen;
-      next->looked = true;
+      next->look[0] = a.seen;
+      next->looked = 1;
     }
     a.x = x;
   }
@@ -750,12 +739,12 @@ private:
   }
 
   /// Packs [begin, end) of what the cursors point at; returns the end, or where before it a chunk
-  /// ended after which the shift has to move. Speculating, it looks at what it sums, and not ahead.
-  template <bool Absorb, bool Emit, bool Speculating = false>
+  /// ended after which the shift has to move.
+  template <bool Absorb, bool Emit>
   PERDITA_NOINLINE index step(index begin, index end, absorb_cursor& absorbing,
                               const emit_cursor& emitting) const {
     const V nothing = statistic::template look_at_nothing<V>();
-    const bool keeps = !Speculating && (Emit ? uses_images() : keeps_images());
+    const bool keeps = Emit ? uses_images() : keeps_images();
     absorb_cursor a; // copies, for registers
     emit_cursor e;
     if constexpr (Absorb)
@@ -772,43 +761,31 @@ private:
           from = V::load(e.from + j);
         if constexpr (Absorb) {
           prefetch(a.x + j + ahead_);
-          V look = V::load(a.x + j), z = formula_.score(look);
-          V side(0);
+          V z = formula_.score(V::load(a.x + j)), side(0);
           if constexpr (Formula::has_side)
             side = a.side.at(j);
           if (i == a.hole) [[unlikely]] {
             const auto here = iota<T>() == V(a.hole_lane);
             z = select(here, statistic::absent(a.shift), z);
             side = select(here, V(0), side);
-            look = select(here, nothing, look);
           }
           const V image = statistic::absorb(a.sum, z, a.shift, side);
           if (keeps)
             image.store(a.image + j);
-          if constexpr (!Speculating) {
-            const index ahead = std::min(j + a.next.offset, a.next.last);
-            look = V::load(a.next.x + ahead);
-            if (ahead == a.next.hole) [[unlikely]]
-              look = select(iota<T>() == V(a.next.hole_lane), nothing, look);
-          }
+          const index ahead = std::min(j + a.next.offset, a.next.last);
+          V look = V::load(a.next.x + ahead);
+          if (ahead == a.next.hole) [[unlikely]]
+            look = select(iota<T>() == V(a.next.hole_lane), nothing, look);
           a.seen = statistic::look(a.seen, look);
         }
-        if constexpr (Emit) {
-          V side(0);
-          if constexpr (Formula::has_side)
-            side = e.side.at(j);
-          const V g = with_target(gradient_of(from, side, e), i, e);
-          if (e.streaming)
-            g.stream(e.to + j);
-          else
-            g.store(e.to + j);
-        }
+        if constexpr (Emit)
+          put(with_target(gradient_of_pack(i, from, e), i, e), i, e);
       }
       if constexpr (Absorb) {
         for (int k = 0; k < statistic::terms; ++k)
           absorbing.sum[k] = a.sum[k];
         absorbing.seen = a.seen;
-        if (i == end || !turn<Speculating>(absorbing))
+        if (i == end || !turn(absorbing))
           break;
         for (V& sum : a.sum)
           sum = V(0);
@@ -820,9 +797,9 @@ private:
   }
 
   /// From one chunk of a run to the next; false if the shift has to move first.
-  template <bool Speculating> PERDITA_NOINLINE bool turn(absorb_cursor& a) const {
+  PERDITA_NOINLINE bool turn(absorb_cursor& a) const {
     const index c = a.chunk + 1, n = chunk_size(c);
-    if (!Speculating && n % width) {
+    if (n % width) {
       const index first = c * chunk_columns;
       a.seen = look_at(*a.row, a.row->x + first, first, n, n / width * width, a.seen);
     }
@@ -831,54 +808,192 @@ private:
     accept(*a.row, a);
     a.rivals = max(a.seen, a.rivals);
     a.chunk = c;
-    if (!Speculating && c + 1 == chunks_)
+    if (c + 1 == chunks_)
       look_ahead(a);
     return true;
+  }
+
+  // ---- short rows
+
+  /// Row a's sums and row e's gradient where a is a short row that has one shift; false, and
+  /// nothing done, where it has not.
+  template <bool Gradient> bool pass(live_row& a, live_row* e, live_row& after) {
+    if constexpr (!statistic::look_is_maximum) {
+      return false;
+    } else {
+      for (index& c = a.looked; c < chunks_; ++c)
+        a.look[c] = look_at(a, a.x + c * chunk_columns, c * chunk_columns, chunk_size(c), 0,
+                            statistic::template look_at_nothing<V>());
+      T most = max_lanes(a.look[0]);
+      const V shift = statistic::choose(formula_.score(V(most)), V(a.shift), chunk_size(0));
+      for (index c = 1; c < chunks_; ++c) {
+        const T look = max_lanes(a.look[c]);
+        if (any(!(statistic::choose(formula_.score(V(look)), shift, chunk_size(c)) == shift)))
+          return false;
+        most = std::max(most, look);
+      }
+      a.rivals = most;
+      a.shift = first_lane(shift);
+      std::fill_n(a.shifts, chunks_, a.shift);
+      a.raw_target = a.x[a.label];
+      emit_cursor emitting;
+      index packs = 0, rest = 0;
+      V end(0);
+      if constexpr (Gradient) {
+        if (e) {
+          open(*e, emitting);
+          packs = aim(*e, emitting, 0, chunks_);
+          rest = cols_ - emitting.head - packs * width;
+          if (rest > 0) // is read before another image takes its place
+            end = partial(emitting, packs * width, rest);
+        }
+      }
+      pass_packs<Gradient>(a, after, emitting, packs);
+      if (rest > 0)
+        put_end(end, packs * width, rest, emitting);
+      return true;
+    }
+  }
+
+  /// The pack with the target in it, or the number of whole packs, and a copy of it without the
+  /// target: what is read in its place costs no branch that nothing can predict.
+  struct target_pack {
+    index number;
+    alignas(64) T without[lanes<T>];
+
+    target_pack(const live_row& row, index packs) : number(packs) {
+      if (const index at = row.label / width; Formula::excludes_target && at < packs) {
+        number = at;
+        select(iota<T>() == V(static_cast<T>(row.label % width)), statistic::absent(V(0)),
+               V::load(row.x + at * width))
+            .store(without);
+      }
+    }
+    PERDITA_INLINE V load(const T* x, index i) const {
+      return V::load(i == number ? without : x + i * width);
+    }
+  };
+
+  /// One loop over whole rows, but for their ends: sums of `row`, a look at `after`, and the first
+  /// packs of another row's gradient.
+  template <bool Gradient>
+  PERDITA_NOINLINE void pass_packs(live_row& row, live_row& after, const emit_cursor& emitting,
+                                   index emit_packs) const {
+    const V nothing = statistic::template look_at_nothing<V>();
+    const index packs = cols_ / width, rest = cols_ % width, ahead = ahead_;
+    const target_pack own(row, packs), next(after, packs);
+    const T *const x = row.x, *const next_x = after.x;
+    T* const images = image_of(row, 0);
+    const side_cursor<T> sides = side(row.row, 0, cols_, nullptr);
+    const V shift(row.shift);
+    V sum[statistic::terms], seen = nothing;
+    for (V& s : sum)
+      s = V(0);
+    const emit_cursor e = emitting; // for registers
+    V of_target(0);
+    if constexpr (Gradient) {
+      if (e.hole >= 0 && e.hole < emit_packs)
+        of_target =
+            with_target(gradient_of_pack(e.hole, V::load(e.from + e.hole * width), e), e.hole, e);
+    }
+    const auto absorb_pack = [&](index i) __attribute__((always_inline)) {
+      const index j = i * width;
+      prefetch(x + j + ahead);
+      const V z = formula_.score(own.load(x, i));
+      V side(0);
+      if constexpr (Formula::has_side) {
+        side = sides.at(j);
+        if (i == own.number) [[unlikely]]
+          side = select(iota<T>() == V(static_cast<T>(row.label % width)), V(0), side);
+      }
+      const V image = statistic::absorb(sum, z, shift, side);
+      if (images)
+        image.store(images + j);
+      seen = statistic::look(seen, next.load(next_x, i));
+    };
+    index i = 0;
+    for (index c = 0; c < chunks_; ++c) {
+      const index end = std::min((c + 1) * chunk_packs, packs);
+      if constexpr (Gradient) {
+        for (const index both = std::min(end, emit_packs); i < both; ++i) {
+          const V from = V::load(e.from + i * width);
+          absorb_pack(i);
+          put(gradient_of_pack(i, from, e), i, e);
+        }
+      }
+      for (; i < end; ++i)
+        absorb_pack(i);
+      if (c + 1 == chunks_ && rest > 0) {
+        absorb_cursor a;
+        a.x = x;
+        a.image = images;
+        a.side = sides;
+        set_hole(hole_in(row, 0, cols_), a.hole, a.hole_lane);
+        a.shift = shift;
+        std::copy_n(sum, statistic::terms, a.sum);
+        absorb_tail(a, packs * width, rest);
+        std::copy_n(a.sum, statistic::terms, sum);
+        seen = look_at(after, next_x, 0, cols_, packs * width, seen);
+      }
+      for (int k = 0; k < statistic::terms; ++k) {
+        row.sums[k].add(sum[k]);
+        sum[k] = V(0);
+      }
+      after.look[c] = seen;
+      seen = nothing;
+    }
+    after.looked = chunks_;
+    if (Gradient && e.hole >= 0 && e.hole < emit_packs)
+      put(of_target, e.hole, e);
   }
 
   // ---- from sums to values
 
   void finish(live_row* rows, index count, value_sum& total) {
     using W = pack<double>;
-    alignas(64) double in[6 + statistic::terms][finish_rows] = {};
-    alignas(64) double out[3 + coefficients][finish_rows];
-    index numbers[finish_rows];
     static constexpr index lane[finish_rows] = {0, 1, 2, 3, 4, 5, 6, 7};
     const index padding = (width - cols_ % width) % width;
-    for (index i = 0; i < count; ++i) {
-      const live_row& row = rows[i];
-      numbers[i] = row.row;
-      T q = 0;
-      if (job_.soft)
-        job_.soft.read(row.row, row.label, 1, &q);
-      in[0][i] = static_cast<double>(row.shift);
-      in[1][i] = static_cast<double>(first_lane(formula_.score(V(row.raw_target))));
-      in[2][i] = target_side(formula_, row.label, q, static_cast<bool>(job_.soft));
-      in[3][i] = job_.labels ? formula_.label_weight(row.label) : 0.0;
-      in[4][i] = static_cast<double>(row.rivals);
-      in[5][i] = static_cast<double>(row.raw_target);
-      for (int k = 0; k < statistic::terms; ++k)
-        in[6 + k][i] = row.sums[k].total();
-      if constexpr (statistic::counts)
-        in[6][i] -= static_cast<double>(padding);
-    }
+    index numbers[finish_rows];
+    for (index i = 0; i < finish_rows; ++i)
+      numbers[i] = rows[std::min(i, count - 1)].row;
+    // Rows that are missing repeat the last.
+    const auto of_rows = [=](auto f) __attribute__((always_inline)) {
+      return pack_of([=](index i) __attribute__((always_inline)) {
+        return static_cast<double>(f(rows[std::min(i, count - 1)]));
+      });
+    };
+    const W raw_target = of_rows([](const live_row& row) { return row.raw_target; });
     row_summary<statistic> s;
-    s.shift = W::load(in[0]);
-    s.target = W::load(in[1]);
-    s.target_side = W::load(in[2]);
-    s.label_weight = W::load(in[3]);
+    s.shift = of_rows([](const live_row& row) { return row.shift; });
+    s.target = first_rows(formula_.score(to_lanes<V>(raw_target)));
+    s.target_side = W(0);
+    if constexpr (Formula::has_side)
+      s.target_side = of_rows([this](const live_row& row) {
+        T q = 0;
+        if (job_.soft)
+          job_.soft.read(row.row, row.label, 1, &q);
+        return target_side(formula_, row.label, q, static_cast<bool>(job_.soft));
+      });
+    s.label_weight = W(0);
+    if (job_.labels)
+      s.label_weight =
+          of_rows([this](const live_row& row) { return formula_.label_weight(row.label); });
     s.classes = W(static_cast<double>(cols_));
     for (int k = 0; k < statistic::terms; ++k)
-      s.term[k] = W::load(in[6 + k]);
+      s.term[k] = of_rows([k](const live_row& row) { return row.sums[k].total(); });
+    if constexpr (statistic::counts)
+      s.term[0] = s.term[0] - W(static_cast<double>(padding));
     const auto summary = with_own(formula_, s, count, [&](index i) { return numbers[i]; });
     const row_outcome<W> result = formula_.finish(summary);
+    alignas(64) double out[3 + coefficients][finish_rows];
     result.value.store(out[0]);
     result.image_scale.store(out[1]);
     result.target_gradient.store(out[2]);
     for (int k = 0; k < coefficients; ++k)
       result.coefficient[k].store(out[3 + k]);
     if (job_.report.any())
-      store_report(formula_, job_, summary, numbers, lane, W::load(in[5]), W::load(in[4]), count);
+      store_report(formula_, job_, summary, numbers, lane, raw_target,
+                   of_rows([](const live_row& row) { return row.rivals; }), count);
     for (index i = 0; i < count; ++i) {
       live_row& row = rows[i];
       store_value(job_, row.row, out[0][i], total);
@@ -910,7 +1025,7 @@ private:
   const Formula& formula_;
   const row_job<T>& job_;
   index cols_, chunks_;
-  bool scores_in_place_, soft_in_place_, gradient_in_place_, images_in_row_, has_gradient_;
+  bool scores_in_place_, soft_in_place_, gradient_in_place_, images_in_row_, has_gradient_, short_;
   std::size_t scratch_bytes_ = 0;
   index ahead_ = prefetch_distance<T>; // what is asked for in time
   live_row *current_ = nullptr, *previous_ = nullptr;

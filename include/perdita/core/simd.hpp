@@ -1099,6 +1099,26 @@ void copy_transposed(const T* from, std::ptrdiff_t from_step, std::ptrdiff_t row
       to[j * to_step + i] = from[i * from_step + j];
 }
 
+/// {f(0), f(1), …}, put together in registers: a load of lanes that have just been stored one by
+/// one waits until all stores before it have reached the cache.
+template <class F> PERDITA_INLINE pack<double> pack_of(F f) {
+#if !PERDITA_NO_SIMD && defined(__AVX512F__)
+  pack<double> result;
+  result.r[0] = _mm512_setr_pd(f(0), f(1), f(2), f(3), f(4), f(5), f(6), f(7));
+  return result;
+#elif !PERDITA_NO_SIMD && defined(__AVX__)
+  pack<double> result;
+  result.r[0] = _mm256_setr_pd(f(0), f(1), f(2), f(3));
+  result.r[1] = _mm256_setr_pd(f(4), f(5), f(6), f(7));
+  return result;
+#else
+  alignas(64) double v[lanes<double>];
+  for (std::size_t i = 0; i < lanes<double>; ++i)
+    v[i] = f(static_cast<index>(i));
+  return pack<double>::load(v);
+#endif
+}
+
 /// Asks for the line at p to be brought into the second-level cache.
 PERDITA_INLINE void prefetch(const void* p) {
 #if defined(__GNUC__)
