@@ -1114,7 +1114,7 @@ template <class F> PERDITA_INLINE pack<double> pack_of(F f) {
 #else
   alignas(64) double v[lanes<double>];
   for (std::size_t i = 0; i < lanes<double>; ++i)
-    v[i] = f(static_cast<index>(i));
+    v[i] = f(static_cast<std::ptrdiff_t>(i));
   return pack<double>::load(v);
 #endif
 }
