@@ -414,3 +414,71 @@ TEMPLATE_TEST_CASE("cross_entropy: a gradient that goes past the caches has the 
     }
   }
 }
+
+// Rows of one to four chunks take a way of their own, but for those whose shift moves from chunk to
+// chunk, before, between and behind which the others go on. Column-major, rows are in lanes
+// instead.
+TEMPLATE_TEST_CASE("cross_entropy: short rows whose shift moves among others", "[cross_entropy]",
+                   float, double) {
+  using T = TestType;
+  constexpr std::ptrdiff_t n = 29;
+  for (const std::ptrdiff_t classes : {512, 530, 1000, 1026, 1532, 2048, 2050}) {
+    std::vector<T> x(static_cast<std::size_t>(n * classes)), by_columns(x.size()), weights, prior;
+    std::vector<int> y;
+    for (std::ptrdiff_t c = 0; c < classes; ++c) {
+      weights.push_back(T(1) + static_cast<T>(c % 5) / 4);
+      prior.push_back((c % 2 ? T(1.5) : T(0.5)) / static_cast<T>(classes));
+    }
+    for (std::ptrdiff_t r = 0; r < n; ++r) {
+      // In a pack with the largest score, in the row's last columns, or somewhere.
+      y.push_back(static_cast<int>(r % 4 == 0   ? classes - 20
+                                   : r % 4 == 1 ? classes - 1 - r % 16
+                                                : r * 101 % classes));
+      for (std::ptrdiff_t c = 0; c < classes; ++c) {
+        T& score = x[static_cast<std::size_t>(r * classes + c)];
+        score = static_cast<T>((r * classes + c) * 7919 % 1009) / 64;
+        if (r % 5 == 2 || r % 7 == 3) // in the last chunk, or in each more than in the one before
+          score += static_cast<T>(c == classes - 19 ? 40 : r % 7 == 3 ? c / 512 * 33 : 0);
+        by_columns[static_cast<std::size_t>(c * n + r)] = score;
+      }
+    }
+    using options = typename cross_entropy<T>::options;
+    const std::vector<options> all{{},
+                                   {.focal_gamma = T(2)},
+                                   {.softcap = T(50)},
+                                   {.label_smoothing = T(0.125)},
+                                   {.label_smoothing = T(0.125), .class_weights = weights},
+                                   {.label_smoothing = T(0.125), .prior = prior}};
+    for (std::size_t i = 0; i < all.size(); ++i) {
+      CAPTURE(classes, i);
+      const cross_entropy<T> loss(all[i]);
+      std::vector<T> gradient(x.size()), expected(x.size());
+      const perdita::matrix_view<const T> columns(by_columns.data(), n, classes, 1, n);
+      const T value = loss(columns, y, perdita::matrix_view<T>(expected.data(), n, classes));
+      const perdita::matrix_view<const T> scores(x.data(), n, classes);
+      CHECK(loss(scores, y) == value);
+      CHECK(loss(scores, y, perdita::matrix_view<T>(gradient.data(), n, classes)) == value);
+      CHECK(gradient == expected);
+      const perdita::matrix_view<T> in_place(x.data(), n, classes);
+      const std::vector<T> before = x;
+      CHECK(loss(in_place, y, in_place) == value);
+      CHECK(x == expected);
+      x = before;
+    }
+    // Soft targets that do not lie in rows are copied chunk by chunk, as the rows then go.
+    std::vector<T> q(x.size()), q_by_columns(x.size()), gradient(x.size()), expected(x.size());
+    for (std::ptrdiff_t r = 0; r < n; ++r)
+      for (std::ptrdiff_t c = 0; c < classes; ++c) {
+        const T at = prior[static_cast<std::size_t>((c + r) % classes)];
+        q[static_cast<std::size_t>(r * classes + c)] = at;
+        q_by_columns[static_cast<std::size_t>(c * n + r)] = at;
+      }
+    const cross_entropy<T> loss;
+    const perdita::matrix_view<const T> scores(x.data(), n, classes);
+    const T value = loss(scores, perdita::matrix_view<const T>(q.data(), n, classes),
+                         perdita::matrix_view<T>(expected.data(), n, classes));
+    CHECK(loss(scores, perdita::matrix_view<const T>(q_by_columns.data(), n, classes, 1, n),
+               perdita::matrix_view<T>(gradient.data(), n, classes)) == value);
+    CHECK(gradient == expected);
+  }
+}
