@@ -33,6 +33,7 @@
 
 #include "support/limits.hpp"
 #include "support/memory.hpp"
+#include "support/most_threads.hpp"
 #include "support/pool.hpp"
 #include "support/problem.hpp"
 #include "support/sampling.hpp"
@@ -254,7 +255,7 @@ int main(int argc, char** argv) {
   benchmark::Initialize(&argc, argv);
   if (benchmark::ReportUnrecognizedArguments(argc, argv))
     return 1;
-  const std::size_t most_threads = bench::processors().size() > 1 ? 2 : 1;
+  const std::size_t most_threads = bench::most_threads(bench::processors().size());
   for (std::size_t n = 1; n <= most_threads; ++n)
     bench::register_limits(n);
   bench::register_cross_entropy<float>(most_threads);

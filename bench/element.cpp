@@ -27,6 +27,7 @@
 
 #include "support/limits.hpp"
 #include "support/memory.hpp"
+#include "support/most_threads.hpp"
 #include "support/pool.hpp"
 #include "support/problem.hpp"
 #include "support/sampling.hpp"
@@ -236,7 +237,7 @@ int main(int argc, char** argv) {
   benchmark::Initialize(&argc, argv);
   if (benchmark::ReportUnrecognizedArguments(argc, argv))
     return 1;
-  const std::size_t most = bench::processors().size() > 1 ? 2 : 1;
+  const std::size_t most = bench::most_threads(bench::processors().size());
   bench::register_all(most);
   benchmark::RunSpecifiedBenchmarks();
   bench::print_table(most);

@@ -7,7 +7,6 @@
 //   build/bench/bench/bench_linear --benchmark_filter='linear/float/1024x1024x32768/.*threads:2'
 //   PERDITA_BENCH_LARGE=1 ...    with what takes minutes: 8192x2304x256000, and 2048x2304x256000 on
 //                                one thread
-//   PERDITA_BENCH_THREADS=16 ... on up to so many threads instead of two
 //   PERDITA_BENCH_HEAD=FILE ...  filter/file/...: a trained head (the format is in
 //                                support/linear_problem.hpp)
 //

@@ -21,6 +21,7 @@
 
 #include "support/limits.hpp"
 #include "support/memory.hpp"
+#include "support/most_threads.hpp"
 #include "support/pool.hpp"
 #include "support/problem.hpp"
 #include "support/sampling.hpp"
@@ -82,7 +83,7 @@ void against_limits(benchmark::State& state, float sigma, const pool& run_on, co
 }
 
 template <class Map> void add(const std::string& name, const Map& map) {
-  const std::size_t most = processors().size() > 1 ? 2 : 1;
+  const std::size_t most = most_threads(processors().size());
   for (const int sigma : {1, 3})
     for (std::size_t n = 1; n <= most; ++n)
       benchmark::RegisterBenchmark(

@@ -56,6 +56,7 @@
 
 #include "support/limits.hpp"
 #include "support/linear_problem.hpp"
+#include "support/most_threads.hpp"
 #include "support/pipelines.hpp"
 #include "support/pool.hpp"
 #include "support/resident.hpp"
@@ -366,7 +367,7 @@ void register_all() {
   std::vector<size> sizes{{1024, 512}, {4096, 512}, {8192, 512}, {8192, 1024}};
   if (std::getenv("PERDITA_BENCH_LARGE"))
     sizes.insert(sizes.end(), {{16384, 512}, {32768, 512}});
-  const std::size_t most = processors().size() > 1 ? 2 : 1;
+  const std::size_t most = most_threads(processors().size());
   for (const subject& of : subjects)
     for (const size& s : sizes)
       for (std::size_t n = 1; n <= most; ++n)

@@ -2,10 +2,9 @@
 #pragma once
 
 /// For peers that bring OpenMP's threads along: we use the same ones, and leave them where the
-/// system puts them. Two of them at most, or PERDITA_BENCH_THREADS.
+/// system puts them.
 
 #include <cstddef>
-#include <cstdlib>
 
 #if defined(_OPENMP)
 #include <omp.h>
@@ -13,13 +12,13 @@
 
 #include <perdita/core/executor.hpp>
 
+#include "most_threads.hpp"
+
 namespace bench {
 
 #if defined(_OPENMP)
 inline std::size_t most_openmp_threads() {
-  if (const char* wanted = std::getenv("PERDITA_BENCH_THREADS"))
-    return std::strtoul(wanted, nullptr, 10);
-  return omp_get_num_procs() > 1 ? 2 : 1;
+  return most_threads(static_cast<std::size_t>(omp_get_num_procs()));
 }
 inline perdita::executor use_openmp_threads(std::size_t n) {
   omp_set_num_threads(static_cast<int>(n));

@@ -9,7 +9,8 @@
 /// hardware's prefetcher: a factor of two on Zen 4). The next chunk's maximum is taken in the same
 /// loop too. Images e^{z-s} stay in the row itself where the gradient overwrites the scores, and
 /// in scratch otherwise; formulas whose slope reads the score compute them again. A gradient too
-/// large for the caches is written past them, whole lines at a time.
+/// large for the caches is written past them, whole lines at a time. Short rows go in one loop each
+/// where all lies in place and the shift stays: what is done once a row would take a third.
 
 #include <algorithm>
 
@@ -158,7 +159,7 @@ template <class Formula, class T> class row_kernel {
 public:
   static index rows_per_sum(const row_job<T>& job) { return block_rows(job); }
   static index rows_per_task(const row_job<T>& job, std::size_t) { return block_rows(job); }
-  static index group_size(index cols) { return cols <= 2048 ? finish_rows : 1; }
+  static index group_size(index cols) { return cols <= short_columns ? finish_rows : 1; }
 
   row_kernel(const Formula& formula, const row_job<T>& job, std::byte* scratch)
       : formula_(formula), job_(job), cols_(job.scores.cols),
