@@ -118,7 +118,7 @@ template <class T> void check_shapes(const row_descriptor<T>& d) {
 template <class T>
 void check_special(const row_descriptor<T>& d, const std::vector<special_row>& rows, double slack) {
   tally t(d.name() + (sizeof(T) == 4 ? "<float>" : "<double>") + ", special rows");
-  const wide epsilon = std::numeric_limits<T>::epsilon();
+  const judged epsilon = std::numeric_limits<T>::epsilon();
   for (const special_row& s : rows) {
     const auto cols = static_cast<index>(s.scores.size());
     const auto loss = d.make(s.setting, cols, reduction::sum);
@@ -146,8 +146,8 @@ void check_special(const row_descriptor<T>& d, const std::vector<special_row>& r
                                     (in_place ? ", in place" : "") + ", setting " +
                                     d.describe(s.setting) + ")";
           const auto near = [&](double expected, T answer, const char* what, index c) {
-            t.compare(wide(expected), wide(slack * epsilon * larger(size_of(wide(expected)), 1)),
-                      answer, what, [&] { return std::to_string(c) + " " + where; });
+            t.compare(expected, slack * epsilon * std::max<judged>(std::abs(expected), 1), answer,
+                      what, [&] { return std::to_string(c) + " " + where; });
             if (expected == 0)
               t.require(answer == 0,
                         std::string(what) + " " + std::to_string(c) + " is not exactly 0 " + where);
@@ -223,7 +223,7 @@ template <class T> void check_reference(const row_descriptor<T>& d) {
                                             std::to_string(c) + ": " + text(e.gradient[c].value) +
                                             ", by differences " + text(slope));
           if (!d.sparse())
-            t.ordinary(e.gradient[c].value);
+            t.ordinary(static_cast<judged>(e.gradient[c].value));
         }
       }
     }
@@ -255,8 +255,8 @@ template <class T> void check_mathematics(const row_descriptor<T>& d) {
           x += T(1e4);
         const std::vector<T> moved = values(q);
         for (std::size_t r = 0; r < value.size(); ++r)
-          t.compare(wide(value[r]), wide(1e5 * epsilon * (1 + std::abs(value[r]))), moved[r],
-                    "shifted value", [&] { return std::to_string(r); });
+          t.compare(value[r], 1e5 * epsilon * (1 + std::abs(value[r])), moved[r], "shifted value",
+                    [&] { return std::to_string(r); });
       }
       if (traits.convex) { // on the segments between neighbouring rows that have the same target
         problem<T> a = p, middle = p;

@@ -81,8 +81,7 @@ template <class T> void check_edges(const row_descriptor<T>& d) {
         }
         const outcome<T> removed = run(*loss, kept_rows, a);
         const auto close = [&](const outcome<T>& got, const std::string& what) {
-          t.compare(wide(removed.total),
-                    wide(2 * std::numeric_limits<T>::epsilon() * std::abs(removed.total)),
+          t.compare(removed.total, 2 * std::numeric_limits<T>::epsilon() * std::abs(removed.total),
                     got.total, "total", [&] { return what; });
           std::size_t i = 0;
           for (index r = 0; r < p.rows; ++r)

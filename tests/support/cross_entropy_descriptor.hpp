@@ -185,36 +185,51 @@ public:
     // Errors of z, and of u = log Σ_{j≠y} e^{z_j} − z_y, in epsilons
     const wide relative = (capped ? 3.5 : 0) + (o.temperature != 1 ? 1 : 0);
     const rival_errors errors(z, y, relative, T());
-    const auto& [has_rivals, rival, behind, of_z, distance, noise, u, of_u] = errors;
+    const auto& [has_rivals, rival, behind, of_z, distance, noise, of_u] = errors;
 
-    row_expectation e;
-    // value
-    const wide p = s.p(y), miss = s.miss(y), surprise = s.surprise(y);
+    // What is expected, in full; and how far off it may be, for which the first digits will do.
+    const wide p = s.p(y), miss = s.miss(y), surprise = s.surprise(y), lse = s.log_sum_exp;
     const wide focus =
         gamma > 0 ? wide(miss > 0 ? wide(exp(wide(gamma * log(miss)))) : wide(0)) : wide(1);
-    wide value = weighted(hard, weighted(focus, surprise));
     const wide steep =
         gamma > 0 && miss > 0
             ? wide(focus + (p > 0 ? wide(gamma * p * surprise / miss * focus) : wide(0)))
             : focus;
-    // A power is the exponential of a product: γ log(1 − p) carries its own size into the error.
-    const wide of_power = gamma > 0 && miss > 0 ? wide(2 * gamma * size_of(log(miss))) : wide(0);
-    wide slack = value * (value_budget + of_power) + hard * steep * miss * of_u;
+    std::vector<wide> shares, surprises;
+    std::vector<judged> share, away, weight;
     for (std::size_t j = 0; j < n; ++j) {
-      value += weighted(b[j], s.surprise(j));
-      if (b[j] > 0 && z[j] > -infinity())
-        slack +=
-            b[j] * (value_budget *
-                        (size_of(s.surprise(j)) +
-                         (j == y ? wide(0) : wide(behind[j] + size_of(s.log_sum_exp - rival)))) +
-                    of_z[j] + noise + of_z[y] * p + miss * of_u);
+      shares.push_back(s.p(j));
+      surprises.push_back(s.surprise(j));
+      share.push_back(static_cast<judged>(shares[j]));
+      away.push_back(static_cast<judged>(surprises[j]));
+      weight.push_back(static_cast<judged>(b[j]));
     }
-    const wide lse = s.log_sum_exp;
-    const wide of_lse =
-        value_budget * larger(size_of(lse), size_of(z[s.top])) + miss * of_u + of_z[y];
+    const auto sum = static_cast<judged>(lse), missed = static_cast<judged>(miss),
+               label_pull = static_cast<judged>(hard * steep), of_square = static_cast<judged>(c);
+    // A power is the exponential of a product: γ log(1 − p) carries its own size into the error.
+    const judged of_power =
+        gamma > 0 && missed > 0 ? 2 * static_cast<judged>(gamma) * std::abs(std::log(missed)) : 0;
+
+    row_expectation e;
+    // value
+    wide value = weighted(hard, weighted(focus, surprise));
+    judged slack =
+        static_cast<judged>(value) * (value_budget + of_power) + label_pull * missed * of_u;
+    for (std::size_t j = 0; j < n; ++j) {
+      value += weighted(b[j], surprises[j]);
+      if (weight[j] > 0 && std::isfinite(away[j]))
+        slack +=
+            weight[j] *
+            (value_budget * (std::abs(away[j]) + (j == y ? 0 : behind[j] + std::abs(sum - rival))) +
+             of_z[j] + noise + of_z[y] * share[y] + missed * of_u);
+    }
+    const judged of_lse =
+        value_budget * std::max(std::abs(sum), std::abs(static_cast<judged>(z[s.top]))) +
+        missed * of_u + of_z[y];
     value += weighted(c, wide(lse * lse));
-    slack += c * (value_budget * lse * lse + 2 * size_of(lse) * of_lse);
-    e.value = {value, is_finite(value) ? slack : wide(0)};
+    const judged of_penalties = of_square * (value_budget * sum * sum + 2 * std::abs(sum) * of_lse);
+    slack += of_penalties;
+    e.value = {value, is_finite(value) ? slack : 0};
 
     // gradient
     std::vector<wide> after(n + 1, wide(0)); // Σ b from a class on: b_sum − b_j would cancel
@@ -222,48 +237,51 @@ public:
       after[j - 1] = after[j] + b[j - 1];
     wide before = 0;
     for (std::size_t j = 0; j < n; ++j) {
-      const wide pj = s.p(j);
       const wide others = before + after[j + 1];
       before += b[j];
-      const wide spread = weighted(others, pj), pull = weighted(b[j], s.miss(j));
-      const wide of_penalty = weighted(2 * c * pj, lse);
-      const wide of_label = j == y ? wide(-hard * steep * miss) : wide(hard * steep * pj);
+      const wide spread = weighted(others, shares[j]), pull = weighted(b[j], s.miss(j));
+      const wide of_penalty = weighted(2 * c * shares[j], lse);
+      const wide of_label = hard * steep * (j == y ? wide(-miss) : shares[j]);
       const wide g = of_label + spread - pull + of_penalty;
-      const wide relative_error =
-          slope_budget + of_power + (1 + gamma) * of_u + (j == y ? wide(0) : errors.of_share(j));
-      wide allowed = (size_of(of_label) + spread + b[j] * pj) * relative_error +
-                     b[j] * slope_budget + pull * of_u * (j == y ? 1 : 0) +
-                     size_of(of_penalty) * relative_error + 2 * c * pj * of_lse;
-      allowed *= steepness[j];
+      const judged relative_error =
+          slope_budget + of_power + (1 + o.gamma) * of_u + (j == y ? 0 : errors.of_share(j));
+      judged allowed = (label_pull * (j == y ? missed : share[j]) + static_cast<judged>(spread) +
+                        weight[j] * share[j] + std::abs(static_cast<judged>(of_penalty))) *
+                           relative_error +
+                       weight[j] * slope_budget + (j == y ? static_cast<judged>(pull) * of_u : 0) +
+                       2 * of_square * share[j] * of_lse;
+      allowed *= static_cast<judged>(steepness[j]);
       if (capped) // 1 - tanh² is a difference
-        allowed += size_of(g) * 2 * (relative + 2) / temperature;
+        allowed += std::abs(static_cast<judged>(g)) * 2 * static_cast<judged>(relative + 2) /
+                   static_cast<judged>(temperature);
       e.gradient.push_back({g * steepness[j], allowed});
     }
 
     // by-products
     e.log_sum_exp = {lse, of_lse};
-    e.target_log_probability = {
-        -surprise, is_finite(surprise) ? wide(surprise * value_budget + miss * of_u) : wide(0),
-        row.soft.empty()};
-    wide entropy = 0, of_entropy = 0;
+    e.target_log_probability = {-surprise,
+                                std::isfinite(away[y]) ? away[y] * value_budget + missed * of_u : 0,
+                                row.soft.empty()};
+    wide entropy = 0;
     for (std::size_t j = 0; j < n; ++j)
-      if (s.p(j) > 0)
-        entropy += s.p(j) * s.surprise(j);
+      if (shares[j] > 0)
+        entropy += shares[j] * surprises[j];
+    judged of_entropy = 0;
     for (std::size_t j = 0; j < n; ++j)
-      if (s.p(j) > 0)
-        of_entropy += s.p(j) * (value_budget * s.surprise(j) +
-                                size_of(s.surprise(j) - entropy) *
-                                    (behind[j] / 2 + of_z[j] + (j == y ? of_u : wide(0))));
+      if (share[j] > 0)
+        of_entropy += share[j] * (value_budget * away[j] +
+                                  std::abs(away[j] - static_cast<judged>(entropy)) *
+                                      (behind[j] / 2 + of_z[j] + (j == y ? of_u : 0)));
     if (has_rivals)
-      of_entropy += miss * value_budget * (size_of(lse - rival) + distance) +
-                    miss * of_u * (1 + size_of(surprise));
+      of_entropy += missed * value_budget * (std::abs(sum - rival) + distance) +
+                    missed * of_u * (1 + std::abs(away[y]));
     // Where a rival leads, the rest of the entropy is a difference, taken in double.
-    of_entropy += ldexp(wide(1), -50) * (1 + distance) / wide(std::numeric_limits<T>::epsilon());
+    of_entropy += std::ldexp(judged(1), -50) * (1 + distance) / std::numeric_limits<T>::epsilon();
     // The shift of a row of several chunks stays up to 16 below the largest score.
     if (n > 512)
-      of_entropy += 16 * miss;
+      of_entropy += 16 * missed;
     e.entropy = {entropy, of_entropy};
-    e.penalty = {c * lse * lse, c * (value_budget * lse * lse + 2 * size_of(lse) * of_lse)};
+    e.penalty = {c * lse * lse, of_penalties};
     e.hit = true;
     for (std::size_t j = 0; j < n; ++j)
       e.hit = e.hit && (j == y || row.scores[j] < row.scores[y]);

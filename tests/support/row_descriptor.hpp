@@ -28,8 +28,13 @@ struct row_input {
 /// A number and how far from it an answer may be, in epsilons of the compute type.
 struct expected_number {
   wide value = 0;
-  wide slack = 0;
+  judged slack = 0;
   bool reported = true;
+
+  expected_number() = default;
+  template <class Slack>
+  expected_number(const wide& v, const Slack& s, bool is_reported = true)
+      : value(v), slack(static_cast<judged>(s)), reported(is_reported) {}
 };
 
 /// What the row must give, before weights and reductions.

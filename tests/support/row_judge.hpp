@@ -23,14 +23,12 @@ namespace perdita_tests {
 
 // ---- how answers are judged
 
-template <class T> double ulps(const wide& expected, T got) {
-  if (!is_finite(expected) || expected == 0 || !std::isfinite(got))
+template <class T> double ulps(judged expected, T got) {
+  if (!std::isfinite(expected) || expected == 0 || !std::isfinite(got))
     return 0;
-  int exponent = 0;
-  frexp(expected, &exponent);
-  exponent = std::max(exponent, std::numeric_limits<T>::min_exponent);
+  const int exponent = std::max(std::ilogb(expected) + 1, std::numeric_limits<T>::min_exponent);
   return static_cast<double>(
-      wide(ldexp(wide(size_of(wide(got) - expected)), std::numeric_limits<T>::digits - exponent)));
+      std::ldexp(std::abs(judged(got) - expected), std::numeric_limits<T>::digits - exponent));
 }
 
 /// Counts comparisons and keeps the worst one.
@@ -39,23 +37,23 @@ public:
   explicit tally(std::string title) : title_(std::move(title)) {}
 
   template <class T, class Where>
-  void compare(const wide& expected, const wide& allowed, T got, const char* what, Where where) {
+  void compare(judged expected, judged allowed, T got, const char* what, Where where) {
     ++compared_;
     bool ok = true;
-    if (is_nan(expected)) {
+    if (std::isnan(expected)) {
       ok = got != got;
-    } else if (!is_finite(expected)) {
+    } else if (!std::isfinite(expected)) {
       ok = got == (expected > 0 ? std::numeric_limits<T>::infinity()
                                 : -std::numeric_limits<T>::infinity());
     } else if (!std::isfinite(got)) {
       // Overflow is rounding where it is as near as any number of the type.
-      ok = size_of(expected) + allowed >= wide(std::numeric_limits<T>::max()) && got == got &&
+      ok = std::abs(expected) + allowed >= judged(std::numeric_limits<T>::max()) && got == got &&
            (got > 0) == (expected > 0);
     } else {
-      const wide error = size_of(wide(got) - expected);
+      const judged error = std::abs(judged(got) - expected);
       ok = error <= allowed;
       if (error > 0) {
-        const double ratio = static_cast<double>(wide(error / allowed));
+        const auto ratio = static_cast<double>(error / allowed);
         if (!(ratio <= worst_)) {
           worst_ = ratio;
           worst_at_ = std::string(what) + " " + where();
@@ -91,15 +89,15 @@ public:
     require(got.trespass.empty(), what + " touched" + got.trespass);
   }
   /// Among ordinary rows most answers are not zero; where they are, the test tests nothing.
-  void ordinary(const wide& expected) {
+  void ordinary(judged expected) {
     ++ordinary_;
     if (expected == 0)
       ++zeros_;
   }
   enum measure { of_value, of_slope };
   /// In ulp, but where terms cancel: what they leave may be all error.
-  template <class T> void add_ulp(measure what, const wide& expected, const wide& allowed, T got) {
-    if (allowed <= 256 * std::numeric_limits<T>::epsilon() * size_of(expected))
+  template <class T> void add_ulp(measure what, judged expected, judged allowed, T got) {
+    if (allowed <= 256 * judged(std::numeric_limits<T>::epsilon()) * std::abs(expected))
       ulp_[what] = std::max(ulp_[what], ulps(expected, got));
   }
 
@@ -137,51 +135,54 @@ private:
 };
 
 /// A slope below this share of the largest one of its row may be exactly zero.
-template <class T> wide negligible_share() { return ldexp(wide(1), sizeof(T) == 4 ? -99 : -990); }
+template <class T> judged negligible_share() {
+  return std::ldexp(judged(1), sizeof(T) == 4 ? -99 : -990);
+}
 
 template <class T>
 void judge(const row_descriptor<T>& d, int setting, perdita::reduction how, const problem<T>& p,
            const std::vector<row_expectation>& rows, const outcome<T>& got,
            const std::vector<bool>& ordinary, tally& t) {
-  const wide epsilon = std::numeric_limits<T>::epsilon();
-  const wide smallest = std::numeric_limits<T>::min();
-  wide weights = 0;
+  const judged epsilon = std::numeric_limits<T>::epsilon();
+  const judged smallest = std::numeric_limits<T>::min();
+  judged weights = 0;
   const auto weight_of = [&](index r) {
-    return p.row_weights.empty() ? wide(1) : wide(p.row_weights[static_cast<std::size_t>(r)]);
+    return p.row_weights.empty() ? judged(1) : judged(p.row_weights[static_cast<std::size_t>(r)]);
   };
   for (index r = 0; r < p.rows; ++r)
     if (!p.ignored(r))
       weights +=
           weight_of(r) *
           (d.soft(setting)
-               ? wide(1)
-               : d.label_weight(setting, static_cast<index>(p.labels[static_cast<std::size_t>(r)]),
-                                p.cols));
-  wide share = 1;
+               ? judged(1)
+               : static_cast<judged>(d.label_weight(
+                     setting, static_cast<index>(p.labels[static_cast<std::size_t>(r)]), p.cols)));
+  judged share = 1;
   if (how == perdita::reduction::mean)
-    share = p.normaliser != 0 ? wide(1 / wide(p.normaliser))
-            : weights != 0    ? wide(1 / weights)
-                              : wide(0);
+    share = p.normaliser != 0 ? 1 / judged(p.normaliser) : weights != 0 ? 1 / weights : 0;
 
-  wide total = 0, slack = 0;
+  judged total = 0, slack = 0;
   for (index r = 0; r < p.rows; ++r) {
     const auto i = static_cast<std::size_t>(r);
     const row_expectation& e = rows[i];
     const bool counts = !p.ignored(r);
-    const wide weight = weight_of(r);
+    const judged weight = weight_of(r);
+    const auto value = static_cast<judged>(e.value.value);
+    const judged value_slack = e.value.slack + std::abs(value);
     const auto here = [&] {
       return "of row " + std::to_string(r) + " of " + std::to_string(p.rows) + " x " +
              std::to_string(p.cols);
     };
     if (counts && share != 0) {
-      total += e.value.value * weight * share;
-      slack += (e.value.slack + size_of(e.value.value)) * weight * share;
+      total += value * weight * share;
+      slack += value_slack * weight * share;
     }
-    const auto by_product = [&](std::size_t k, const expected_number& x, const wide& factor) {
+    const auto by_product = [&](std::size_t k, const expected_number& x, judged factor) {
       if (got.by_products[k].empty() || !x.reported)
         return;
-      t.compare(counts ? wide(x.value * factor) : wide(0),
-                counts ? wide((x.slack + size_of(x.value)) * factor * epsilon + smallest) : wide(0),
+      const auto expected = static_cast<judged>(x.value);
+      const judged of_x = x.slack + std::abs(expected);
+      t.compare(counts ? expected * factor : 0, counts ? of_x * factor * epsilon + smallest : 0,
                 got.by_products[k][i], by_product_names[k], here);
     };
     by_product(0, e.value, weight);
@@ -192,41 +193,43 @@ void judge(const row_descriptor<T>& d, int setting, perdita::reduction how, cons
     if (!got.hits.empty() && e.hit_reported)
       t.require(got.hits[i] == (counts && e.hit ? 1 : 0), "hit of row " + std::to_string(r));
     if (ordinary[i] && counts && !got.by_products[0].empty()) {
-      const wide allowed = (e.value.slack + size_of(e.value.value)) * weight * epsilon;
-      t.add_ulp(t.of_value, wide(e.value.value * weight), allowed, got.by_products[0][i]);
+      t.add_ulp(t.of_value, value * weight, value_slack * weight * epsilon, got.by_products[0][i]);
     }
 
-    wide factor = counts ? wide(weight * share * wide(p.scale)) : wide(0);
+    judged factor = counts ? weight * share * judged(p.scale) : 0;
     if (!p.upstream.empty())
-      factor *= wide(p.upstream[i]);
-    wide most = 0;
-    for (const expected_number& g : e.gradient)
-      if (is_finite(g.value))
-        most = larger(most, size_of(g.value));
-    const wide floor = most * negligible_share<T>();
+      factor *= judged(p.upstream[i]);
     if (got.gradient.empty())
       continue;
+    std::vector<judged> slopes;
+    judged most = 0;
+    for (const expected_number& g : e.gradient) {
+      slopes.push_back(static_cast<judged>(g.value));
+      if (std::isfinite(slopes.back()))
+        most = std::max(most, std::abs(slopes.back()));
+    }
+    const judged floor = most * negligible_share<T>();
     for (index c = 0; c < p.cols; ++c) {
-      const expected_number& g = e.gradient[static_cast<std::size_t>(c)];
-      const wide expected = counts ? wide(g.value * factor) : wide(0);
-      const wide size = size_of(factor);
+      const auto k = static_cast<std::size_t>(c);
+      const judged size = std::abs(slopes[k]), expected = counts ? slopes[k] * factor : 0;
       // A share that leaves the normal range is flushed before it meets the last factor.
-      const wide allowed =
-          counts ? wide(((g.slack + size_of(g.value) * 2) * epsilon + floor) * size + 2 * smallest)
-                 : wide(0);
+      const judged allowed =
+          counts ? ((e.gradient[k].slack + size * 2) * epsilon + floor) * std::abs(factor) +
+                       2 * smallest
+                 : 0;
       const T answer = got.gradient[static_cast<std::size_t>(r * p.cols + c)];
       t.compare(expected, allowed, answer, "gradient",
                 [&] { return here() + ", column " + std::to_string(c); });
       if (ordinary[i] && counts && share != 0) {
         if (!d.sparse())
           t.ordinary(expected);
-        if (size_of(g.value) > most / 1000)
+        if (size > most / 1000)
           t.add_ulp(t.of_slope, expected, allowed, answer);
       }
     }
   }
   if (how != perdita::reduction::none)
-    t.compare(total, wide((slack + size_of(total)) * epsilon + smallest), got.total, "total",
+    t.compare(total, (slack + std::abs(total)) * epsilon + smallest, got.total, "total",
               [&] { return "over " + std::to_string(p.rows) + " x " + std::to_string(p.cols); });
 }
 

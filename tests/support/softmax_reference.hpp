@@ -3,7 +3,9 @@
 
 // Soft-max of a row in wide arithmetic, with everything that must not be formed by subtraction.
 
+#include <cmath>
 #include <cstddef>
+#include <limits>
 #include <vector>
 
 #include "wide.hpp"
@@ -48,43 +50,47 @@ struct softmax_row {
 /// are rounded, which costs up to half an epsilon of themselves.
 struct rival_errors {
   template <class T>
-  rival_errors(const std::vector<wide>& z, std::size_t y, const wide& of_scores, T)
-      : behind(z.size(), wide(0)), of_z(z.size(), wide(0)) {
+  rival_errors(const std::vector<wide>& scores, std::size_t y, const wide& of_scores, T)
+      : behind(scores.size(), judged(0)), of_z(scores.size(), judged(0)) {
+    const std::vector<judged> z(scores.begin(), scores.end());
+    const auto counts = [&](std::size_t j) {
+      return z[j] > -std::numeric_limits<judged>::infinity();
+    };
     for (std::size_t j = 0; j < z.size(); ++j) {
-      if (z[j] > -infinity())
-        of_z[j] = of_scores * size_of(z[j]);
+      if (counts(j))
+        of_z[j] = static_cast<judged>(of_scores) * std::abs(z[j]);
       if (j != y && z[j] > top)
         top = z[j];
     }
-    if (top == -infinity())
+    if (!(top > -std::numeric_limits<judged>::infinity()))
       return;
     any = true;
-    wide sum = 0;
+    judged sum = 0;
     for (std::size_t j = 0; j < z.size(); ++j)
-      if (j != y && z[j] > -infinity()) {
+      if (j != y && counts(j)) {
         behind[j] = top - z[j];
-        const wide e = exp(wide(-behind[j]));
+        const judged e = std::exp(-behind[j]);
         sum += e;
         distance += e * behind[j];
         noise += e * of_z[j];
       }
     distance /= sum;
     noise /= sum;
-    u = top - z[y] + log(sum);
+    const judged u = top - z[y] + std::log(sum);
     of_u = distance / 2 + noise + of_z[y];
-    if (sizeof(T) == 8 && is_finite(u)) // for float, u is formed in double
-      of_u += size_of(u);
+    if (sizeof(T) == 8 && std::isfinite(u)) // for float, u is formed in double
+      of_u += std::abs(u);
   }
   /// Relative error of a rival's share, beyond a budget for the arithmetic itself.
-  wide of_share(std::size_t j) const { return (behind[j] + distance) / 2 + of_z[j] + noise; }
+  judged of_share(std::size_t j) const { return (behind[j] + distance) / 2 + of_z[j] + noise; }
 
   bool any = false;
-  wide top = -infinity();   ///< the largest rival
-  std::vector<wide> behind; ///< how far behind it each is
-  std::vector<wide> of_z;   ///< error of each score
-  wide distance = 0;        ///< mean of `behind`, by shares
-  wide noise = 0;           ///< mean of `of_z`, by shares
-  wide u = -infinity(), of_u = 0;
+  judged top = -std::numeric_limits<judged>::infinity(); ///< the largest rival
+  std::vector<judged> behind;                            ///< how far behind it each is
+  std::vector<judged> of_z;                              ///< error of each score
+  judged distance = 0;                                   ///< mean of `behind`, by shares
+  judged noise = 0;                                      ///< mean of `of_z`, by shares
+  judged of_u = 0;                                       ///< error of u
 };
 
 } // namespace perdita_tests

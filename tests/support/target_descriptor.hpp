@@ -93,29 +93,33 @@ public:
     const rival_errors errors(row.scores, y, 0, T());
     const target_point at{s.surprise(y), s.p(y), s.miss(y)};
     const wide value = loss.value(at), slope = loss.slope(at);
-    const wide terms = loss.terms ? loss.terms(at) : size_of(value),
-               slope_terms = loss.slope_terms ? loss.slope_terms(at) : size_of(slope);
+    const auto terms = static_cast<judged>(loss.terms ? loss.terms(at) : size_of(value)),
+               slope_terms =
+                   static_cast<judged>(loss.slope_terms ? loss.slope_terms(at) : size_of(slope));
 
     // An error of c moves the value by the slope, and the slope by the curvature.
-    const wide of_c = at.miss * errors.of_u + at.c * value_budget;
+    const judged miss = static_cast<judged>(at.miss), surprise = static_cast<judged>(at.c);
+    const judged of_c = miss * errors.of_u + surprise * value_budget;
     const wide h = at.c * ldexp(wide(1), -36);
-    const wide curvature = h > 0 && is_finite(at.c)
-                               ? wide((loss.slope(target_point::at(at.c + h)) -
-                                       loss.slope(target_point::at(at.c - h))) /
-                                      (2 * h))
-                               : wide(0);
+    const judged curvature =
+        h > 0 && is_finite(at.c)
+            ? std::abs(static_cast<judged>((loss.slope(target_point::at(at.c + h)) -
+                                            loss.slope(target_point::at(at.c - h))) /
+                                           (2 * h)))
+            : 0;
     row_expectation e;
     e.value = {value, terms * value_budget + slope_terms * of_c};
     for (std::size_t k = 0; k < row.scores.size(); ++k) {
       const wide share = k == y ? at.miss : s.p(k);
       const wide size = slope * share;
-      const wide relative = slope_budget + errors.of_u + (k == y ? wide(0) : errors.of_share(k));
-      e.gradient.push_back({k == y ? wide(-size) : size,
-                            (slope_terms * relative + size_of(curvature) * of_c) * share});
+      const judged relative = slope_budget + errors.of_u + (k == y ? 0 : errors.of_share(k));
+      e.gradient.push_back(
+          {k == y ? wide(-size) : size,
+           (slope_terms * relative + curvature * of_c) * static_cast<judged>(share)});
     }
     const wide lse = s.log_sum_exp;
     e.log_sum_exp = {lse, value_budget * larger(size_of(lse), size_of(row.scores[s.top])) +
-                              at.miss * errors.of_u};
+                              miss * errors.of_u};
     e.target_log_probability = {-at.c, of_c};
     e.entropy.reported = e.penalty.reported = false;
     e.hit = true;

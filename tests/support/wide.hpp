@@ -42,6 +42,11 @@ inline wide frexp(wide x, int* exponent) { return perdita_wide_frexp(x, exponent
 #error "the references need arithmetic of 113 bits: Linux with glibc on x86-64 or AArch64"
 #endif
 
+/// What answers are compared in, and what they are allowed is reckoned in: 64 bits or more, by
+/// instructions where `wide` calls a function for every sum. A double has 53: of its ulp this
+/// rounds off a thousandth.
+using judged = long double;
+
 inline wide infinity() { return std::numeric_limits<double>::infinity(); }
 inline wide not_a_number() { return std::numeric_limits<double>::quiet_NaN(); }
 inline bool is_nan(const wide& x) { return !(x == x); }
