@@ -112,7 +112,7 @@ public:
                    : wide(l * (s.surprise(y) - size) - a * size / (2 * l0) * off * off),
                4 * l * (s.surprise(y) + size + 1)};
     if (sizeof(T) == 8)
-      e.value.slack += 2 * (size_of(top) + size_of(row.scores[y]));
+      e.value.allow(2 * (size_of(top) + size_of(row.scores[y])));
     wide reach = 0; // of the rivals that count
     for (std::size_t k = 0; k < z.size(); ++k)
       if (z[k] > -infinity())
@@ -218,7 +218,7 @@ public:
       reach += capped[c] ? size_of(delta[c]) : wide(0);
     e.value = {row.scores[y] == -infinity() ? infinity() : value, 4 * (l * (size + 1) + reach)};
     if (sizeof(T) == 8)
-      e.value.slack += 2 * (size_of(row.scores[y]));
+      e.value.allow(2 * (size_of(row.scores[y])));
     for (std::size_t c = 0; c < n; ++c) {
       const wide q = capped[c] ? wide(1 / k)
                      : delta[c] == -infinity()

@@ -238,8 +238,7 @@ public:
       }
       }
       e.value.value += factor / classes * term;
-      e.value.slack +=
-          factor / classes * (error * term + offset * (size_of(slope) + offset * 1e-16));
+      e.value.allow(factor / classes * (error * term + offset * (size_of(slope) + offset * 1e-16)));
       const wide g = factor / (t * classes) * slope;
       e.gradient.push_back({g, error * size_of(g) + factor / (t * classes) * offset});
     }

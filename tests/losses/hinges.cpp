@@ -40,12 +40,13 @@ public:
       const bool counts = k != y && gap > 0;
       e.value.value += counts ? gap : wide(0);
       // Each margin is rounded twice, and may be no longer above 0 then.
-      e.value.slack += 2 * (size_of(row.scores[k] - row.scores[y]) + this->margin(setting));
+      e.value.allow(2 * (size_of(row.scores[k] - row.scores[y]) + this->margin(setting)));
       active += counts ? 1 : 0;
       e.gradient.push_back({counts ? wide(1) : wide(0), 0});
     }
     e.gradient[y] = {-active, 0};
-    e.value.slack = e.value.value == 0 ? wide(0) : e.value.slack;
+    if (e.value.value == 0)
+      e.value.slack = 0;
     return e;
   }
 };

@@ -38,7 +38,7 @@ public:
     row_expectation e = nothing_reported();
     e.value = {active ? gap : wide(0), 2 * size_of(gap)};
     if (sizeof(T) == 8)
-      e.value.slack += size_of(most) + size_of(row.scores[y]);
+      e.value.allow(size_of(most) + size_of(row.scores[y]));
     for (std::size_t k = 0; k < row.scores.size(); ++k) {
       const wide g = !active                 ? wide(0)
                      : k == y                ? wide(-1)

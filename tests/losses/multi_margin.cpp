@@ -81,11 +81,11 @@ public:
       wide slope = 0, slope_slack = 0;
       if (s.p == 1) {
         e.value.value += weighted(share, h);
-        e.value.slack += weighted(share, wide(error + h));
+        e.value.allow(weighted(share, wide(error + h)));
         slope = h > 0 ? share : wide(0);
       } else {
         e.value.value += weighted(share, wide(h * h));
-        e.value.slack += weighted(share, wide((2 * h + h) * (error + h)));
+        e.value.allow(weighted(share, wide((2 * h + h) * (error + h))));
         slope = weighted(share, wide(2 * h));
         slope_slack = weighted(share, wide(2 * error));
       }
@@ -149,11 +149,11 @@ public:
             std::lower_bound(relevant.begin(), relevant.end(), wide(x + c)) - relevant.begin());
         count = static_cast<double>(below);
         e.value.value += (count * (x + c) - sums[below]) / classes;
-        e.value.slack += (count * (size_of(x) + c) + sizes[below]) / classes;
+        e.value.allow((count * (size_of(x) + c) + sizes[below]) / classes);
       }
       e.gradient.push_back({wide(count / classes), size_of(wide(count / classes))});
     }
-    e.value.slack += 2 * e.value.value;
+    e.value.allow(2 * e.value.value);
     return e;
   }
 };

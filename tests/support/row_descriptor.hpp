@@ -35,6 +35,8 @@ struct expected_number {
   template <class Slack>
   expected_number(const wide& v, const Slack& s, bool is_reported = true)
       : value(v), slack(static_cast<judged>(s)), reported(is_reported) {}
+  /// More slack.
+  template <class Slack> void allow(const Slack& more) { slack += static_cast<judged>(more); }
 };
 
 /// What the row must give, before weights and reductions.
