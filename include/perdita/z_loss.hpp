@@ -28,7 +28,7 @@ template <class T> struct z_loss_formula : row_formula {
   template <class Row> auto finish(const Row& row) const {
     using W = decltype(row.target);
     const W zero(0), n = row.classes, one_of = W(1) / n;
-    const W offset = row.term[1] * one_of; // μ − shift
+    const W offset = row.term[1] / n; // μ − shift; of equal scores exactly, so that σ is 0
     const W variance = max(zero, (row.term[2] - row.term[1] * offset) * one_of);
     const W inverse = select(variance == zero, zero, W(1) / sqrt(variance));
     const W z = ((row.target - row.shift) - offset) * inverse;

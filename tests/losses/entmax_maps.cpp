@@ -339,13 +339,18 @@ TEMPLATE_TEST_CASE("budget_map: values and backward", "[entmax_maps]", float, do
       perdita::budget_map_backward(p, d, back);
       for (index r = 0; r < x.rows(); ++r) {
         const std::vector<wide> z = row_of(x, r);
-        // τ by bisection over all numbers; the sum falls as it rises.
-        wide low = -2e30, high = 2e30;
+        // τ by bisection, down to where all are 1; the sum falls as it rises.
+        wide low = 0, high = -infinity();
         const auto clipped = [](const wide& s, const wide& t) {
           return s == -infinity() ? wide(0) : larger(0, smaller(1, s - t));
         };
-        for (int i = 0; i < 250; ++i) {
+        for (const wide& s : z)
+          if (s > -infinity())
+            low = smaller(low, s - 1), high = larger(high, s);
+        while (high - low > 1e-24) {
           const wide t = (low + high) / 2;
+          if (t <= low || t >= high) // next to each other
+            break;
           wide sum = 0;
           for (const wide& s : z)
             sum += clipped(s, t);
