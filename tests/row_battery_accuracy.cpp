@@ -4,6 +4,7 @@
 
 #include "support/row_battery.hpp"
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <limits>

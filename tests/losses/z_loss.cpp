@@ -111,20 +111,29 @@ TEMPLATE_TEST_CASE("z_loss: special rows", "[z_loss]", float, double) {
   check_special(z_loss_descriptor<TestType>(), rows, 8);
 }
 
-// Formula sheet, appendix A.
-// μ is a quotient: what is rounded there must not become a σ to divide by. Some scores' mean is
-// rounded for 49 classes, some for most others.
+// The squares of all distances are 0, that of their sum, in double, is not.
+TEST_CASE("z_loss: a spread that float cannot square counts as none", "[z_loss]") {
+  const std::vector<float> x{1e-24F, 2.3e-24F, -0.7e-24F};
+  std::vector<float> g(3, 7.0F);
+  const std::vector<int> label{1};
+  const float value = perdita::z_loss<float>()(perdita::matrix_view<const float>(x.data(), 1, 3),
+                                               label, perdita::matrix_view<float>(g.data(), 1, 3));
+  CHECK(value == std::log(2.0F));
+  CHECK(g == std::vector<float>(3, 0.0F));
+}
+
+// μ is a quotient: what a product with 1/K rounds, for 49 classes say, would be a σ to divide by.
 TEMPLATE_TEST_CASE("z_loss: equal scores of any number of classes", "[z_loss]", float, double) {
   using T = TestType;
-  constexpr index most = 1300;
+  constexpr index most_classes = 1300, column_rows = 20;
   const perdita::z_loss<T> loss({.a = 2, .b = T(0.25)});
   const double expected = std::log1p(std::exp(0.5)) / 2;
   random_numbers random(1);
   std::size_t wrong = 0;
-  for (index cols = 1; cols <= most; ++cols)
+  for (index cols = 1; cols <= most_classes; ++cols)
     for (const auto& [row_stride, col_stride] :
-         {std::pair{cols, index{1}}, {index{1}, index{20}}}) {
-      const index rows = col_stride == 1 ? 3 : 20;
+         {std::pair{cols, index{1}}, {index{1}, column_rows}}) {
+      const index rows = col_stride == 1 ? 3 : column_rows;
       const auto size = static_cast<std::size_t>(rows * cols);
       std::vector<T> x(size), gradient(size, T(7)), values(static_cast<std::size_t>(rows));
       const perdita::matrix_view<T> scores(x.data(), rows, cols, row_stride, col_stride);
@@ -146,6 +155,7 @@ TEMPLATE_TEST_CASE("z_loss: equal scores of any number of classes", "[z_loss]", 
   CHECK(wrong == 0);
 }
 
+// Formula sheet, appendix A.
 TEST_CASE("z_loss: golden values", "[z_loss]") {
   const std::vector<double> x{0.5, -1.2, 2, 0.1};
   std::vector<double> g(4);
