@@ -29,7 +29,7 @@ struct budget_formula : row_formula {
   /// At a trial τ, the one that would do were no class to enter or to leave (0, 1); bisection where
   /// that is outside the bracket. The sum is piecewise linear, so that the last step is exact.
   template <class T> summary<budget_threshold, double> solve(const T* x, index n, double*) const {
-    const T top = top_score(x, n);
+    const T top = row_maxima<T>(x, n).top;
     const auto maximum = static_cast<double>(top);
     if (top != top)
       return {0, {maximum, 0}};

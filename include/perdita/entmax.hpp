@@ -90,7 +90,7 @@ struct entmax_alpha_formula : row_formula {
     const double rate = s.term[0], top = s.term[1];
     if (!(top > 0)) // all is masked, or NaN
       return {0, {top}};
-    index count = gather_rivals(x, n, static_cast<T>(s.shift), rate, z);
+    index count = gather_rivals(row_maxima<T>(x, n), rate, z);
     z[count++] = 0; // and the maximum itself
     const double a = alpha - 1, rest = s.term[2];
     const double log_root = a * (rest < 0.5 ? row_log1p(-rest) : row_log(top));

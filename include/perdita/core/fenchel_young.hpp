@@ -91,7 +91,7 @@ inline double sum_of(const double* q, index n) {
 /// ‖q‖_α of numbers from 0 on, of which one is above 0.
 inline double norm_of(double alpha, const double* q, index n) {
   using W = pack<double>;
-  const double most = top_score(q, n);
+  const double most = row_maxima<double>(q, n).top;
   wide_lanes<double> sum;
   sum.clear();
   for_packs(q, n, 0.0,
@@ -107,7 +107,7 @@ double young_row(const double* x, const double* q, index n, double mass, double*
   using W = pack<double>;
   constexpr auto width = static_cast<index>(lanes<double>);
   constexpr double inf = std::numeric_limits<double>::infinity();
-  const double total = sum_of(q, n) / mass, top = top_score(x, n);
+  const double total = sum_of(q, n) / mass, top = row_maxima<double>(x, n).top;
   double value = std::numeric_limits<double>::quiet_NaN();
   if (top == -inf && total >= 0) { // p is 0
     value = total > 0 ? inf : 0;
@@ -182,17 +182,6 @@ struct gini_young {
   }
 };
 
-/// A row's threshold by `power`, where `top` is its largest score and a number.
-template <class Power>
-tsallis_root find_row_threshold(const Power& power, const double* x, index n, double top,
-                                double* room) {
-  alignas(64) double most[top_lanes<double>];
-  const bool is_long = is_long_row<double>(n);
-  if (is_long)
-    top_score(x, n, most);
-  return find_threshold(power, x, n, top, is_long ? most : nullptr, room);
-}
-
 /// Ω = (Σ p^α − 1)/(α(α−1))
 struct tsallis_young {
   static constexpr bool paired = true;
@@ -204,7 +193,7 @@ struct tsallis_young {
     const bregman_term term(power.order());
     return young_row(
         x, q, n, 1, slopes, [&](const double* z, index count, double top, double* room) {
-          const tsallis_trial t = find_row_threshold(power, z, count, top, room).at;
+          const tsallis_trial t = find_threshold(power, row_maxima<double>(z, count), room).at;
           return [=](const W& at, const W& share) {
             const W zero(0), behind = at - W(top), log_base = log1p(max(W(-1), W(t.rate) * behind));
             if (!any((log_base > W(-std::numeric_limits<double>::infinity())) | !(share == zero)))
@@ -231,7 +220,7 @@ struct norm_young {
     const bregman_term term(power.order());
     return young_row(
         x, q, n, 1, slopes, [&](const double* z, index count, double top, double* room) {
-          const tsallis_root root = find_row_threshold(solver, z, count, top, room);
+          const tsallis_root root = find_threshold(solver, row_maxima<double>(z, count), room);
           const tsallis_trial t = root.at;
           const double others = sum_rivals(power, t, room, root.rivals).powers;
           const double log_most = -t.at / power.alpha(); // of v

@@ -341,15 +341,17 @@ private:
     if (!gradient_in_place_)
       hand_over(r, out_);
   }
-  /// Meanwhile a row of the next batch is asked for.
+  /// Meanwhile a row of the next batch is asked for; where a batch is so small that what solve()
+  /// asks for in time is in it, that is soon enough.
   template <bool Streamed, class Slopes>
   PERDITA_NOINLINE void emit(index r, index label, const T* x, const T* from, double target,
                              Slopes slopes, T* out) const {
     const V scale(static_cast<T>(job_.row_scale(r))),
         own(static_cast<T>(target * job_.row_scale(r)));
     const index own_class = label >= 0 ? label : -width;
-    const index ahead =
-        scores_in_place_ && cols_ <= two_in_cache ? rows_at_once_ * job_.scores.row_stride : 0;
+    const index ahead = scores_in_place_ && cols_ <= two_in_cache && rows_at_once_ < finish_rows
+                            ? rows_at_once_ * job_.scores.row_stride
+                            : 0;
     const auto slope = [&](const V& z, index j) __attribute__((always_inline)) {
       const V g = slopes(z) * scale;
       const index lane = own_class - j;
@@ -398,7 +400,7 @@ private:
     using W = pack<double>;
     constexpr index step = static_cast<index>(lanes<double>);
     const T edge = formula_.template edge<T>(c);
-    const index count = gather_from(x, cols_, edge, T(0), room_);
+    const index count = row_maxima<T>(x, cols_).gather(edge, T(0), room_);
     std::fill_n(room_ + count, step - 1, 0.0);
     const auto slopes = formula_.template slopes<W>(c);
     for (index k = 0; k < count; k += step)

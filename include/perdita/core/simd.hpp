@@ -94,6 +94,7 @@ template <class T> PERDITA_INLINE T negative(T a) { return -a; }
 template <class T> PERDITA_INLINE T kept(T a) { return rounded(a); }
 PERDITA_INLINE bool any(bool m) { return m; }
 PERDITA_INLINE std::uint32_t lane_bits(bool m) { return m; }
+PERDITA_INLINE bool opposite(bool m) { return !m; }
 PERDITA_INLINE bool both(bool a, bool b) { return a && b; }
 PERDITA_INLINE bool either(bool a, bool b) { return a || b; }
 template <class T> PERDITA_INLINE auto as_bits(T a) { return std::bit_cast<bits_of<T>>(a); }
@@ -281,6 +282,15 @@ template <class T> PERDITA_INLINE std::uint32_t lane_bits(const xsimd::batch_boo
   for (std::size_t i = 0; i < batch<T>::size; ++i)
     result |= static_cast<std::uint32_t>(set[i] != T(0)) << i;
   return result;
+#endif
+}
+/// Not xsimd's, which is too large for GCC to inline, on AVX-512: a call would leave the upper
+/// halves of registers in use, and libm's older instructions wait for them.
+template <class M> PERDITA_INLINE M opposite(const M& m) {
+#if defined(__AVX512F__)
+  return M(static_cast<typename M::register_type>(~m.data));
+#else
+  return !m;
 #endif
 }
 template <class M> PERDITA_INLINE M both(const M& a, const M& b) { return a & b; }
@@ -570,7 +580,7 @@ PERDITA_INLINE pack_mask<T> operator|(const pack_mask<T>& a, const pack_mask<T>&
 }
 template <class T> PERDITA_INLINE pack_mask<T> operator!(const pack_mask<T>& a) {
   return detail::each<pack_mask<T>>([&](auto i) __attribute__((always_inline)) {
-    return typename reg::types<T>::mask(!a.r[i]);
+    return reg::opposite(a.r[i]);
   });
 }
 template <class T> PERDITA_INLINE bool any(const pack_mask<T>& m) {

@@ -15,82 +15,95 @@
 
 namespace perdita::inline PERDITA_ABI::core {
 
-inline constexpr index top_streams = 4;
-template <class T> inline constexpr index top_lanes = top_streams* static_cast<index>(lanes<T>);
-
-/// The largest of n scores; NaN where one of them is NaN or +inf. `most`, if wanted, gets
-/// top_lanes<T> of the largest scores: the maxima of as many parts of the row, less its tail.
-template <class T> T top_score(const T* x, index n, T* most = nullptr) {
+/// A row's largest score, and those of its parts: what looks for large scores passes most of the
+/// row over.
+template <class T> class row_maxima {
   using V = pack<T>;
-  constexpr index width = static_cast<index>(lanes<T>);
-  constexpr T nan = std::numeric_limits<T>::quiet_NaN(), inf = std::numeric_limits<T>::infinity();
-  V seen[top_streams], spoilt[top_streams]; // spoilt: NaN by a NaN, but by an infinity too
-  for (index s = 0; s < top_streams; ++s)
-    seen[s] = V(-inf), spoilt[s] = V(0);
-  index i = 0;
-  for (; i + top_lanes<T> <= n; i += top_lanes<T>)
-    for (index s = 0; s < top_streams; ++s) {
-      const V z = V::load(x + i + s * width);
-      seen[s] = max(z, seen[s]);
-      spoilt[s] += z - z;
-    }
-  if (most)
-    for (index s = 0; s < top_streams; ++s)
-      seen[s].store(most + s * width);
-  for (; i < n; i += width) {
-    const V z = i + width <= n ? V::load(x + i) : load_first(x + i, n - i, V(x[0]));
-    seen[0] = max(z, seen[0]);
-    spoilt[0] += z - z;
-  }
-  if (any(is_nan((spoilt[0] + spoilt[1]) + (spoilt[2] + spoilt[3]))))
-    for (index j = 0; j < n; ++j)
-      if (x[j] != x[j])
-        return nan;
-  const T top = max_lanes(max(max(seen[0], seen[1]), max(seen[2], seen[3])));
-  return top == inf ? nan : top;
-}
+  static constexpr index width = static_cast<index>(lanes<T>), streams = 4, most_parts = 256;
 
-/// Where among n ≤ chunk_columns scores those from `edge` on are, in their order; returns how many.
-/// `at` has room for n and 4.
-template <class T> index find_from(const T* x, index n, T edge, std::uint16_t* at) {
-  using V = pack<T>;
-  constexpr index width = static_cast<index>(lanes<T>), group = 64;
-  const V nothing(std::numeric_limits<T>::quiet_NaN());
-  V most[2] = {V(-std::numeric_limits<T>::infinity()), V(-std::numeric_limits<T>::infinity())};
-  index i = 0;
-  for (; i + 2 * width <= n; i += 2 * width)
-    for (index k = 0; k < 2; ++k)
-      most[k] = max(V::load(x + i + k * width), most[k]);
-  if (i == n && !any(max(most[0], most[1]) >= V(edge)))
-    return 0;
-  index count = 0;
-  for (i = 0; i < n; i += group) {
-    std::uint64_t here = 0;
-    for (index k = 0; k < group && i + k < n; k += width) {
-      const index rest = n - (i + k);
-      const V z = rest >= width ? V::load(x + i + k) : load_first(x + i + k, rest, nothing);
-      here |= static_cast<std::uint64_t>(lane_bits(z >= V(edge))) << k;
-    }
-    std::uint16_t* to = at + count;
-    count += std::popcount(here);
-    // Four whether there are or not: what cannot be foretold takes longer.
-    for (int k = 0; k < 4 || here != 0; ++k, here &= here - 1)
-      *to++ = static_cast<std::uint16_t>(i + std::countr_zero(here));
-  }
-  return count;
-}
+public:
+  static constexpr index block = streams * width; ///< as many as largest() writes
 
-/// Writes x_j − top for every score from `edge` on, in their order; returns how many there are.
-template <class T> index gather_from(const T* x, index n, T edge, T top, double* out) {
-  std::uint16_t at[chunk_columns + 4];
-  const double* const start = out;
-  for (index i = 0; i < n; i += chunk_columns) {
-    const index count = find_from(x + i, std::min(chunk_columns, n - i), edge, at);
-    for (index k = 0; k < count; ++k)
-      *out++ = static_cast<double>(x[i + at[k]]) - static_cast<double>(top);
+  T top; ///< NaN where a score is NaN or +inf
+
+  row_maxima(const T* scores, index count)
+      : x_(scores), n_(count), whole_(count / block * block),
+        length_(block * ((count + block * most_parts - 1) / (block * most_parts))) {
+    constexpr T nan = std::numeric_limits<T>::quiet_NaN(), inf = std::numeric_limits<T>::infinity();
+    for (index i = whole_; i < whole_ + block; i += width)
+      (i < n_ ? load_first(x_ + i, std::min(n_ - i, width), V(-inf)) : V(-inf))
+          .store(end_ + (i - whole_));
+    V most(-inf), lost(0);
+    for_parts([&](const T* x, index columns, index p) __attribute__((always_inline)) {
+      V seen[streams] = {V(-inf), V(-inf), V(-inf), V(-inf)},
+        nans[streams] = {V(0), V(0), V(0), V(0)};
+      for (index i = 0; i < columns; i += block)
+        for (index s = 0; s < streams; ++s) {
+          prefetch(x + i + s * width + prefetch_distance<T>);
+          const V z = V::load(x + i + s * width);
+          seen[s] = max(z, seen[s]);
+          nans[s] = select(z == z, nans[s], z);
+        }
+      const V of_part = max(max(seen[0], seen[1]), max(seen[2], seen[3]));
+      of_part.store(of_parts_ + p * width);
+      most = max(of_part, most);
+      lost += (nans[0] + nans[1]) + (nans[2] + nans[3]);
+    });
+    top = max_lanes(most);
+    if (top == inf || any(is_nan(lost)))
+      top = nan;
   }
-  return out - start;
-}
+  index columns() const { return n_; }
+
+  /// The largest scores of as many sets of columns.
+  void largest(T* to) const {
+    V seen[streams];
+    for (V& s : seen)
+      s = V(-std::numeric_limits<T>::infinity());
+    for_parts([&](const T*, index, index p) {
+      V& s = seen[p % streams];
+      s = max(V::load(of_parts_ + p * width), s);
+    });
+    for (index s = 0; s < streams; ++s)
+      seen[s].store(to + s * width);
+  }
+  /// Writes x_j − less for every score from `edge`, a number, on, in their order; returns how many
+  /// there are. `to` has room for n numbers and a pack.
+  index gather(T edge, T less, double* to) const {
+    double* const start = to;
+    const V least(edge);
+    for_parts([&](const T* x, index columns, index p) __attribute__((always_inline)) {
+      if (!any(V::load(of_parts_ + p * width) >= least))
+        return;
+      for (index i = 0; i < columns; i += block) {
+        std::uint64_t here = 0;
+        for (index s = 0; s < block; s += width)
+          here |= static_cast<std::uint64_t>(lane_bits(V::load(x + i + s) >= least)) << s;
+        double* out = to;
+        to += std::popcount(here);
+        // Four whether there are or not: what cannot be foretold takes longer.
+        for (int k = 0; k < 4 || here != 0; ++k, here &= here - 1)
+          *out++ =
+              static_cast<double>(x[i + std::countr_zero(here) % 64]) - static_cast<double>(less);
+      }
+    });
+    return to - start;
+  }
+
+private:
+  /// f(scores, how many, which part); their number is a multiple of `block`, the last ones -inf.
+  template <class F> PERDITA_INLINE void for_parts(F f) const {
+    index p = 0;
+    for (index i = 0; i < whole_; i += length_)
+      f(x_ + i, std::min(length_, whole_ - i), p++);
+    if (whole_ < n_)
+      f(end_, block, p);
+  }
+  const T* x_;
+  index n_, whole_, length_;
+  alignas(64) T of_parts_[(most_parts + 1) * width];
+  alignas(64) T end_[block];
+};
 
 /// Short rows less their largest scores, a row in each lane and a class in each pack.
 template <class T> struct short_rows {
@@ -139,25 +152,28 @@ struct simplex_threshold {
   static constexpr int terms = 3;
   static constexpr int size = 0; ///< the term that is |S|
 
-  /// `candidates` has room for n numbers.
+  /// `candidates` has room for n numbers and a pack.
   template <class T>
   static summary<simplex_threshold, double> solve(const T* x, index n, double* candidates) {
-    const T top = top_score(x, n);
+    const row_maxima<T> maxima(x, n);
+    const T top = maxima.top;
     const auto maximum = static_cast<double>(top);
     if (top != top)
       return {maximum, {maximum, maximum, maximum}};
     if (top == -std::numeric_limits<T>::infinity())
       return {0, {0, 0, 0}};
-    index count = gather_from(x, n, top - 1, top, candidates);
+    index count = maxima.gather(top - 1, top, candidates);
     for (;;) {
       double sum = 0;
       for (index j = 0; j < count; ++j)
         sum += candidates[j];
       const double threshold = (sum - 1) / static_cast<double>(count);
       index kept = 0;
-      for (index j = 0; j < count; ++j)
-        if (candidates[j] > threshold)
-          candidates[kept++] = candidates[j];
+      for (index j = 0; j < count; ++j) {
+        const double z = candidates[j];
+        candidates[kept] = z;
+        kept += z > threshold;
+      }
       if (kept == count) {
         double squares = 0;
         for (index j = 0; j < count; ++j)
@@ -504,49 +520,45 @@ tsallis_root find_root(const Power& power, tsallis_trial t, double* z, index cou
 }
 
 /// The rivals of the maximum that may be in the support where c is `rate`; returns their number.
-template <class T> index gather_rivals(const T* x, index n, T top, double rate, double* rivals) {
-  const double edge = static_cast<double>(top) - 1 / rate;
-  const T below = std::nextafter(static_cast<T>(edge), std::numeric_limits<T>::lowest());
-  const index count = gather_from(x, n, below, top, rivals);
+template <class T> index gather_rivals(const row_maxima<T>& maxima, double rate, double* rivals) {
+  const double edge = static_cast<double>(maxima.top) - 1 / rate;
+  const double below =
+      std::max(edge - std::abs(edge) * 0x1p-52, double{std::numeric_limits<T>::lowest()});
+  const index count = maxima.gather(static_cast<T>(below), maxima.top, rivals);
   double* const end = rivals + count;
   double* const itself = std::find(rivals, end, 0.0);
-  if (itself == end)
-    return count;
   *itself = end[-1];
   return count - 1;
 }
 
-/// A row whose largest score is `top`, a number. `room` is for n numbers and a pack, and holds the
-/// rivals in the support in the end. A long row begins with some of its largest scores alone, the
-/// top_lanes<T> that top_score() found: their Σ p is less, so that what is outside the support that
-/// it gives is outside for good.
+/// A row whose largest score is a number. `room` is for n numbers and a pack, and holds the rivals
+/// in the support in the end. A long row begins with some of its largest scores alone: their Σ p is
+/// less, so that what is outside the support that it gives is outside for good.
 template <class Power, class T>
-tsallis_root find_threshold(const Power& power, const T* x, index n, T top, const T* most,
-                            double* room) {
+tsallis_root find_threshold(const Power& power, const row_maxima<T>& maxima, double* room) {
+  constexpr index some = row_maxima<T>::block;
   tsallis_trial start = power.trial(0.0);
-  if (most) {
-    const index some = gather_rivals(most, top_lanes<T>, top, start.rate, room);
+  if (maxima.columns() >= 16 * some) {
+    alignas(64) T largest[some];
+    maxima.largest(largest);
+    const index count = gather_rivals(row_maxima<T>(largest, some), start.rate, room);
     // From a little short of there, for what rounding has done.
-    start = power.trial(find_root(power, start, room, some).low * (1 - 0x1p-20));
+    start = power.trial(find_root(power, start, room, count).low * (1 - 0x1p-20));
   }
-  const index count = gather_rivals(x, n, top, start.rate, room);
-  return find_root(power, start, room, count);
+  return find_root(power, start, room, gather_rivals(maxima, start.rate, room));
 }
-template <class T> bool is_long_row(index n) { return n >= 16 * top_lanes<T>; }
 
 /// A row by summarise(top, root), where it has a largest score that is a number.
 template <class Power, class T, class Summarise>
 summary<tsallis_threshold, double> solve_row(const Power& power, const T* x, index n, double* room,
                                              Summarise summarise) {
-  alignas(64) T most[top_lanes<T>];
-  T* const some = is_long_row<T>(n) ? most : nullptr;
-  const T top = top_score(x, n, some);
-  const auto maximum = static_cast<double>(top);
-  if (top != top)
+  const row_maxima<T> maxima(x, n);
+  const auto maximum = static_cast<double>(maxima.top);
+  if (maximum != maximum)
     return {maximum, {maximum, maximum, maximum, maximum, 0}};
-  if (top == -std::numeric_limits<T>::infinity())
+  if (maximum == -std::numeric_limits<double>::infinity())
     return {0, {1, 0, 1, 0, 0}};
-  return summarise(maximum, find_threshold(power, x, n, top, some, room));
+  return summarise(maximum, find_threshold(power, maxima, room));
 }
 
 template <class Power, class T>
