@@ -163,6 +163,27 @@ template <class T> void check_calls_of(const anchor_calls<T>& loss) {
     CHECK(near(static_cast<double>(loss(x.view(), y.view(), of_x, of_y, {.filter = near_only})),
                static_cast<double>(loss(x.view(), nearer, of_x, nearer_of_y)), 1e-5));
   }
+  { // What is compared with nothing is nothing, whatever it is.
+    const index gone = 4;
+    const auto without = [](index anchor, T* relation, index count) {
+      if (anchor == gone)
+        std::fill_n(relation, count, T(0));
+      relation[gone] = 0;
+    };
+    const perdita::anchor_options<T> call{.filter = without};
+    for (const T odd : {std::numeric_limits<T>::quiet_NaN(), std::numeric_limits<T>::infinity()}) {
+      auto anchors = x, candidates = y;
+      anchors(gone, d - 1) = candidates(gone, 0) = odd;
+      batch<T> sound(n, d), of_others(m, d), again(n, d, T(5)), other(m, d, T(5));
+      const T apart = loss(x.view(), y.view(), of_x, of_y, sound.view(), of_others.view(), call);
+      CHECK(loss(anchors.view(), candidates.view(), of_x, of_y, again.view(), other.view(), call) ==
+            apart);
+      CHECK((again.x == sound.x && other.x == of_others.x));
+      const T with_itself = loss(x.view(), of_x, sound.view(), call);
+      CHECK(loss(anchors.view(), of_x, again.view(), call) == with_itself);
+      CHECK(again.x == sound.x);
+    }
+  }
   { // An anchor of weight 0 is nothing, whatever it is, and whatever it is compared with.
     std::vector<T> weights(static_cast<std::size_t>(n), 1);
     weights[3] = 0;

@@ -265,6 +265,18 @@ TEST_CASE("MoCo's queue: a query, its key, and a queue that is nobody's", "") {
   CHECK(near(value, static_cast<double>(expected()), 1e-14));
   error_judge slopes;
   CHECK(slopes_within(slopes, g, differences(x, expected), 64));
+
+  auto spoilt = candidates; // a key: its query's matter, and the queue's, but no other query's
+  spoilt(2, 1) = std::numeric_limits<double>::quiet_NaN();
+  const auto d_sound = d_all;
+  CHECK(std::isnan(
+      loss.pairs(q.view(), spoilt.view(), g_again.view(), d_all.view(), {.filter = filter})));
+  for (perdita::index i = 0; i < 6; ++i)
+    for (perdita::index k = 0; k < 4; ++k) {
+      CHECK((i == 2 ? std::isnan(g_again(i, k)) : g_again(i, k) == g(i, k)));
+      CHECK((i == 2 ? std::isnan(d_all(i, k)) : d_all(i, k) == d_sound(i, k)));
+      CHECK(std::isnan(d_all(6 + i, k)));
+    }
 }
 
 TEST_CASE("A temperature of each anchor's own", "") {

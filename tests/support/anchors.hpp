@@ -87,7 +87,8 @@ public:
   virtual ~anchor_calls() = default;
 
   virtual T operator()(const matrix& x, const labels& of_x, const options& = {}) const = 0;
-  virtual T operator()(const matrix& x, const labels& of_x, const slopes& d_x) const = 0;
+  virtual T operator()(const matrix& x, const labels& of_x, const slopes& d_x,
+                       const options& = {}) const = 0;
   virtual T operator()(const matrix& x, const matrix& y, const labels& of_x, const labels& of_y,
                        const options& = {}) const = 0;
   virtual T operator()(const matrix& x, const matrix& y, const labels& of_x, const labels& of_y,
@@ -104,8 +105,9 @@ public:
   T operator()(const matrix& x, const labels& of_x, const options& o) const override {
     return loss_(x, of_x, o);
   }
-  T operator()(const matrix& x, const labels& of_x, const slopes& d_x) const override {
-    return loss_(x, of_x, d_x);
+  T operator()(const matrix& x, const labels& of_x, const slopes& d_x,
+               const options& o) const override {
+    return loss_(x, of_x, d_x, o);
   }
   T operator()(const matrix& x, const matrix& y, const labels& of_x, const labels& of_y,
                const options& o) const override {

@@ -16,7 +16,7 @@
 #include "compared_rows.hpp"
 #include "executor.hpp"
 #include "product.hpp"
-#include "row_formula.hpp"
+#include "solved_row.hpp"
 
 namespace perdita::inline PERDITA_ABI {
 
@@ -238,6 +238,8 @@ private:
     numbers_ = memory_.take<index>(size(anchors_));
     targets_ = memory_.take<T*>(size(gradient_ ? anchors_ : 0));
     nowhere_ = memory_.take<T>(size(gradient_ ? depth_ : 0));
+    spoilt_x_ = memory_.take<T>(size(gradient_ ? anchors_ : 0));
+    spoilt_y_ = job_.alone ? spoilt_x_ : memory_.take<T>(size(gradient_ ? candidates_ : 0));
     if (function_.distances) {
       square_x_ = memory_.take<double>(size(anchors_));
       square_y_ = job_.alone ? square_x_ : memory_.take<double>(size(candidates_));
@@ -284,21 +286,30 @@ private:
     }
     if (gradient_)
       std::fill_n(nowhere_, depth_, T(0));
-    start(x_, square_x_, pull_x_);
+    start(x_, spoilt_x_, square_x_, pull_x_);
     if (!job_.alone)
-      start(y_, square_y_, pull_y_);
+      start(y_, spoilt_y_, square_y_, pull_y_);
   }
-  void start(const compared_rows<T>& of, double* squares, double* pulls) const {
+  void start(const compared_rows<T>& of, T* spoilt, double* squares, double* pulls) const {
     for_rows(of.rows(), [&](const worker& w, index r) {
       of.find_factor(r, w.buffer);
       if (of.places)
         of.clear(r);
+      const T* row = row_of(of.x, r, 0, of.cols(), w.buffer);
+      if (gradient_)
+        spoilt[r] = what_spoils(row, of.cols());
       if (function_.distances) {
-        const T* row = row_of(of.x, r, 0, of.cols(), w.buffer);
         squares[r] = wide_dot(row, row, of.cols(), static_cast<double>(of.factor[r]));
         pulls[r] = 0;
       }
     });
+  }
+
+  /// NaN where one of n numbers is not finite, or 0.
+  static T what_spoils(const T* x, index n) {
+    V wrong(0);
+    for_packs(x, n, T(0), [&](const V& z, index) { wrong += z - z; });
+    return any(is_nan(wrong)) ? std::numeric_limits<T>::quiet_NaN() : T(0);
   }
 
   // ---- comparisons
@@ -434,10 +445,14 @@ private:
     const V factor(static_cast<T>(share));
     const auto none = factor == V(0);
     targets_[row.anchor] = static_cast<T>(share) == T(0) ? nowhere_ : x_.places[row.anchor];
+    const V spoilt(spoilt_x_[row.anchor]);
     double pull = 0;
     for (index j = 0; j < row.size; j += width) {
       const V left_out(V::load(row.relation + j));
-      V slope = select((left_out == V(0)) | none, V(0), V::load(row.scores + j) * factor);
+      const V wrong =
+          spoilt + (j + width <= candidates_ ? V::load(spoilt_y_ + j)
+                                             : load_first(spoilt_y_ + j, candidates_ - j, V(0)));
+      V slope = select((left_out == V(0)) | none, V(0), V::load(row.scores + j) * factor + wrong);
       if (function_.distances)
         slope = slope * V(-2);
       slope.store(row.scores + j);
@@ -461,7 +476,7 @@ private:
       for (index from = 0; from < candidates_; from += terms) {
         const index count = std::min(terms, candidates_ - from);
         for (index k = 0; k < count; ++k)
-          put_unit(y_, from + k, d, cols, k, count, w.buffer, w.panels);
+          put_unit(y_, spoilt_y_, from + k, d, cols, k, count, w.buffer, w.panels);
         multiply<T>({scores_ + from, stride_, 1, width}, {w.panels, count * width},
                     {nullptr, 0, width, targets_ + first, d}, n, cols, count, true);
       }
@@ -472,7 +487,7 @@ private:
       if (targets_[first + k] == nowhere_)
         clear_row(depth_, k, n, panels_);
       else
-        put_unit(x_, first + k, 0, depth_, k, n, w.buffer, panels_);
+        put_unit(x_, spoilt_x_, first + k, 0, depth_, k, n, w.buffer, panels_);
     });
     for_each(parts(candidates_, strip), [&, this](const worker& w, index i) {
       const index from = i * strip, count = std::min(strip, candidates_ - from);
@@ -489,10 +504,14 @@ private:
                     std::min(depth_step, depth_ - d), n, true);
     });
   }
-  /// n columns of a unit vector become row k of panels.
-  static void put_unit(const compared_rows<T>& of, index row, index first, index n, index k,
-                       index depth, T* buffer, T* panels) {
-    put_in_panels(of.x, row, first, n, k, depth, buffer, panels, of.factor[row]);
+  /// n columns of a unit vector become row k of panels. What is spoilt has slopes of NaN where it
+  /// is compared, and elsewhere 0, which its own NaN would not leave at that.
+  static void put_unit(const compared_rows<T>& of, const T* spoilt, index row, index first, index n,
+                       index k, index depth, T* buffer, T* panels) {
+    if (spoilt[row] != T(0))
+      clear_row(n, k, depth, panels);
+    else
+      put_in_panels(of.x, row, first, n, k, depth, buffer, panels, of.factor[row]);
   }
 
   static void clear_row(index n, index k, index depth, T* panels) {
@@ -549,6 +568,7 @@ private:
   /// Where an anchor's gradient is made: nowhere, if it has none. What it is a product of may be
   /// NaN, and no slope of 0 would stop that.
   T **targets_ = nullptr, *nowhere_ = nullptr;
+  T *spoilt_x_ = nullptr, *spoilt_y_ = nullptr;      // NaN where a row is not finite, or 0
   double *square_x_ = nullptr, *square_y_ = nullptr; // of what is compared
   double *pull_x_ = nullptr, *pull_y_ = nullptr; // Σ of a row's, or a column's, slopes, doubled
   T* scores_ = nullptr;                          // of a block; then slopes
