@@ -16,14 +16,6 @@ namespace perdita::inline PERDITA_ABI {
 
 namespace core {
 
-/// log(e^a + e^b)
-inline double log_add_exp(double a, double b) {
-  const double top = std::fmax(a, b);
-  return top == -std::numeric_limits<double>::infinity()
-             ? top
-             : top + std::log1p(std::exp(std::fmin(a, b) - top));
-}
-
 /// p_k = min(1/k, s e^{δ_k/λ}): the m largest margins are at the cap, the others share what is left
 /// as a softmax. With L_m = log Σ e^{δ/λ} of all but the m largest, m is the smallest number for
 /// which nothing else is above the cap: (1 − m/k) e^{δ_(m+1)/λ − L_m} ≤ 1/k.
@@ -63,28 +55,35 @@ template <class T> struct ldr_k_kl_formula : solved_formula {
     const bool label_in_top = has_label && top > 0 && (found < top || d[top - 1] - from < 0);
     const index held_rivals = top - label_in_top;
     const double next = held_rivals < found ? d[held_rivals] : -inf;
-    double rest = -inf; // of the rivals not among the top: log Σ e^{δ/λ}
+    // Of those that are not: L as r + log(1 + X).
+    double r = -inf, others = 0;
     if (held_rivals < found) {
       const auto ties = static_cast<double>(std::count(d, d + held_rivals, next));
-      const double sum = rivals.sum_of_images(static_cast<T>(next), 1 / lambda) - ties;
-      rest = (next - from) / lambda + std::log(sum);
+      r = (next - from) / lambda;
+      others = std::fmax(0, rivals.sum_of_images(static_cast<T>(next), 1 / lambda) - ties - 1);
+    }
+    if (has_label && !label_in_top) {
+      if (r > 0) {
+        others += std::exp(-r);
+      } else { // and where there is no r
+        others = (others + 1) * std::exp(r);
+        r = 0;
+      }
     }
     for (index i = 0; i < held_rivals; ++i)
       d[i] -= from;
     if (label_in_top)
       insert(0, d, held_rivals);
-    double below = has_label && !label_in_top ? log_add_exp(0, rest) : rest; // L_m
     index m = top;
     const auto free = [&] { return 1 - static_cast<double>(m) / most; };
-    for (index i = top; i > 0; --i) {
-      const double with = log_add_exp(d[i - 1] / lambda, below);
-      m = i - 1;
-      if (free() * std::exp(d[i - 1] / lambda - with) > 1 / most) {
-        m = i;
+    for (; m > 0; --m) {
+      const double first = d[m - 1] / lambda, with = (others + 1) * std::exp(r - first);
+      if (most - static_cast<double>(m - 1) > with + 1)
         break;
-      }
-      below = with;
+      others = with;
+      r = first;
     }
+    const double below = r + std::log1p(others); // L_m
     const double held = std::accumulate(d, d + m, 0.0), size = std::log(static_cast<double>(n));
     const double value = held / most +
                          lambda * (static_cast<double>(m) / most) * (std::log(most) - size) +
@@ -98,7 +97,7 @@ template <class T> struct ldr_k_kl_formula : solved_formula {
     return solution(has_label ? value : inf, -miss, static_cast<double>(near), 1 / most,
                     free() * std::exp((static_cast<double>(near) - from) / lambda - below));
   }
-  /// The same, a row in each lane, with L_m as r + log(1 + X), r one of the margins that it is of.
+  /// The same, a row in each lane.
   summary<solved_row, pack<double>> solve_rows(pack<T>* x, index n, const pack<T>& label) const {
     using V = pack<T>;
     using W = pack<double>;
