@@ -194,8 +194,13 @@ public:
       V some[few_packs];
       for (index p = 0; p < parts_; p += width)
         some[p / width] = V::load(most_ + p);
-      take_largest(some, parts_ / width, k_, [&](T number, index) { result = number; });
-      return result;
+      index found = 0;
+      T last = result;
+      take_largest(some, parts_ / width, k_, [&](T number, index times) {
+        last = number;
+        found += times;
+      });
+      return found < k_ ? result : last; // masked parts have no maximum
     }
     std::nth_element(most_, most_ + k_ - 1, most_ + parts_, std::greater<>());
     return std::fmax(most_[k_ - 1], result);
