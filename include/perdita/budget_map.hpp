@@ -51,7 +51,7 @@ struct budget_formula : row_formula {
         return {0, {threshold, s.size}};
       double next = threshold + (total - budget) / s.count;
       if (!(low < next && next < high)) // also where no class is inside (0, 1)
-        next = low + (high - low) / 2;
+        next = low / 2 + high / 2;
       if (next == low || next == high || next == threshold)
         return {0, {threshold, s.size}};
       threshold = next;
@@ -61,8 +61,13 @@ struct budget_formula : row_formula {
   template <class V> auto slopes(const double* c) const {
     using T = typename V::value_type;
     const T near = static_cast<T>(c[0]);
-    return [near = V(near), rest = V(static_cast<T>(c[0] - static_cast<double>(near)))](
-               const V& x) { return min(V(1), max(V(0), (x - near) - rest)); };
+    // All that is not masked gets 1, the lowest number too.
+    const T rest = near == std::numeric_limits<T>::lowest()
+                       ? T(-1)
+                       : static_cast<T>(c[0] - static_cast<double>(near));
+    return [near = V(near), rest = V(rest)](const V& x) {
+      return min(V(1), max(V(0), (x - near) - rest));
+    };
   }
   template <class Row> auto finish(const Row& row) const {
     using W = decltype(row.target);

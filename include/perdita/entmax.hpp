@@ -71,10 +71,12 @@ struct resident_number {
   static constexpr int terms = 1;
 };
 
-/// ∂ℓ/∂α at fixed p, to which ℓ is stationary; with a = α − 1 and w = a log p, all terms at least
-/// 0:
+/// ∂ℓ/∂α at fixed p, to which ℓ is stationary; with a = α − 1 and w = a log p
 ///
-///   −1/(αa)² Σ p (a (1 − e^w) + α (1 − e^w + w e^w))
+///   −1/(αa)² Σ p (a (1 − e^w) + α (1 − e^w + w e^w)) = −1/(αa)² ((2α − 1) (1 − Σ p^α) + α Σ p^α w)
+///
+/// For α ≤ 2 the first, whose terms are at least 0; beyond, where p is steep at the edge of the
+/// support, the second, in which what is there has no weight.
 struct entmax_alpha_formula : row_formula {
   using statistic = resident_number;
   static constexpr bool excludes_target = false;
@@ -90,21 +92,29 @@ struct entmax_alpha_formula : row_formula {
     const double rate = s.term[0], top = s.term[1];
     if (!(top > 0)) // all is masked, or NaN
       return {0, {top}};
-    index count = gather_rivals(row_maxima<T>(x, n), rate, z);
-    z[count++] = 0; // and the maximum itself
+    const bool steep = alpha > 2;
     const double a = alpha - 1, rest = s.term[2];
     const double log_root = a * (rest < 0.5 ? row_log1p(-rest) : row_log(top));
-    const W zero(0);
+    index count = gather_rivals(row_maxima<T>(x, n), rate, z);
+    double of_maximum = 0;
+    if (steep) {
+      const double log_power = log_root * (alpha / a);
+      of_maximum = alpha * log_root * row_exp(log_power) - (2 * alpha - 1) * row_expm1(log_power);
+    } else {
+      z[count++] = 0; // as one of the others
+    }
+    const W zero(0), nothing(-std::numeric_limits<double>::infinity());
     wide_lanes<double> sum;
     sum.clear();
     for (index j = 0; j < count; j += width) {
-      const W rival = load_first(z + j, std::min(count - j, width), W(-1 / rate));
-      const W log_base = log1p(max(W(-1), W(rate) * rival));
-      const W p = W(top) * exp(log_base * W(1 / a)), w = log_base + W(log_root);
-      const W lost = fma(W(a), -expm1(w), W(alpha) * lost_by_order(w));
-      sum.add(select(p > zero, p * lost, zero));
+      const W rival = load_first(z + j, std::min(count - j, width), nothing);
+      const W log_base = log1p(max(W(-1), W(rate) * rival)), w = log_base + W(log_root);
+      const W weight = steep ? exp(w * W(alpha / a)) : W(top) * exp(log_base * W(1 / a));
+      const W lost = steep ? fma(W(alpha), w, W(1 - 2 * alpha))
+                           : fma(W(a), -expm1(w), W(alpha) * lost_by_order(w));
+      sum.add(select(weight > zero, weight * lost, zero));
     }
-    return {0, {-sum.total() / (alpha * a) / (alpha * a)}};
+    return {0, {-(of_maximum + sum.total()) / (alpha * a) / (alpha * a)}};
   }
   template <class Row> auto finish(const Row& row) const {
     using W = decltype(row.target);

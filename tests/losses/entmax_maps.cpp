@@ -419,6 +419,11 @@ TEST_CASE("budget_map: known values", "[entmax_maps]") {
   check(2, {0, inf, 3}, {n, n, n});
   std::vector<double> p(2);
   const perdita::matrix_view<double> out(p.data(), 1, 2);
+  const double most = std::numeric_limits<double>::max();
+  check(2, {-most, 1}, {1, 1});
+  check(3, {-most, -inf, most}, {1, 0, 1});
+  check(1, {-most, most / 2}, {0, 1});
+  check(2, {-most / 2, most / 2, 1, most}, {0, 1, 0, 1});
   for (const double budget : {0., -1., inf, n})
     CHECK_THROWS_AS(perdita::budget_map(out, out, {.budget = budget}), std::invalid_argument);
 }
