@@ -115,6 +115,26 @@ TEMPLATE_TEST_CASE("average_margin: special rows", "[ldr]", float, double) {
   check_special(average_margin_descriptor<TestType>(), rows, 4);
 }
 
+TEMPLATE_TEST_CASE("crammer_singer: NaN shows wherever the largest score is", "[ldr]", float,
+                   double) {
+  using T = TestType;
+  using perdita::index;
+  const index n = 1300;
+  const perdita::crammer_singer<T> loss;
+  const std::vector<int> label{0};
+  for (const index wrong : {1, 3, 511, 512, 600, 1299})
+    for (const index top : {2, 510, 513, 1298}) {
+      std::vector<T> x(static_cast<std::size_t>(n)), g(x);
+      x[static_cast<std::size_t>(wrong)] = std::numeric_limits<T>::quiet_NaN();
+      x[static_cast<std::size_t>(top)] = 1;
+      INFO("NaN at " << wrong << ", the largest at " << top);
+      CHECK(std::isnan(loss(perdita::matrix_view<const T>(x.data(), 1, n), label,
+                            perdita::matrix_view<T>(g.data(), 1, n))));
+      CHECK(std::isnan(g[static_cast<std::size_t>(top)]));
+      CHECK(std::isnan(loss(perdita::matrix_view<const T>(x.data(), 1, n, 1, 1), label)));
+    }
+}
+
 // Formula sheet, appendix A.
 TEST_CASE("crammer_singer: golden values", "[ldr]") {
   check_golden(perdita::crammer_singer<double>(), 2.5, {-1, 0, 1, 0});

@@ -222,7 +222,7 @@ struct maximum_and_ties : log_sum_exp {
     return z;
   }
   template <class W> static void rebase(W* t, const W& delta) {
-    t[0] = select(delta < W(0), W(0), t[0]);
+    t[0] = select(delta < W(0), t[0] - t[0], t[0]); // 0, but of NaN
   }
 };
 
