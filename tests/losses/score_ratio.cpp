@@ -150,6 +150,32 @@ TEMPLATE_TEST_CASE("stablemax, taylor_softmax, spherical_softmax: special rows",
 }
 
 // Formula sheet, appendix A.
+// Odds that are no number, or none whose logarithm with 1 could be told from that of less.
+TEST_CASE("stablemax, taylor_softmax, spherical_softmax: no hope for the label", "[ratio]") {
+  const auto check = [](const auto& loss, std::vector<double> x, double value,
+                        std::vector<double> slopes) {
+    std::vector<double> g(2);
+    const double got = loss(perdita::matrix_view<const double>(x.data(), 1, 2), std::vector<int>{1},
+                            perdita::matrix_view<double>(g.data(), 1, 2));
+    INFO(x[0] << ", " << x[1] << ": " << got << " for " << value << ", slopes " << g[0] << ", "
+              << g[1] << " for " << slopes[0] << ", " << slopes[1]);
+    CHECK(std::abs(got - value) <= 1e-14 * value);
+    for (std::size_t k : {0, 1})
+      CHECK(std::abs(g[k] - slopes[k]) <= 1e-14 * std::abs(slopes[k]));
+  };
+  const double ten = std::log(10.0), two = std::log(2.0);
+  for (const int power : {100, 149, 150, 151, 152, 153}) { // odds of 10^2·power
+    const double large = std::pow(10.0, power);
+    const perdita::stablemax<double> stable;
+    check(stable, {large, -large}, 2 * power * ten, {1 / large, -1 / large});
+    const perdita::taylor_softmax<double> taylor;
+    check(taylor, {large, 0}, 2 * power * ten - two, {2 / large, -1});
+    const perdita::spherical_softmax<double> spherical({.epsilon = 0});
+    check(spherical, {1, 1 / large}, 2 * power * ten, {2, -2 * large});
+  }
+  check(perdita::stablemax<double>(), {1e300, -1e150}, 450 * ten, {1e-300, -1e-150});
+}
+
 TEST_CASE("stablemax, taylor_softmax, spherical_softmax: golden values", "[ratio]") {
   check_golden(perdita::stablemax<double>(), 1.39534419664,
                {-0.501501502, 0.0341250341, 0.165165165, 0.165165165});

@@ -52,7 +52,14 @@ template <class Map, class T> struct score_ratio_formula : row_formula {
     out.coefficient[0] = hit * per_own;
     if (any(lost)) [[unlikely]]
       out.coefficient[0] = select(lost, select(rivals == zero, zero, one / rivals), hit * per_own);
-    out.target_gradient = select(lost, zero, zero - (map.slope(z) * per_own) * (odds * hit));
+    W miss = odds * hit;
+    const auto hopeless = (rivals < inf) & (f > zero) & !((odds < most) | lost);
+    if (any(hopeless)) [[unlikely]] { // p < 2^-1000: odds may be beyond all numbers
+      out.value = select(hopeless, log(rivals) - log(f), out.value);
+      out.coefficient[0] = select(hopeless, one / rivals, out.coefficient[0]);
+      miss = select(hopeless, one, miss);
+    }
+    out.target_gradient = select(lost, zero, zero - (map.slope(z) * per_own) * miss);
     return out;
   }
 
