@@ -90,16 +90,28 @@ struct paired_scores {
     }
   };
 
+  /// a − b, and what rounding leaves of it (Knuth).
+  struct difference {
+    double value, rest;
+    difference(double a, double b) : value(a - b) {
+      const double of_b = a - value;
+      rest = (a - (value + of_b)) + (of_b - b);
+    }
+  };
+
   /// r = log(p/q); 0 where both are masked. Where p and q are near each other it is
-  /// d − log E_q e^d, d = (x − t)/T, whose logarithm is μ + log1p(E_q φ(d − μ)), μ the mean of d:
-  /// no digit is lost.
+  /// d − log E_q e^d, d = (x − t)/T less a constant, whose logarithm is μ + log1p(E_q φ(d − μ)), μ
+  /// the mean of d: no digit is lost.
   static void log_ratios(const double* x, const double* t, index n, double temperature,
                          const double* q, const softmax& of_x, const softmax& of_t, double* r) {
     constexpr double inf = std::numeric_limits<double>::infinity();
     const auto gone = [&](index i) { return x[i] == -inf && t[i] == -inf; };
-    const double apart = of_x.top - of_t.top;
-    for (index i = 0; i < n; ++i)
-      r[i] = (gone(i) ? apart : x[i] - t[i]) / temperature;
+    // Scores of one side may be far above those of the other, which means nothing.
+    const difference apart(of_x.top, of_t.top);
+    for (index i = 0; i < n; ++i) {
+      const difference d(x[i], t[i]);
+      r[i] = gone(i) ? 0 : ((d.value - apart.value) + (d.rest - apart.rest)) / temperature;
+    }
     W total(0);
     for (index i = 0; i < n; i += width)
       total += first(q + i, n - i) * first(r + i, n - i);

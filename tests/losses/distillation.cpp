@@ -302,6 +302,39 @@ TEST_CASE("distillation: a student near its teacher", "[distillation]") {
     }
 }
 
+TEMPLATE_TEST_CASE("distillation: a student far above or below its teacher", "[distillation]",
+                   float, double) {
+  using T = TestType;
+  using perdita::index;
+  const auto run = [](divergence kind, const std::vector<T>& student, const std::vector<T>& teacher,
+                      std::vector<T>& g) {
+    const auto n = static_cast<index>(student.size());
+    return perdita::distillation<T>({.divergence = kind})(
+        perdita::matrix_view<const T>(student.data(), 1, n),
+        perdita::matrix_view<const T>(teacher.data(), 1, n),
+        perdita::matrix_view<T>(g.data(), 1, n));
+  };
+  for (const divergence kind : kinds) {
+    for (const std::size_t n : {7, 65}) { // equal scores are equal probabilities
+      std::vector<T> g(n, 9);
+      for (const T offset : {T(1e8), T(1e15), T(-1e30)}) {
+        CHECK(run(kind, std::vector<T>(n, offset), std::vector<T>(n, T(3.3)), g) == 0);
+        CHECK(g == std::vector<T>(n, T(0)));
+        CHECK(run(kind, std::vector<T>(n, T(3.3)), std::vector<T>(n, offset), g) == 0);
+        CHECK(g == std::vector<T>(n, T(0)));
+      }
+    }
+    const T offset = 1 << 20; // to which all of these can be added
+    const std::vector<T> student{0, 1, 2, 5, 7}, teacher{T(0.25), 1, 2, 5, 7};
+    auto raised = student;
+    for (T& x : raised)
+      x += offset;
+    std::vector<T> g(5), again(5);
+    CHECK(run(kind, raised, teacher, again) == run(kind, student, teacher, g));
+    CHECK(again == g);
+  }
+}
+
 TEMPLATE_TEST_CASE("distillation: special rows", "[distillation]", float, double) {
   constexpr double inf = std::numeric_limits<double>::infinity();
   constexpr double n = std::numeric_limits<double>::quiet_NaN();
