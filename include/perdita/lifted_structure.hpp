@@ -39,7 +39,7 @@ struct lifted_formula : anchor_formula {
 
   template <bool Gradient, class T> anchor_outcome row(const anchor_row<T>& row) const {
     if (spoilt<Gradient>(row))
-      return spoilt_outcome();
+      return spoilt_outcome(by_pairs ? count_of(row, belonging{}) : 1);
     take_roots(row);
     return by_pairs ? pairs<Gradient>(row) : anchors<Gradient>(row);
   }

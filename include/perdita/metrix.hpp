@@ -123,7 +123,7 @@ struct mixed_hinges : anchor_formula {
   template <bool Gradient, class T> anchor_outcome row(const anchor_row<T>& row) const {
     using V = pack<T>;
     if (spoilt<Gradient>(row))
-      return spoilt_outcome();
+      return spoilt_outcome(count_of(row, compared{}));
     double by[2];
     for (int k = 0; k < 2; ++k)
       by[k] = !apart ? 1 : row.total[k] > 0 ? 1 / row.total[k] : 0;

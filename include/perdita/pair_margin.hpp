@@ -53,7 +53,7 @@ template <bool Distances> struct pair_hinges : anchor_formula {
   template <bool Gradient, class T> anchor_outcome row(const anchor_row<T>& row) const {
     using V = pack<T>;
     if (spoilt<Gradient>(row))
-      return spoilt_outcome();
+      return spoilt_outcome(count_of(row, compared{}));
     double by[2];
     for (int k = 0; k < 2; ++k)
       by[k] = !apart ? factor[k] : row.total[k] > 0 ? factor[k] / row.total[k] : 0;

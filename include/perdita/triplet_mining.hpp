@@ -68,7 +68,7 @@ struct triplet_formula : anchor_formula {
 
   template <bool Gradient, class T> anchor_outcome row(const anchor_row<T>& row) const {
     if (spoilt<Gradient>(row))
-      return spoilt_outcome();
+      return spoilt_outcome(most_triplets(row));
     measure(row);
     if constexpr (Gradient)
       std::fill_n(row.room, row.size, T(0));
@@ -104,6 +104,12 @@ struct triplet_formula : anchor_formula {
 private:
   bool single() const {
     return o.negatives == triplet_negatives::nearest || o.negatives == triplet_negatives::next;
+  }
+  /// How many may be chosen, where no distance says which.
+  template <class T> double most_triplets(const anchor_row<T>& row) const {
+    const double own = count_of(row, belonging{}), others = count_of(row, rivalling{});
+    const bool all = o.positives == triplet_positives::all;
+    return (all ? own : std::min(own, 1.0)) * (single() ? std::min(others, 1.0) : others);
   }
   template <class T> void measure(const anchor_row<T>& row) const {
     using V = pack<T>;

@@ -90,6 +90,40 @@ TEST_CASE("InfoNCE and NT-Xent by pairs and views", "") {
     CHECK(std::abs(d_both.x[i] - d_again.x[i]) < 1e-14);
 }
 
+// Products of such rows are no numbers, but their cosines are what they are.
+TEMPLATE_TEST_CASE("Very long and very short embeddings", "", float, double) {
+  using T = TestType;
+  const auto x = random_batch<T>(40, 5, 1), y = random_batch<T>(40, 5, 2);
+  const perdita::sup_con<T> loss({.temperature = 0.1});
+  const perdita::similarity head(perdita::cross_entropy<T>{}, {.scale = 10});
+  batch<T> g(40, 5), h(40, 5), of_head(40, 5), d_y(40, 5);
+  const T value = loss.pairs(x.view(), y.view(), g.view(), h.view());
+  const T of_pairs = head(x.view(), y.view(), of_head.view(), d_y.view());
+  const int most = sizeof(T) == 4 ? 100 : 900;
+  for (const int power : {-most, -most / 2, most / 2, most}) {
+    auto far_x = x, far_y = y;
+    for (T& z : far_x.x)
+      z = std::ldexp(z, power);
+    for (T& z : far_y.x)
+      z = std::ldexp(z, power);
+    INFO("times 2^" << power);
+    batch<T> far_g(40, 5), far_h(40, 5);
+    CHECK(loss.pairs(far_x.view(), far_y.view(), far_g.view(), far_h.view()) == value);
+    const auto same = [&](const batch<T>& far, const batch<T>& near_by) {
+      for (std::size_t i = 0; i < far.x.size(); ++i)
+        if (!(std::abs(std::ldexp(far.x[i], power) - near_by.x[i]) <=
+              16 * std::numeric_limits<T>::epsilon() * std::abs(near_by.x[i]) + T(1e-8)))
+          return false;
+      return true;
+    };
+    CHECK(same(far_g, g));
+    CHECK(same(far_h, h));
+    CHECK(head(far_x.view(), far_y.view(), far_g.view(), far_h.view()) == of_pairs);
+    CHECK(same(far_g, of_head));
+    CHECK(same(far_h, d_y));
+  }
+}
+
 TEST_CASE("Supervised contrastive: what has a stated result", "") {
   const perdita::sup_con<double> loss({.temperature = 0.1});
   const batch<double> equal(6, 3, 2.0);

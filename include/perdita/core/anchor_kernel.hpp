@@ -319,8 +319,8 @@ private:
     for (index k = 0; k < depth_; k += depth_step) {
       const index d = std::min(depth_step, depth_ - k);
       for_each(parts(n, width), [&, this](const worker& w, index p) {
-        panel_of_rows(job_.x, numbers_ + first + p * width, std::min(width, n - p * width), k, d,
-                      w.buffer, panels_ + k * block_ + p * width * d);
+        x_.panel(numbers_ + first + p * width, std::min(width, n - p * width), k, d, w.buffer,
+                 panels_ + k * block_ + p * width * d);
       });
     }
     for_each(parts(candidates_, strip), [&, this](const worker& w, index i) {
@@ -341,7 +341,7 @@ private:
   }
   void scale_row(const worker& w, index anchor, T* row) const {
     std::fill(row + candidates_, row + padded_, T(0));
-    const V factor(x_.factor[anchor]);
+    const V factor(x_.factor[anchor] / x_.reach(anchor));
     for (index j = 0; j < padded_; j += width) {
       const V by = j + width <= candidates_ ? V::load(y_.factor + j)
                                             : load_first(y_.factor + j, candidates_ - j, V(0));
@@ -371,7 +371,9 @@ private:
     const auto other = static_cast<double>(y_.factor[j]);
     double sum = 0;
     for (index k = 0; k < depth_; ++k) {
-      const double d = static_cast<double>(own[k]) * factor - static_cast<double>(y[k]) * other;
+      // Of equal rows 0, which one product with digits that the other has not would not leave.
+      const double d = reg::rounded(static_cast<double>(own[k]) * factor) -
+                       reg::rounded(static_cast<double>(y[k]) * other);
       sum += d * d;
     }
     return sum;

@@ -57,6 +57,17 @@ PERDITA_INLINE void for_chosen(const anchor_row<T>& row, Chosen chosen, F f) {
     f(V::load(row.scores + j), chosen(V::load(row.relation + j)), j);
 }
 
+template <class T, class Chosen> double count_of(const anchor_row<T>& row, Chosen chosen) {
+  using V = pack<T>;
+  lane_sums<T, 1> count;
+  for_chosen(
+      row, chosen, [&](const V&, const auto& mask, index) __attribute__((always_inline)) {
+        count.some[0] += select(mask, V(1), V(0));
+        count.count_pack();
+      });
+  return count.total(0);
+}
+
 /// How many there are, the sum of their scores, and the extremes (∓inf of none; NaN is passed
 /// over).
 template <class T> struct chosen_scores {
@@ -150,8 +161,13 @@ template <bool Gradient, class T> bool spoilt(const anchor_row<T>& row) {
     std::fill_n(row.scores, row.size, std::numeric_limits<T>::quiet_NaN());
   return true;
 }
-/// The outcome of such a row.
-inline anchor_outcome spoilt_outcome() { return {std::numeric_limits<double>::quiet_NaN()}; }
+/// The outcome of such a row, which counts in the mean's denominator as it would with numbers: the
+/// other anchors' gradients are what they are without it.
+inline anchor_outcome spoilt_outcome(double terms = 1) {
+  anchor_outcome out{std::numeric_limits<double>::quiet_NaN()};
+  out.terms = terms;
+  return out;
+}
 
 /// Distances instead of their squares.
 template <class T> void take_roots(const anchor_row<T>& row) {

@@ -79,6 +79,21 @@ template <class T> struct compared_rows {
     factor[r] =
         normalise ? static_cast<T>(inverse_norm(row_of(x, r, 0, cols(), buffer), cols())) : T(1);
   }
+  /// A power of 2 that brings a row that is normalised to a length from ½ to 1.
+  T reach(index r) const { return factor[r] > 0 ? std::ldexp(T(1), std::ilogb(factor[r])) : T(1); }
+  /// panel_of_rows() of rows times their reach: products with them stay numbers where both sides
+  /// are very long, or very short.
+  void panel(const index* row, index rows, index first, index n, T* copy, T* to) const {
+    using V = pack<T>;
+    constexpr auto width = static_cast<index>(lanes<T>);
+    panel_of_rows(x, row, rows, first, n, copy, to);
+    alignas(64) T by[lanes<T>];
+    for (index i = 0; i < width; ++i)
+      by[i] = i < rows ? reach(row[i]) : T(1);
+    const V scale = V::load(by);
+    for (index j = 0; j < n; ++j)
+      (V::load(to + j * width) * scale).store(to + j * width);
+  }
   void clear(index r) const {
     places[r] = staged() ? stage + r * cols() : d_x.pointer(r, 0);
     std::fill_n(places[r], cols(), T(0));

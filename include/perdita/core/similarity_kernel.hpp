@@ -219,8 +219,8 @@ private:
     for (index k = 0; k < depth_; k += shape::depth) {
       const index terms = std::min(shape::depth, depth_ - k);
       for (index p = 0; p < panels; ++p)
-        panel_of_rows(pairs_.x, rows + p * width, lanes_in(p, t.rows), k, terms, w.rows,
-                      w.panels + p * terms * width);
+        x_.panel(rows + p * width, lanes_in(p, t.rows), k, terms, w.rows,
+                 w.panels + p * terms * width);
       for (index c = 0; c < t.cols; c += shape::strip) {
         const index n = std::min(shape::strip, t.cols - c);
         multiply<T>(rows_of(pairs_.y, t.col + c, n, k, terms, w.rows), {w.panels, terms * width},
@@ -229,9 +229,10 @@ private:
     }
     for (index p = 0; p < panels; ++p) {
       alignas(64) T factor[lanes<T>] = {};
-      for (index i = 0; i < lanes_in(p, t.rows); ++i)
-        factor[i] =
-            static_cast<T>(static_cast<double>(x_.factor[rows[p * width + i]]) * pairs_.scale);
+      for (index i = 0; i < lanes_in(p, t.rows); ++i) {
+        const index r = rows[p * width + i];
+        factor[i] = static_cast<T>(static_cast<double>(x_.factor[r] / x_.reach(r)) * pairs_.scale);
+      }
       const V of_lanes = V::load(factor);
       T* const scores = w.scores + p * panel();
       for (index j = 0; j < t.cols; ++j)
