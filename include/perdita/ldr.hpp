@@ -150,7 +150,8 @@ private:
 ///   ℓ = max(0, c + max_{k≠y} x_k − x_y)
 ///   ∂ℓ/∂x = e_k − e_y where ℓ > 0, else 0: k the largest rival, or equal shares for all of them
 ///
-/// Masked classes (-inf) are no rivals; a masked label costs +inf, as a rival of +inf does.
+/// Masked classes (-inf) are no rivals; a masked label costs +inf, as a rival of +inf does, but 0
+/// where no rival is left.
 /// Shapes, reductions, errors: as cross_entropy. No by-products but `values`.
 /// Source: Crammer and Singer, "On the algorithmic implementation of multiclass kernel-based vector
 /// machines", JMLR 2001.

@@ -159,8 +159,9 @@ private:
 /// p = 1 without weights is weston_watkins divided by K. Weights scale the value, and do not count
 /// in the denominator of the mean, which is that of cross_entropy without class weights.
 /// Masked classes (-inf) are no rivals, but count in K; a masked label costs +inf, as a rival of
-/// +inf does, unless its weight is 0. NaN, or +inf at the label and elsewhere, makes the row NaN.
-/// On the kink the slope is 0. h² is formed in T, and infinite where it overflows.
+/// +inf does, unless its weight is 0 or no rival is left. NaN, or +inf at the label and elsewhere,
+/// makes the row NaN. On the kink the slope is 0. h² is formed in T, and infinite where it
+/// overflows.
 /// Shapes, reductions, errors: as cross_entropy. No by-products but `values`. Needs whole rows, so
 /// not on the linear head.
 ///

@@ -74,7 +74,8 @@ template <class T> struct weston_watkins_formula : solved_formula {
 ///   ℓ = Σ_{k≠y} max(0, c + x_k − x_y)
 ///   ∂ℓ/∂x_k = [c + x_k − x_y > 0],  ∂ℓ/∂x_y = −(their number)
 ///
-/// Masked classes (-inf) are no rivals; a masked label costs +inf, as a rival of +inf does.
+/// Masked classes (-inf) are no rivals; a masked label costs +inf, as a rival of +inf does, but 0
+/// where no rival is left.
 /// Shapes, reductions, errors: as cross_entropy. No by-products but `values`. Needs whole rows, so
 /// not on the linear head.
 /// Source: Weston and Watkins, "Support vector machines for multi-class pattern recognition", 1999.
