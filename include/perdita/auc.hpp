@@ -383,9 +383,9 @@ private:
     core::exact_sum precision;
     for (index i = 0; i < found.count; ++i) {
       const auto sample = static_cast<std::size_t>(samples.at(0, found.place[at(i)]));
-      const double top = options_.margin - found.scores[at(i)];
-      const double own = squares_above(found.scores, 0, found.count, top),
-                   others = squares_above(found.scores, found.count, n, top);
+      const double score = found.scores[at(i)];
+      const double own = squares_above(found.scores, 0, found.count, score),
+                   others = squares_above(found.scores, found.count, n, score);
       const double keep = 1 - options_.gamma, gain = options_.gamma / static_cast<double>(n);
       found.positives.push_back(keep * state.positives[sample] + gain * own);
       found.all.push_back(keep * state.all[sample] + gain * (own + others));
@@ -395,16 +395,20 @@ private:
     return found;
   }
 
-  /// Σ max(0, top + f_s)² of a range.
-  static double squares_above(const std::vector<double>& scores, index first, index last,
-                              double top) {
+  /// Σ max(0, m − (f_i − f_s))² of a range.
+  double squares_above(const std::vector<double>& scores, index first, index last,
+                       double score) const {
     core::wide_lanes<double> sum;
     sum.clear();
     for (index s = first; s < last; s += core::per_pack) {
-      const W miss = max(W(0), load(scores, s, last) + W(top));
+      const W miss = missing(scores, s, last, score);
       sum.add(miss * miss);
     }
     return sum.total();
+  }
+  /// What all scores share cancels first.
+  W missing(const std::vector<double>& scores, index s, index last, double score) const {
+    return max(W(0), (load(scores, s, last) - W(score)) + W(options_.margin));
   }
   static W load(const std::vector<double>& x, index i, index last) {
     return last - i < core::per_pack ? core::load_first(x.data() + i, last - i, W(core::no_score))
@@ -418,22 +422,23 @@ private:
     std::vector<double> slopes(at(n));
     for (index i = 0; i < found.count; ++i) {
       const double all = found.all[at(i)], own = found.positives[at(i)];
-      const double top = options_.margin - found.scores[at(i)];
+      const double score = found.scores[at(i)];
       const double pull =
-          pull_up(found.scores, 0, found.count, top, share * ((own - all) / all) / all,
+          pull_up(found.scores, 0, found.count, score, share * ((own - all) / all) / all,
                   slopes.data()) +
-          pull_up(found.scores, found.count, n, top, share * (own / all) / all, slopes.data());
+          pull_up(found.scores, found.count, n, score, share * (own / all) / all, slopes.data());
       slopes[at(i)] -= pull;
     }
     return slopes;
   }
-  /// Adds weight max(0, top + f_s) to the slopes of a range; returns the sum of what was added.
-  static double pull_up(const std::vector<double>& scores, index first, index last, double top,
-                        double weight, double* slopes) {
+  /// Adds weight max(0, m − (f_i − f_s)) to the slopes of a range; returns the sum of what was
+  /// added.
+  double pull_up(const std::vector<double>& scores, index first, index last, double score,
+                 double weight, double* slopes) const {
     core::wide_lanes<double> sum;
     sum.clear();
     for (index s = first; s < last; s += core::per_pack) {
-      const W more = max(W(0), load(scores, s, last) + W(top)) * W(weight);
+      const W more = missing(scores, s, last, score) * W(weight);
       sum.add(more);
       if (last - s < core::per_pack)
         core::store_first(core::load_first(slopes + s, last - s, W(0)) + more, slopes + s,

@@ -187,6 +187,16 @@ template <class T> void write_sigmoids(const critic_scores<T>& s, const call_opt
 template <class T> double negative_mean(const critic_scores<T>& s) {
   return -mean_over_joint(s, [](double x) { return x; });
 }
+/// The log of the mean image less the mean of the joint scores. Both less the largest score first:
+/// what is added to all of them takes no digits.
+template <class T, class Images>
+double log_mean_over_joint(const critic_scores<T>& s, const Images& total) {
+  const bool ordinary = total.sum > 0 && std::isfinite(total.top);
+  const double top = ordinary ? total.top : 0;
+  const double log_sum = ordinary ? std::log(total.sum) : total.log();
+  return (log_sum - std::log(s.products())) -
+         mean_over_joint(s, [top](double x) { return x - top; });
+}
 
 /// A matrix that is no vector: what is both is taken for the vector.
 template <class M, class T>
@@ -395,7 +405,7 @@ private:
   double evaluate(const core::critic_scores<T>& s, bool has_gradient,
                   const call_options<T>& call) const {
     const auto total = core::total_of(core::sum_images(s, call.run_on, core::unchanged_scores{}));
-    const double value = (total.log() - std::log(s.products())) + core::negative_mean(s);
+    const double value = core::log_mean_over_joint(s, total);
     if (has_gradient)
       core::write_softmax(s, total, call);
     return value;
@@ -473,7 +483,7 @@ private:
     input.checks.only_whole(call);
     const auto total = core::total_of(core::sum_images(s, call.run_on, core::unchanged_scores{}));
     const double log_mean = total.log() - std::log(s.products());
-    const double value = log_mean + core::negative_mean(s);
+    const double value = core::log_mean_over_joint(s, total);
     if (log_mean < std::numeric_limits<double>::infinity()) {
       average.log = average.started ? log_add(std::log(options_.rate) + log_mean,
                                               std::log1p(-options_.rate) + average.log)
@@ -727,7 +737,7 @@ private:
                   const call_options<T>& call) const {
     const auto total =
         core::total_of(core::sum_images(s, call.run_on, core::clipped_scores{options_.limit}));
-    const double value = (total.log() - std::log(s.products())) + core::negative_mean(s);
+    const double value = core::log_mean_over_joint(s, total);
     if (has_gradient)
       core::write_sigmoids(s, call);
     return value;

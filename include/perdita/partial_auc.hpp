@@ -116,10 +116,10 @@ protected:
 
   /// f(m − (f_i − f_j) or 0, which are negatives, index of the first) of packs of negatives.
   template <class F> void for_rivals(const step& s, std::size_t i, F f) const {
-    const W top(margin_ - s.own[i]);
+    const W own(s.own[i]), margin(margin_); // what all scores share cancels first
     for (std::size_t j = 0; j < s.rivals.size(); j += static_cast<std::size_t>(per_pack)) {
       const W score = W::load(s.rivals.data() + j);
-      f(max(W(0), score + top), score > W(no_score), j);
+      f(max(W(0), (score - own) + margin), score > W(no_score), j);
     }
   }
 

@@ -639,6 +639,23 @@ TEST_CASE("Partial AUC: limits, and thresholds that settle", "[partial_auc]") {
   }
 }
 
+TEST_CASE("soap, partial AUC: what is added to all scores changes nothing", "[soap][partial_auc]") {
+  const std::vector<int> labels{1, 0, 0, 1}, ids{0, 1, 2, 3};
+  const double large = 0x1p52; // to which integers can be added
+  const std::vector<double> scores{2, 1, 3, 0}, raised{large + 2, large + 1, large + 3, large};
+  const auto check = [&](const auto& loss, const auto& first) {
+    auto state = first, again = first;
+    std::vector<double> g(4), d(4);
+    CHECK(loss(scores, labels, ids, state, g) == loss(raised, labels, ids, again, d));
+    CHECK(g == d);
+  };
+  check(perdita::soap<double>({.margin = 0.7}), perdita::soap_state(4));
+  const perdita::partial_auc_dro<double> dro({.margin = 0.1});
+  const perdita::partial_auc_cvar<double> cvar({.margin = 0.1});
+  check(dro, dro.new_state(4));
+  check(cvar, cvar.new_state(4));
+}
+
 TEST_CASE("Partial AUC: special values and refusals", "[partial_auc]") {
   using Catch::Matchers::ContainsSubstring;
   const auto h = golden_scores();

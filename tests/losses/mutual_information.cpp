@@ -344,6 +344,21 @@ TEST_CASE("mine: the average, its gradient", "[mutual_information]") {
   CHECK((dj[0] == -0.5 && std::isnan(dp[0]) && std::isfinite(dp[1])));
 }
 
+TEST_CASE("donsker_varadhan, mine: a number added to all scores changes nothing",
+          "[mutual_information]") {
+  random_numbers random(4);
+  std::vector<double> s(16), raised;
+  for (double& x : s)
+    x = std::floor(4 * random.normal());
+  for (const double x : s)
+    raised.push_back(x + 0x1p48);
+  const perdita::matrix_view<const double> scores(s.data(), 4, 4), above(raised.data(), 4, 4);
+  const perdita::donsker_varadhan<double> dv;
+  CHECK(dv(above) == dv(scores));
+  const perdita::mine<double> mine;
+  CHECK(mine(above) == mine(scores));
+}
+
 TEST_CASE("critic losses: special scores", "[mutual_information]") {
   std::vector<double> joint{1, 2}, product{-inf, 0, 1}, dj(2), dp(3);
   const perdita::donsker_varadhan<double> dv;
