@@ -189,7 +189,8 @@ private:
       for (index i = 0; i < m; i += width) {
         V x = first(p + i, m - i), y = first(t + i, m - i);
         const auto hole = close_holes(x, y);
-        V slope = squared_ ? fma(x - y, u, x * v) : fma(y, u, (V(1) - y) * v);
+        V slope =
+            squared_ ? fma(x - y, u, select(y == V(0), V(0), y * v)) : fma(y, u, (V(1) - y) * v);
         if constexpr (has_holes)
           slope = select(hole, V(0), slope);
         if (!counts)
@@ -319,7 +320,8 @@ private:
   const executor& run_on_;
 };
 
-/// Of squares: the denominator is 2 Σ p t + Σ (p − t)² + s.
+/// Of squares: the denominator is 2 Σ p t + Σ (p − t)² + s, and slopes are u (p − t) + v t, of
+/// which nothing cancels.
 struct dice_formula {
   double smoothing;
   bool squared;
@@ -330,7 +332,7 @@ struct dice_formula {
     if (all == 0)
       return {};
     if (squared)
-      return {apart / all, 2 / all, -2 * (apart / all) / all};
+      return {apart / all, 2 * (shared / all) / all, -2 * (apart / all) / all};
     return {apart / all, -(1 + apart / all) / all, (shared / all) / all};
   }
 };

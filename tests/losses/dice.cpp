@@ -333,6 +333,20 @@ TEST_CASE("dice: bits do not depend on who does what", "[dice]") {
   same(perdita::mip_tversky<float>({.depth = 5, .height = 1000, .width = 10, .axis = 2}));
 }
 
+TEMPLATE_TEST_CASE("dice of squares: nothing there, and nothing to be done about it", "[dice]",
+                   float, double) {
+  using T = TestType;
+  for (const double size : {1., 1e-2, 1e-5, 1e-10, 1e-18}) {
+    std::vector<T> p(37), t(37), g(37, 9);
+    for (std::size_t i = 0; i < 37; ++i)
+      p[i] = static_cast<T>(size * (1 + 0.1 * static_cast<double>(i)));
+    const perdita::dice<T> loss({.smoothing = 0, .squared = true});
+    CHECK(loss(matrix_view<const T>(p.data(), 1, 37), matrix_view<const T>(t.data(), 1, 37),
+               matrix_view<T>(g.data(), 1, 37)) == 1);
+    CHECK(g == std::vector<T>(37, T(0)));
+  }
+}
+
 TEST_CASE("mip_tversky: the largest voxel along an axis", "[dice]") {
   random_numbers random(13);
   const index shape[] = {4, 5, 600};
