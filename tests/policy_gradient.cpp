@@ -908,6 +908,9 @@ TEST_CASE("policy_gradient: towards a target distribution", "[policy_gradient]")
   const double other_z = std::log(5.0);
   distance = policy::distance_to_target(log_p, uniform.log_p, pi.log_p, &other_z);
   CHECK(close(distance.kl, (kl + std::log(z)) / 2 - other_z));
+  const std::vector<double> some{-1, -inf, -2}, with{-1, -1, -2}, own_some{-1.5, -inf, -2};
+  distance = policy::distance_to_target(some, with, own_some); // both rule the second out
+  CHECK(close(distance.kl, 0.5 / 2 - std::log(2.0 / 3)));
   const std::vector<double> nothing(4, -inf);
   distance = policy::distance_to_target(nothing, uniform.log_p, pi.log_p);
   CHECK((distance.log_normaliser == -inf && std::isnan(distance.kl)));
@@ -931,6 +934,20 @@ TEST_CASE("policy_gradient: towards a target distribution", "[policy_gradient]")
 
 // --- Advantages
 // ------------------------------------------------------------------------------------
+
+TEST_CASE("policy_gradient: NaN shows where there is no old policy", "[policy_gradient]") {
+  const std::vector<double> log_p{-1, std::numeric_limits<double>::quiet_NaN(), -2, -1};
+  const std::vector<double> advantages{1, -1};
+  const auto check = [&](const auto& loss) {
+    std::vector<double> g(4), values(2);
+    CHECK(std::isnan(loss({.policy = matrix_view(log_p.data(), 2, 2), .advantages = advantages},
+                          {.gradient = matrix_view(g.data(), 2, 2)}, {.values = values})));
+    CHECK((std::isnan(values[0]) && !std::isnan(values[1])));
+    CHECK((std::isnan(g[1]) && !std::isnan(g[2]) && !std::isnan(g[3])));
+  };
+  check(perdita::policy_gradient<policy::clip, double>());
+  check(perdita::policy_gradient<policy::sapo, double>());
+}
 
 TEST_CASE("policy: advantages of groups", "[policy_gradient]") {
   using Catch::Matchers::ContainsSubstring;

@@ -178,7 +178,10 @@ private:
   enum input { own, old, reference, sampler, advantages, entropies };
 
   double at(input k, index t) const { return static_cast<double>(in_[k][t]); }
-  double log_ratio(index t) const { return job_.in[old] ? at(own, t) - at(old, t) : 0; }
+  double log_ratio(index t) const {
+    const double l = at(own, t);
+    return job_.in[old] ? l - at(old, t) : l != l ? l : 0;
+  }
   double advantage(index i, index t) const {
     return job_.in[advantages] ? at(advantages, t) : static_cast<double>(job_.advantages[i]);
   }

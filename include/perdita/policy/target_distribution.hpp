@@ -104,7 +104,8 @@ target_distance distance_to_target(P&& log_target, Q&& log_proposal, L&& log_pol
   const double log_z = log_normaliser ? *log_normaliser : result.log_normaliser;
   for (index i = 0; i < drawn.size(); ++i) {
     const double w = std::exp(drawn.log_weight(i) - log_z);
-    kl.add(core::times(w, drawn.of(drawn.target, i) - drawn.of(drawn.policy, i)));
+    if (w != 0) // what both rule out is no difference
+      kl.add(core::times(w, drawn.of(drawn.target, i) - drawn.of(drawn.policy, i)));
     variation.add(std::fabs(std::exp(drawn.log_ratio(i)) - w));
   }
   result.kl = kl.value() / n - log_z;
