@@ -534,6 +534,14 @@ TEST_CASE("c_advul: pieces and their cutoffs", "[unlearning]") {
                             {da, dt, du});
   CHECK(std::abs(value - (0.5 * (-5 - 0.008) + 0.5 * (0.5 + 0.00025) + 2)) < 1e-15);
   CHECK((std::abs(da[0] - 0.00025) < 1e-18 && std::abs(dt[1] + 0.00025) < 1e-18));
+  // What is impossible already is at its cutoff.
+  const std::vector<double> never{-1, -std::numeric_limits<double>::infinity()};
+  const perdita::c_advul<double> flat({.leak = 0});
+  CHECK(flat({.away = {.policy = never, .lengths = one},
+              .toward = {.policy = near, .lengths = one},
+              .utility = utility},
+             {da, dt, du}) == 0.5 * -5 + 0.5 * 0.5 + 2);
+  CHECK((da == std::vector<double>(2, 0) && dt == da));
   // A piece of weight 0 needs no data.
   const perdita::c_advul<double> plain({.away_weight = 0, .toward_weight = 0});
   CHECK(plain({.utility = utility}, {da, {}, du}) == 2);

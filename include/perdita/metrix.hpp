@@ -370,6 +370,8 @@ public:
       if (!mixed[at(r, 1)])
         continue;
       const double* g = &pull[at(r, cols_)];
+      if (std::all_of(g, g + width, [](double slope) { return slope == 0; }))
+        continue; // nothing depends on it, whatever it is
       const double* u = &unit_[at(r, cols_)];
       double along = 0;
       for (std::size_t j = 0; normalise_ && j < width; ++j)

@@ -679,6 +679,19 @@ TEMPLATE_TEST_CASE("Metrix: what is not compared may be anything", "", float, do
   CHECK((g(4, 0) == 0 && g(4, 1) == 0 && g(4, 2) == 0));
 }
 
+TEST_CASE("Metrix of proxies: a row that is ignored may be anything", "") {
+  auto x = random_batch<double>(4, 3, 1);
+  const auto p = random_batch<double>(2, 3, 2);
+  const std::vector<int> labels{0, 1, 0, -100};
+  const perdita::mixed_examples<double> mixed{{0, 0}, {1, 3}, {0.3, 0.6}};
+  const perdita::metrix loss{perdita::proxy_nca<double>()};
+  batch<double> g(4, 3), h(2, 3), again(4, 3), other(2, 3);
+  const double value = loss(x.view(), p.view(), labels, mixed, g.view(), h.view());
+  x(3, 0) = std::numeric_limits<double>::quiet_NaN();
+  CHECK(loss(x.view(), p.view(), labels, mixed, again.view(), other.view()) == value);
+  CHECK((again.x == g.x && other.x == h.x));
+}
+
 TEST_CASE("Metrix: what is drawn", "") {
   const std::vector<int> labels{5, 1, 5, 5, 1, 5, 7}, same(4, 2);
   const auto mixed = perdita::draw_mixed_examples<double>(labels, 20000, 3);
