@@ -888,7 +888,7 @@ private:
       return {};
     const double t = sign * static_cast<double>(sequence_nll<T>()(in));
     const double steep = t < cutoff ? options_.leak : 1;
-    return {weight * (t < cutoff ? cutoff + (options_.leak == 0 ? 0 : options_.leak * t) : t),
+    return {weight * (t < cutoff ? cutoff + links::times(options_.leak, t) : t),
             weight * sign * steep};
   }
   static void write(const part& p, const sequence_scores<T>& in, const vector_view<T>& to) {
