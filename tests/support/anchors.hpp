@@ -149,4 +149,22 @@ template <class Loss> void check_anchor_calls(const Loss& loss) {
   check_calls_of<typename Loss::value_type>(anchor_calls_of(loss));
 }
 
+/// An anchor with NaN or an infinity makes the mean NaN, but the other anchors' gradients are what
+/// they are.
+template <class Loss> void check_spoilt_anchor(const Loss& loss) {
+  using T = typename Loss::value_type;
+  const auto x = random_batch<T>(8, 3, 1), y = random_batch<T>(9, 3, 2);
+  const std::vector<int> of_x{0, 1, 2, 0, 1, 2, 0, 0}, of_y{0, 1, 2, 0, 1, 2, 0, 1, 1};
+  batch<T> g(8, 3), again(8, 3);
+  loss(x.view(), y.view(), of_x, of_y, g.view());
+  for (const T odd : {std::numeric_limits<T>::quiet_NaN(), std::numeric_limits<T>::infinity()}) {
+    auto spoilt = x;
+    spoilt(3, 1) = odd;
+    CHECK(std::isnan(loss(spoilt.view(), y.view(), of_x, of_y, again.view())));
+    for (perdita::index i = 0; i < 8; ++i)
+      for (perdita::index k = 0; k < 3; ++k)
+        CHECK((i == 3 ? std::isnan(again(i, k)) : again(i, k) == g(i, k)));
+  }
+}
+
 } // namespace perdita_tests
