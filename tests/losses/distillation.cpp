@@ -315,7 +315,7 @@ TEMPLATE_TEST_CASE("distillation: a student far above or below its teacher", "[d
         perdita::matrix_view<T>(g.data(), 1, n));
   };
   for (const divergence kind : kinds) {
-    for (const std::size_t n : {7, 65}) { // equal scores are equal probabilities
+    for (const std::size_t n : {7U, 65U}) { // equal scores are equal probabilities
       std::vector<T> g(n, 9);
       for (const T offset : {T(1e8), T(1e15), T(-1e30)}) {
         CHECK(run(kind, std::vector<T>(n, offset), std::vector<T>(n, T(3.3)), g) == 0);
