@@ -217,14 +217,15 @@ TEMPLATE_TEST_CASE("top_k_hinge: rivals that are few, and far apart or close tog
                    float, double) {
   using T = TestType;
   using perdita::index;
-  for (const index n : {32, 63, 64, 200, 1000})
+  for (const index classes : {32, 63, 64, 200, 1000})
     for (const index k : {2, 5, 17})
       for (const index apart : {1, 8, 16, 64})
         for (const index rivals : {1, 2, 3, 6}) {
-          if (k > n || (rivals - 1) * apart + 1 >= n)
+          if (k > classes || (rivals - 1) * apart + 1 >= classes)
             continue;
-          std::vector<T> x(static_cast<std::size_t>(n), -std::numeric_limits<T>::infinity()), g(x);
-          const int label = static_cast<int>(n - 1);
+          std::vector<T> x(static_cast<std::size_t>(classes), -std::numeric_limits<T>::infinity()),
+              g(x);
+          const int label = static_cast<int>(classes - 1);
           x.back() = 0;
           const auto among = static_cast<double>(std::min(k, rivals + 1));
           double expected = 0;
@@ -234,10 +235,10 @@ TEMPLATE_TEST_CASE("top_k_hinge: rivals that are few, and far apart or close tog
               expected += static_cast<double>(rivals - i + 1) / among;
           }
           const T value = perdita::top_k_hinge<T>({.k = k})(
-              perdita::matrix_view<const T>(x.data(), 1, n), std::vector<int>{label},
-              perdita::matrix_view<T>(g.data(), 1, n));
-          INFO(n << " classes, k = " << k << ", " << rivals << " rivals, " << apart
-                 << " apart: " << value << " for " << expected);
+              perdita::matrix_view<const T>(x.data(), 1, classes), std::vector<int>{label},
+              perdita::matrix_view<T>(g.data(), 1, classes));
+          INFO(classes << " classes, k = " << k << ", " << rivals << " rivals, " << apart
+                       << " apart: " << value << " for " << expected);
           CHECK(std::abs(static_cast<double>(value) - expected) <= 1e-6);
           for (index i = 0; i < rivals; ++i)
             CHECK(std::abs(static_cast<double>(g[static_cast<std::size_t>(i * apart)]) -

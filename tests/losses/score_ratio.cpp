@@ -149,7 +149,6 @@ TEMPLATE_TEST_CASE("stablemax, taylor_softmax, spherical_softmax: special rows",
   check_special(stablemax_descriptor<TestType>({}), stable, 4);
 }
 
-// Formula sheet, appendix A.
 // Odds that are no number, or none whose logarithm with 1 could be told from that of less.
 TEST_CASE("stablemax, taylor_softmax, spherical_softmax: no hope for the label", "[ratio]") {
   const auto check = [](const auto& loss, std::vector<double> x, double value,
@@ -160,7 +159,7 @@ TEST_CASE("stablemax, taylor_softmax, spherical_softmax: no hope for the label",
     INFO(x[0] << ", " << x[1] << ": " << got << " for " << value << ", slopes " << g[0] << ", "
               << g[1] << " for " << slopes[0] << ", " << slopes[1]);
     CHECK(std::abs(got - value) <= 1e-14 * value);
-    for (std::size_t k : {0, 1})
+    for (std::size_t k : {0U, 1U})
       CHECK(std::abs(g[k] - slopes[k]) <= 1e-14 * std::abs(slopes[k]));
   };
   const double ten = std::log(10.0), two = std::log(2.0);
@@ -176,6 +175,7 @@ TEST_CASE("stablemax, taylor_softmax, spherical_softmax: no hope for the label",
   check(perdita::stablemax<double>(), {1e300, -1e150}, 450 * ten, {1e-300, -1e-150});
 }
 
+// Formula sheet, appendix A.
 TEST_CASE("stablemax, taylor_softmax, spherical_softmax: golden values", "[ratio]") {
   check_golden(perdita::stablemax<double>(), 1.39534419664,
                {-0.501501502, 0.0341250341, 0.165165165, 0.165165165});
