@@ -151,6 +151,55 @@ TEST_CASE("linear: no more is dropped than is said to be", "[linear]") {
   CHECK(missing > 0.7 * said); // pieces in which a list does not pay are kept whole
 }
 
+TEST_CASE("linear: slices together drop no more than the share", "[linear]") {
+  const auto p = peaked_problem(40, 6000);
+  const auto masses = row_masses(p);
+  constexpr index slices = 8;
+  constexpr double share = 0.3;
+  const index each = p.classes / slices;
+  std::vector<double> dropped(masses.size());
+  const perdita::linear head(perdita::cross_entropy<float>{},
+                             {.drop_mass = share, .dropped = dropped});
+  const perdita::matrix_view<const float> hidden(p.hidden.data(), p.rows, p.features);
+  const auto slice = [&](index s) {
+    const perdita::matrix_view<const float> weights(p.weights.data() + s * each * p.features, each,
+                                                    p.features);
+    const perdita::vector_view<const float> bias(p.bias.data() + s * each, each);
+    return head.slice(hidden, perdita::affine(weights, bias), p.labels, s * each, p.classes);
+  };
+  std::vector<perdita::linear_record> all(masses.size()), one(masses.size());
+  slice(0).summarise(all);
+  for (index s = 1; s < slices; ++s) {
+    slice(s).summarise(one);
+    slice(s).merge(all, one);
+  }
+  std::vector<float> d_hidden(p.hidden.size()),
+      d_weights(static_cast<std::size_t>(each) * static_cast<std::size_t>(p.features));
+  std::vector<double> sum(masses.size());
+  for (index s = 0; s < slices; ++s) {
+    slice(s).backward(all, perdita::matrix_view<float>(d_hidden.data(), p.rows, p.features),
+                      perdita::matrix_view<float>(d_weights.data(), each, p.features));
+    for (std::size_t i = 0; i < sum.size(); ++i)
+      sum[i] += dropped[i];
+  }
+  for (std::size_t i = 0; i < sum.size(); ++i)
+    CHECK(sum[i] <= share * masses[i] * (1 + 1e-4));
+  CHECK(std::any_of(sum.begin(), sum.end(), [](double d) { return d > 0; }));
+}
+
+TEST_CASE("linear: of rows that lose nothing, that is said", "[linear]") {
+  auto p = peaked_problem(20);
+  p.labels[3] = p.labels[19] = -100;
+  for (const double share : {0.3, 0.0}) {
+    std::vector<double> dropped(20, -1);
+    differentiate(p, {.drop_mass = share, .dropped = dropped});
+    CHECK(dropped[3] == 0);
+    CHECK(dropped[19] == 0);
+    for (const double d : dropped)
+      CHECK((share > 0 ? d >= 0 : d == 0));
+  }
+}
+
 TEST_CASE("linear: drop_below drops by size, with what is in an entry but the common scale",
           "[linear]") {
   const auto p = peaked_problem();

@@ -194,6 +194,9 @@ TEST_CASE("linear: a slice refuses what cannot be its", "[linear]") {
   };
   CHECK_THROWS_WITH(slice(-1, 1301), Catch::Matchers::ContainsSubstring("first_class is -1"));
   CHECK_THROWS_WITH(slice(1202, 1301), Catch::Matchers::ContainsSubstring("first_class is 1202"));
+  CHECK_THROWS_WITH(head.slice(hidden, perdita::matrix_view<const float>(nullptr, 0, p.features),
+                               p.labels, 5, 1301),
+                    Catch::Matchers::ContainsSubstring("rows of the weights is 0"));
   std::vector<perdita::linear_record> few(36), enough(37);
   CHECK_THROWS_WITH(slice(0, 1301).summarise(few),
                     Catch::Matchers::ContainsSubstring("number of records is 36"));

@@ -41,13 +41,13 @@ struct linear_options {
   /// Gradient filtering, in [0, 1): of each row of G, entries that together are at most this share
   /// of Σ_j |G_ij| may be dropped, where that spares work: then ‖Δ∂X_i‖ ≤ share Σ_j |G_ij| max
   /// ‖W_j‖ and ‖Δ∂W‖ ≤ share Σ_ij |G_ij| ‖X_i‖. The gradient of the bias is exact. 0: nothing is
-  /// dropped.
+  /// dropped. A slice keeps to its part of the classes' share.
   double drop_mass = 0;
   /// The same for entries below this size, with all that is in them (row weight, upstream, class
   /// weight, penalty) but the scale and the denominator that all rows have in common. This bounds
   /// no row's error: a flat row may be dropped whole.
   double drop_below = 0;
-  /// Where given, the mass that drop_mass let go, of each row.
+  /// Where given, the mass that drop_mass let go, of each row; 0 where nothing was dropped by it.
   vector_view<double> dropped{};
 };
 
@@ -136,6 +136,8 @@ public:
     core::require(first_class >= 0 && first_class + result.io_.weights.rows <= classes, name,
                   "first_class", first_class,
                   "a slice of the classes: 0 to classes - rows of weights");
+    core::require(result.io_.weights.rows > 0 || classes == 0, name, "rows of the weights", 0,
+                  "at least one class");
     result.io_.first_class = first_class;
     return result;
   }
@@ -311,6 +313,8 @@ private:
   T run(core::row_job<T>& job, core::linear_job<T>& io, const call_options<T>& call,
         const core::row_record* records = nullptr) const {
     return run_with<Gradient>(job, io, call, [&](const auto& formula) {
+      for (index r = 0; r < io.dropped.size && Gradient; ++r)
+        io.dropped[r] = 0;
       return core::run_linear<Gradient>(formula, job, io, call.run_on, call.memory, records);
     });
   }

@@ -7,7 +7,8 @@
 /// An entry is dropped where its size, with every scale in it, is not above the row's threshold.
 /// Either the threshold is given, or it is the largest of a few for which what is dropped of a row
 /// adds up to no more than a share of the row's mass Σ_j |g_j|: they rise by a constant ratio from
-/// share · mass / classes, which cannot drop too much.
+/// share · mass / classes, which cannot drop too much. Who has a slice of the classes drops no more
+/// than their part of the share, so that all slices together keep to it.
 
 #include <algorithm>
 #include <bit>
@@ -51,11 +52,13 @@ public:
     }
   };
 
-  linear_thresholds(const linear_filter& filter, index classes, index panels, index slices,
-                    carver& memory)
+  /// For `classes` of `all` that a row has.
+  linear_thresholds(const linear_filter& filter, index classes, index all, index panels,
+                    index slices, carver& memory)
       : filter_(filter), slices_(slices),
         ratio_(static_cast<T>(std::pow(static_cast<double>(classes), 1.0 / steps))),
-        least_(static_cast<T>(filter.share / static_cast<double>(classes))) {
+        least_(static_cast<T>(filter.share / static_cast<double>(all))) {
+    filter_.share *= static_cast<double>(classes) / static_cast<double>(all);
     const auto n = static_cast<std::size_t>(filter ? panels : 0);
     mass_ = memory.take<V>(n);
     threshold_ = memory.take<V>(n);

@@ -50,7 +50,8 @@ public:
         weights_lie_(rows_lie(linear.d_weights) &&
                      linear.d_weights.plane_rows == linear.d_weights.rows),
         block_(formula, job, linear, slices_, memory_),
-        thresholds_(linear.filter, shape_.classes, linear.block_rows / width, slices_, memory_),
+        thresholds_(linear.filter, shape_.classes, job.scores.cols, linear.block_rows / width,
+                    slices_, memory_),
         tiles_(linear, memory_) {
     lay_out(scratch != nullptr);
   }
