@@ -7,10 +7,11 @@
 /// the row before leaves in the same loop, so that arithmetic, reading and writing overlap; the
 /// line 16 KiB ahead is asked for in time (without that, alternating between rows starves the
 /// hardware's prefetcher: a factor of two on Zen 4). The next chunk's maximum is taken in the same
-/// loop too. Images e^{z-s} stay in the row itself where the gradient overwrites the scores, and
-/// in scratch otherwise; formulas whose slope reads the score compute them again. A gradient too
-/// large for the caches is written past them, whole lines at a time. Short rows go in one loop each
-/// where all lies in place and the shift stays: what is done once a row would take a third.
+/// loop too. Images e^{z-s} stay in the gradient's row where it overwrites the scores, or is long
+/// and goes through the caches, and in scratch otherwise; formulas whose slope reads the score
+/// compute them again. A gradient too large for the caches is written past them, whole lines at a
+/// time. Short rows go in one loop each where all lies in place and the shift stays: what is done
+/// once a row would take a third.
 
 #include <algorithm>
 
@@ -168,7 +169,8 @@ public:
         soft_in_place_(job.soft.direct() && job.soft.col_stride == 1),
         gradient_in_place_(job.gradient.direct() && job.gradient.col_stride == 1 &&
                            !job.accumulate),
-        images_in_row_(job.in_place() && scores_in_place_ && gradient_in_place_),
+        images_in_row_(scores_in_place_ && gradient_in_place_ &&
+                       (job.in_place() || (cols_ > short_columns && !job.streaming))),
         has_gradient_(job.has_gradient()),
         short_(cols_ <= short_columns && scores_in_place_ && (!job.soft || soft_in_place_) &&
                (!has_gradient_ || gradient_in_place_)) {
@@ -537,10 +539,13 @@ private:
     return gradient_of(read, side, e);
   }
   static PERDITA_INLINE void put(const V& g, index i, const emit_cursor& e) {
-    if (e.streaming)
+    constexpr index soon = 12; // packs
+    if (e.streaming) {
       g.stream(e.to + i * width);
-    else
+    } else {
       g.store(e.to + i * width);
+      prefetch_to_write(e.to + (i + soon) * width);
+    }
   }
 
   /// What is left of `run` chunks from number c on once their whole packs are written.
