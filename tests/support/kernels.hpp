@@ -15,7 +15,13 @@
   how double run_linear<false>(const __VA_ARGS__&, const row_job<T>&, const linear_job<T>&,        \
                                const executor&, workspace*, const row_record*);                    \
   how double run_linear<true>(const __VA_ARGS__&, const row_job<T>&, const linear_job<T>&,         \
-                              const executor&, workspace*, const row_record*);
+                              const executor&, workspace*, const row_record*);                     \
+  how void summarise_linear(const __VA_ARGS__&, const row_job<T>&, const linear_job<T>&,           \
+                            const executor&, workspace*, row_record*);
+
+#define PERDITA_TEST_PRODUCT(how, T)                                                               \
+  how void multiply<T>(broadcast_operand<T>, panelled_operand<T>, product_result<T>, index, index, \
+                       index, bool);
 
 #define PERDITA_TEST_ANCHORS(how, T)                                                               \
   how double run_anchors<T>(const anchor_function<T>&, const anchor_job<T>&, bool,                 \
@@ -42,6 +48,7 @@
   PERDITA_TEST_SIMILARITY(how, T, cross_entropy_formula<T, log_sum_exp_and_moments>)
 
 #define PERDITA_TEST_LINEAR_KERNELS(how, T)                                                        \
+  PERDITA_TEST_PRODUCT(how, T)                                                                     \
   PERDITA_TEST_LINEAR(how, T, cross_entropy_formula<T, log_sum_exp>)                               \
   PERDITA_TEST_LINEAR(how, T, cross_entropy_formula<T, log_sum_exp_and_total>)                     \
   PERDITA_TEST_LINEAR(how, T, cross_entropy_formula<T, log_sum_exp_and_moments>)                   \
