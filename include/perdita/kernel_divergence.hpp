@@ -16,7 +16,20 @@ namespace core {
 
 /// e^{top − ‖x − y‖²/(2 σ²)} between points, from squared distances.
 struct gaussian_kernel {
-  double rate, top = 0; ///< 1/(2 σ²)
+  double unit; ///< which points are multiplied by: a power of two, 1 unless σ² is out of range
+  double rate; ///< 1/(2 σ²), of such points
+  double top = 0;
+
+  explicit gaussian_kernel(double bandwidth) {
+    const int exponent = std::ilogb(bandwidth);
+    unit = std::ldexp(1.0, std::clamp(exponent, -400, 400) - exponent);
+    rate = 0.5 / (bandwidth * unit) / (bandwidth * unit);
+  }
+  gaussian_kernel raised(double to) const {
+    gaussian_kernel kernel = *this;
+    kernel.top = to;
+    return kernel;
+  }
   pack<double> operator()(const pack<double>& squares) const {
     return exp_shifted(fnma(squares, pack<double>(rate), pack<double>(top)));
   }
@@ -44,17 +57,20 @@ inline std::vector<double> sum_kernel(const point_cloud& x, const point_cloud& y
   });
   return sums;
 }
-/// The least squared distance between two sets; +inf if none is a number.
-inline double least_square(const point_cloud& x, const point_cloud& y, const executor& run_on) {
+/// The largest of exponent(i, block of y) of all pairs of points; 0 if none is a number.
+template <class Exponent>
+double largest_exponent(const point_cloud& x, const point_cloud& y, const executor& run_on,
+                        Exponent exponent) {
   using W = pack<double>;
-  std::vector<double> least(static_cast<std::size_t>(x.size()));
-  for_points(x, y, run_on, [&](index i, pack<double>*) {
+  std::vector<double> largest(static_cast<std::size_t>(x.size()));
+  for_points(x, y, run_on, [&](index i, W*) {
     W high(no_score);
     for (index b = 0; b < y.blocks(); ++b)
-      high = max(-y.squares(x.point(i), b, -1), high);
-    least[static_cast<std::size_t>(i)] = -max_lanes(high);
+      high = max(exponent(i, b), high);
+    largest[static_cast<std::size_t>(i)] = max_lanes(high);
   });
-  return *std::min_element(least.begin(), least.end());
+  const double top = *std::max_element(largest.begin(), largest.end());
+  return std::isfinite(top) ? top : 0;
 }
 inline double total_of(const std::vector<double>& parts) {
   exact_sum sum;
@@ -68,13 +84,13 @@ struct two_sample_sums {
   double xx = 0, yy = 0, xy = 0;
   std::vector<double> pull_xx, pull_yy, pull_xy, pull_yx;
 
-  two_sample_sums(const point_cloud& x, const point_cloud& y, double rate, double top,
-                  bool skip_own, bool gradients, const executor& run_on) {
+  two_sample_sums(const point_cloud& x, const point_cloud& y, const gaussian_kernel& within,
+                  double top, bool skip_own, bool gradients, const executor& run_on) {
     const auto room = [&](std::vector<double>& pulls, const point_cloud& of) {
       pulls.resize(gradients ? static_cast<std::size_t>(of.size() * of.dims()) : 0);
       return gradients ? pulls.data() : nullptr;
     };
-    const gaussian_kernel within{rate}, across{rate, top};
+    const gaussian_kernel across = within.raised(top);
     xx = total_of(sum_kernel(x, x, within, skip_own, room(pull_xx, x), run_on));
     yy = total_of(sum_kernel(y, y, within, skip_own, room(pull_yy, y), run_on));
     xy = total_of(sum_kernel(x, y, across, false, room(pull_xy, x), run_on));
@@ -155,22 +171,23 @@ inline void require_bandwidth(const char* name, double bandwidth) {
 /// Writes −(2 of_own pull_own + of_xy pull_xy)/σ², the gradient of a sample's points.
 template <class T>
 void write_pulls(const matrix_data<T, true>& to, const std::vector<double>& own, double of_own,
-                 const std::vector<double>& across, double of_across, double rate,
+                 const std::vector<double>& across, double of_across, const gaussian_kernel& kernel,
                  const call_options<T>& call) {
-  const double scale = -2 * rate * static_cast<double>(call.scale);
+  const double scale = -2 * kernel.rate * static_cast<double>(call.scale);
   std::size_t at = 0;
   for (index r = 0; r < to.rows; ++r)
     for (index c = 0; c < to.cols; ++c, ++at)
-      put_number(to, r, c, scale * (2 * of_own * own[at] + of_across * across[at]),
+      put_number(to, r, c, scale * (2 * of_own * own[at] + of_across * across[at]) * kernel.unit,
                  call.accumulate);
 }
 template <class T>
 void write_two_sample(const sample_pair<T>& pair, const two_sample_sums& sums,
-                      const two_sample_slopes& slopes, double rate, const call_options<T>& call) {
+                      const two_sample_slopes& slopes, const gaussian_kernel& kernel,
+                      const call_options<T>& call) {
   if (!pair.has_gradient)
     return;
-  write_pulls(pair.out[0], sums.pull_xx, slopes.of_xx, sums.pull_xy, slopes.of_xy, rate, call);
-  write_pulls(pair.out[1], sums.pull_yy, slopes.of_yy, sums.pull_yx, slopes.of_xy, rate, call);
+  write_pulls(pair.out[0], sums.pull_xx, slopes.of_xx, sums.pull_xy, slopes.of_xy, kernel, call);
+  write_pulls(pair.out[1], sums.pull_yy, slopes.of_yy, sums.pull_yx, slopes.of_xy, kernel, call);
 }
 
 /// Gaussian kernels A and B of n paired samples, of which no matrix is held: row sums, and Σ A ∘ B.
@@ -220,7 +237,7 @@ public:
       }
       sums[static_cast<std::size_t>(i)] = sum_lanes(sum);
       for (index d = 0; d < to.cols; ++d)
-        put_number(to, i, d, scale * sum_lanes(pulls[d]), call.accumulate);
+        put_number(to, i, d, scale * sum_lanes(pulls[d]) * own.unit, call.accumulate);
     });
     return total_of(sums);
   }
@@ -276,15 +293,15 @@ private:
   friend core::sample_loss<mmd<T>, T>;
   double evaluate(const core::sample_pair<T>& pair, const call_options<T>& call) const {
     pair.check({{name}}, false, options_.unbiased ? 2 : 1, call);
-    const core::point_cloud x(pair.in[0]), y(pair.in[1]);
-    const double rate = 0.5 / options_.bandwidth / options_.bandwidth;
-    const core::two_sample_sums sums(x, y, rate, 0, options_.unbiased, pair.has_gradient,
+    const core::gaussian_kernel kernel(options_.bandwidth);
+    const core::point_cloud x(pair.in[0], kernel.unit), y(pair.in[1], kernel.unit);
+    const core::two_sample_sums sums(x, y, kernel, 0, options_.unbiased, pair.has_gradient,
                                      call.run_on);
     const auto n = static_cast<double>(x.size()), m = static_cast<double>(y.size());
     const double of_xx = 1 / (n * (options_.unbiased ? n - 1 : n)),
                  of_yy = 1 / (m * (options_.unbiased ? m - 1 : m)), of_xy = -2 / (n * m);
     const double value = (of_xx * sums.xx + of_yy * sums.yy) + of_xy * sums.xy;
-    core::write_two_sample(pair, sums, {value, of_xx, of_yy, of_xy}, rate, call);
+    core::write_two_sample(pair, sums, {value, of_xx, of_yy, of_xy}, kernel, call);
     return value;
   }
   options options_;
@@ -320,15 +337,17 @@ private:
   friend core::sample_loss<cauchy_schwarz_divergence<T>, T>;
   double evaluate(const core::sample_pair<T>& pair, const call_options<T>& call) const {
     pair.check({{name}}, false, 1, call);
-    const core::point_cloud x(pair.in[0]), y(pair.in[1]);
-    const double rate = 0.5 / options_.bandwidth / options_.bandwidth;
-    const double top = rate * core::least_square(x, y, call.run_on);
-    const core::two_sample_sums sums(x, y, rate, std::isfinite(top) ? top : 0, false,
-                                     pair.has_gradient, call.run_on);
+    const core::gaussian_kernel kernel(options_.bandwidth);
+    const core::point_cloud x(pair.in[0], kernel.unit), y(pair.in[1], kernel.unit);
+    const double top = -core::largest_exponent(x, y, call.run_on, [&](index i, index b) {
+      return y.squares(x.point(i), b, -1) * -kernel.rate;
+    });
+    const core::two_sample_sums sums(x, y, kernel, top, false, pair.has_gradient, call.run_on);
     const auto n = static_cast<double>(x.size()), m = static_cast<double>(y.size());
     const double value = std::log(sums.xx / (n * n)) + std::log(sums.yy / (m * m)) -
                          2 * (std::log(sums.xy / (n * m)) - top);
-    core::write_two_sample(pair, sums, {value, 1 / sums.xx, 1 / sums.yy, -2 / sums.xy}, rate, call);
+    core::write_two_sample(pair, sums, {value, 1 / sums.xx, 1 / sums.yy, -2 / sums.xy}, kernel,
+                           call);
     return value;
   }
   options options_;
@@ -363,10 +382,9 @@ private:
   friend core::sample_loss<hsic<T>, T>;
   double evaluate(const core::sample_pair<T>& pair, const call_options<T>& call) const {
     pair.check({{name}}, true, 2, call);
-    const core::point_cloud x(pair.in[0]), y(pair.in[1]);
-    const core::paired_kernels kernels(x, y, {0.5 / options_.bandwidth / options_.bandwidth},
-                                       {0.5 / options_.other_bandwidth / options_.other_bandwidth},
-                                       call.run_on);
+    const core::gaussian_kernel of_x(options_.bandwidth), of_y(options_.other_bandwidth);
+    const core::point_cloud x(pair.in[0], of_x.unit), y(pair.in[1], of_y.unit);
+    const core::paired_kernels kernels(x, y, of_x, of_y, call.run_on);
     const auto n = static_cast<double>(x.size());
     const double factor = 1 / ((n - 1) * (n - 1));
     const auto centring = [&](const std::vector<double>& sums) {
@@ -457,11 +475,10 @@ private:
   friend core::sample_loss<cs_qmi<T>, T>;
   double evaluate(const core::sample_pair<T>& pair, const call_options<T>& call) const {
     pair.check({{name}}, true, 1, call);
-    const core::point_cloud samples[2] = {core::point_cloud(pair.in[0]),
-                                          core::point_cloud(pair.in[1])};
-    const core::gaussian_kernel kernels[2] = {
-        {0.5 / options_.bandwidth / options_.bandwidth},
-        {0.5 / options_.other_bandwidth / options_.other_bandwidth}};
+    const core::gaussian_kernel kernels[2] = {core::gaussian_kernel(options_.bandwidth),
+                                              core::gaussian_kernel(options_.other_bandwidth)};
+    const core::point_cloud samples[2] = {core::point_cloud(pair.in[0], kernels[0].unit),
+                                          core::point_cloud(pair.in[1], kernels[1].unit)};
     std::vector<double> slopes[2], of_own[2];
     const auto room = [&](std::vector<double>& v) { return pair.has_gradient ? &v : nullptr; };
     const double joint = core::quadratic_information(samples[0], samples[1], kernels[0], kernels[1],
@@ -496,7 +513,7 @@ private:
 ///
 /// 0 for ŷ = y. The prediction term of the Cauchy-Schwarz information bottleneck, which adds β
 /// times the normalised cs_qmi of inputs and representation. The last sum is taken relative to its
-/// largest kernel, so that predictions far off have a gradient. (The authors' code has Σ_j K_ij²
+/// largest term, so that predictions far off have a gradient. (The authors' code has Σ_j K_ij²
 /// for (Σ_j K_ij)², and logarithms to base 2.)
 /// Shapes: x n × any, y and ŷ n × columns, n ≥ 1; one gradient, of ŷ, apart from everything.
 /// Everything else: as mmd.
@@ -566,17 +583,24 @@ private:
         bool has_gradient, const call_options<T>& call) const {
     using W = core::pack<double>;
     check(inputs, responses, predictions, gradient, has_gradient, call);
-    const core::point_cloud x(inputs), y(responses), p(predictions);
+    const core::gaussian_kernel of_x(options_.bandwidth), of_y(options_.other_bandwidth);
+    const core::point_cloud x(inputs, of_x.unit), y(responses, of_y.unit),
+        p(predictions, of_y.unit);
     const index n = x.size(), dims = p.dims();
-    const double rate = 0.5 / options_.other_bandwidth / options_.other_bandwidth;
-    const core::gaussian_kernel of_x{0.5 / options_.bandwidth / options_.bandwidth}, of_y{rate};
-    const double nearest = rate * core::least_square(p, y, call.run_on);
-    const core::gaussian_kernel across{rate, std::isfinite(nearest) ? nearest : 0};
 
     auto share = core::sum_kernel(x, x, of_x, false, nullptr, call.run_on); // then 1/(Σ K)²
-    for (double& s : share)
+    std::vector<double> log_share;
+    for (double& s : share) {
+      log_share.push_back(-2 * std::log(s));
       s = 1 / (s * s);
+    }
     share.resize(static_cast<std::size_t>(core::whole_packs(n)));
+    const auto exponent = [&](index i, index b) { // log W_ij k(ŷ_i, y_j)
+      const W of_inputs = fnma(x.squares(x.point(i), b, -1), W(of_x.rate),
+                               W(log_share[static_cast<std::size_t>(i)]));
+      return fnma(y.squares(p.point(i), b, -1), W(of_y.rate), of_inputs);
+    };
+    const double top = core::largest_exponent(p, y, call.run_on, exponent);
     std::vector<double> sums[3]; // of y; of ŷ; of both
     for (auto& sum : sums)
       sum.resize(static_cast<std::size_t>(n));
@@ -589,7 +613,7 @@ private:
         const W k = of_x(x.squares(x.point(i), b, -1)), mine = k * share[at];
         const W theirs = k * W::load(share.data() + b * core::per_pack);
         const W of_predictions = of_y(p.squares(p.point(i), b, -1));
-        const W of_both = mine * across(y.squares(p.point(i), b, -1));
+        const W of_both = exp_shifted(exponent(i, b) - W(top));
         sum[0] += mine * of_y(y.squares(y.point(i), b, -1));
         sum[1] += mine * of_predictions;
         sum[2] += of_both;
@@ -609,9 +633,8 @@ private:
     const double of_y_sum = core::total_of(sums[0]), of_p = core::total_of(sums[1]),
                  of_both = core::total_of(sums[2]);
     if (has_gradient)
-      core::write_pulls(gradient, within, 0.5 / of_p, between, -2 / of_both, rate, call);
-    return static_cast<T>(std::log(of_y_sum) + std::log(of_p) -
-                          2 * (std::log(of_both) - across.top));
+      core::write_pulls(gradient, within, 0.5 / of_p, between, -2 / of_both, of_y, call);
+    return static_cast<T>(std::log(of_y_sum) + std::log(of_p) - 2 * (std::log(of_both) + top));
   }
   options options_;
 };

@@ -172,23 +172,28 @@ public:
   double* first() { return u_.at.data(); }
   double* second() { return v_.at.data(); }
 
-  /// The distance; adds slopes to those of the points, `scale` times, unless they are null.
-  double operator()(double scale, double* of_first, double* of_second) {
+  /// The largest distance between partners, that is a number, of the last call.
+  double largest() const { return largest_; }
+
+  /// The distance, in powers of `unit`; adds slopes to those of the points unless they are null.
+  double operator()(double unit, double* of_first, double* of_second) {
     u_.sort();
     v_.sort();
     const auto n = static_cast<index>(u_.at.size()), m = static_cast<index>(v_.at.size());
-    const double unit = 1 / (static_cast<double>(n) * static_cast<double>(m));
+    const double share = 1 / (static_cast<double>(n) * static_cast<double>(m));
+    largest_ = 0;
     exact_sum sum;
     for (index i = 0, j = 0, from = 0; i < n && j < m;) { // from: mass moved, of n m
       const index to = std::min((i + 1) * m, (j + 1) * n);
-      const double mass = static_cast<double>(to - from) * unit;
+      const double mass = static_cast<double>(to - from) * share;
       const index a = u_.order[static_cast<std::size_t>(i)],
                   b = v_.order[static_cast<std::size_t>(j)];
-      const double off = first()[a] - second()[b], size = std::fabs(off);
+      const double off = (first()[a] - second()[b]) / unit, size = std::fabs(off);
       const double steep = p_ == 2 ? size : std::pow(size, p_ - 1);
+      largest_ = std::max(largest_, size);
       sum.add(mass * (size * steep));
       if (of_first && off != 0) {
-        const double slope = scale * mass * p_ * (off > 0 ? steep : off < 0 ? -steep : off);
+        const double slope = mass * p_ * (off > 0 ? steep : off < 0 ? -steep : off);
         of_first[a] += slope;
         of_second[b] -= slope;
       }
@@ -216,7 +221,7 @@ private:
       });
     }
   };
-  double p_;
+  double p_, largest_ = 0;
   side u_, v_;
 };
 
@@ -399,29 +404,38 @@ private:
     const index n = x.size(), m = y.size(), dims = x.dims(), count = theta.size();
     const index groups = std::min(count, most_groups);
     const auto room = static_cast<std::size_t>(pair.has_gradient ? (n + m) * dims : 0);
-    std::vector<double> values(static_cast<std::size_t>(count)),
-        slopes(room * static_cast<std::size_t>(groups));
+    std::vector<double> values(static_cast<std::size_t>(count)), largest(values), slopes;
     const auto workers = std::min(static_cast<std::size_t>(groups), call.run_on.concurrency());
-    core::share_out(groups, workers, call.run_on, [&](std::size_t) {
-      return [&, line = core::line_transport(n, m, options_.p),
-              of_x = std::vector<double>(static_cast<std::size_t>(n)),
-              of_y = std::vector<double>(static_cast<std::size_t>(m))](index group) mutable {
-        double* const to = slopes.data() + static_cast<std::size_t>(group) * room;
-        for (index l = group; l < count; l += groups) {
-          project(x, theta.point(l), line.first());
-          project(y, theta.point(l), line.second());
-          std::fill(of_x.begin(), of_x.end(), 0.0);
-          std::fill(of_y.begin(), of_y.end(), 0.0);
-          values[static_cast<std::size_t>(l)] =
-              line(1, pair.has_gradient ? of_x.data() : nullptr, of_y.data());
-          if (!pair.has_gradient)
-            continue;
-          lift(of_x, theta.point(l), dims, to);
-          lift(of_y, theta.point(l), dims, to + n * dims);
-        }
-      };
-    });
-    const double power = core::total_of(values) / static_cast<double>(count);
+    const auto transport = [&](double unit) { // ℓ^p and slopes, in powers of it
+      slopes.assign(room * static_cast<std::size_t>(groups), 0);
+      core::share_out(groups, workers, call.run_on, [&](std::size_t) {
+        return [&, line = core::line_transport(n, m, options_.p),
+                of_x = std::vector<double>(static_cast<std::size_t>(n)),
+                of_y = std::vector<double>(static_cast<std::size_t>(m))](index group) mutable {
+          double* const to = slopes.data() + static_cast<std::size_t>(group) * room;
+          for (index l = group; l < count; l += groups) {
+            project(x, theta.point(l), line.first());
+            project(y, theta.point(l), line.second());
+            std::fill(of_x.begin(), of_x.end(), 0.0);
+            std::fill(of_y.begin(), of_y.end(), 0.0);
+            values[static_cast<std::size_t>(l)] =
+                line(unit, pair.has_gradient ? of_x.data() : nullptr, of_y.data());
+            largest[static_cast<std::size_t>(l)] = line.largest();
+            if (!pair.has_gradient)
+              continue;
+            lift(of_x, theta.point(l), dims, to);
+            lift(of_y, theta.point(l), dims, to + n * dims);
+          }
+        };
+      });
+      return core::total_of(values) / static_cast<double>(count);
+    };
+    double unit = 1, power = transport(unit);
+    if (power < 0x1p-900 || power > 0x1p900) { // where powers have no digits, or no number
+      const double most = *std::max_element(largest.begin(), largest.end());
+      if (most > 0 && std::isfinite(most))
+        power = transport(unit = most);
+    }
     const double root = options_.p == 2 ? std::sqrt(power) : std::pow(power, 1 / options_.p);
     if (pair.has_gradient) {
       for (std::size_t k = 1; k < static_cast<std::size_t>(groups); ++k)
@@ -430,11 +444,13 @@ private:
       double scale = static_cast<double>(call.scale) / static_cast<double>(count);
       if (options_.root)
         scale *= power == 0 ? 0 : root / power / options_.p;
+      else
+        scale *= std::pow(unit, options_.p - 1);
       core::write_points(pair.out[0], slopes, scale, call.accumulate);
       slopes.erase(slopes.begin(), slopes.begin() + n * dims);
       core::write_points(pair.out[1], slopes, scale, call.accumulate);
     }
-    return static_cast<T>(options_.root ? root : power);
+    return static_cast<T>(options_.root ? unit * root : power * std::pow(unit, options_.p));
   }
   options options_;
 };

@@ -302,6 +302,71 @@ TEST_CASE("kernel divergences: equal samples, far samples, special values", "[ke
   CHECK(std::isnan(loss(x.view(), y.view())));
 }
 
+TEST_CASE("mmd: a point at infinity is no far point", "[kernel_divergence]") {
+  const double inf = std::numeric_limits<double>::infinity();
+  for (const double x : {inf, -inf}) {
+    sample<double> far(3, 2, 1, 0, 5), y(4, 2, 1, 0, 6);
+    far.x[2] = x;
+    const perdita::mmd<double> loss({.unbiased = true});
+    CHECK(std::isnan(loss(far.view(), y.view(), far.gradient(), y.gradient())));
+    CHECK((std::isnan(far.g[2]) && std::isnan(y.g[0])));
+    CHECK(std::isnan(loss(y.view(), far.view())));
+  }
+}
+
+TEST_CASE("kernel divergences: bandwidths whose squares are out of range", "[kernel_divergence]") {
+  const auto check = [](const auto& make, double bandwidth) {
+    sample<double> x(5, 2, 1, 0, 5), y(5, 2, 1, 0.5, 6), far_x = x, far_y = y;
+    for (std::size_t i = 0; i < x.x.size(); ++i) {
+      far_x.x[i] *= bandwidth;
+      far_y.x[i] *= bandwidth;
+    }
+    const double value = make(1)(x.view(), y.view(), x.gradient(), y.gradient());
+    const double scaled =
+        make(bandwidth)(far_x.view(), far_y.view(), far_x.gradient(), far_y.gradient());
+    CHECK(std::abs(scaled - value) < 1e-14);
+    for (std::size_t i = 0; i < x.g.size(); ++i) {
+      CHECK(std::abs(far_x.g[i] * bandwidth - x.g[i]) < 1e-13);
+      CHECK(std::abs(far_y.g[i] * bandwidth - y.g[i]) < 1e-13);
+    }
+  };
+  for (const double bandwidth : {1e163, 1e-155, 1e-200, 1e250, 1e-290}) {
+    CAPTURE(bandwidth);
+    check([](double b) { return perdita::mmd<double>({.bandwidth = b}); }, bandwidth);
+    check([](double b) { return perdita::mmd<double>({.bandwidth = b, .unbiased = true}); },
+          bandwidth);
+    check([](double b) { return perdita::cauchy_schwarz_divergence<double>({.bandwidth = b}); },
+          bandwidth);
+    const auto hsic = [](double b) {
+      return perdita::hsic<double>({.bandwidth = b, .other_bandwidth = b});
+    };
+    check(hsic, bandwidth);
+    for (const bool normalised : {false, true}) {
+      const auto information = [=](double b) {
+        return perdita::cs_qmi<double>(
+            {.bandwidth = b, .other_bandwidth = b, .normalised = normalised});
+      };
+      check(information, bandwidth);
+    }
+  }
+}
+
+TEST_CASE("conditional_cauchy_schwarz: predictions far off", "[kernel_divergence]") {
+  const perdita::conditional_cauchy_schwarz<double> loss;
+  // Inputs so far apart that W is 0 for the pair whose prediction and response are equal.
+  std::vector<double> x{0, 1000}, y{0, 100}, p{100, 0}, g(2);
+  const auto column = [](std::vector<double>& v) {
+    return matrix_view<double>(v.data(), static_cast<index>(v.size()), 1);
+  };
+  CHECK(std::abs(loss(column(x), column(y), column(p), column(g)) - 10000) < 1e-9);
+  CHECK(std::abs(g[0] - 100) < 1e-12);
+  CHECK(std::abs(g[1] + 100) < 1e-12);
+  // Where the two compete: −d²/2 of the inputs or of the others
+  x = {0, 90};
+  CHECK(std::abs(loss(column(x), column(y), column(p), column(g)) - 8100) < 1e-9);
+  CHECK(std::abs(g[0]) < 1e-12);
+}
+
 TEST_CASE("kernel divergences: threads, strides, added", "[kernel_divergence][threads]") {
   const auto check = [](const auto& loss) {
     sample<float> x(150, 7, 1, 0, 6), y(150, 7, 1, 0.3, 7), v = x, w = y;

@@ -362,4 +362,49 @@ TEST_CASE("optimal transport: NaN, threads, added, refused", "[optimal_transport
   CHECK(std::isnan(sliced_loss(x.view(), y.view(), theta.view(), x.gradient(), y.gradient())));
 }
 
+TEST_CASE("sliced_wasserstein, sinkhorn_divergence: a point at infinity", "[optimal_transport]") {
+  const double inf = std::numeric_limits<double>::infinity();
+  for (const double at : {inf, -inf}) {
+    sample<double> x(3, 2, 1, 3), y(4, 2, 1, 4), theta(5, 2, 1, 5);
+    x.x[2] = at;
+    for (const bool root : {true, false}) {
+      const perdita::sliced_wasserstein<double> loss({.root = root});
+      CHECK(std::isnan(loss(x.view(), y.view(), theta.view(), x.gradient(), y.gradient())));
+      CHECK((std::isnan(x.g[2]) && std::isnan(y.g[0])));
+      CHECK(std::isnan(loss(y.view(), x.view(), theta.view())));
+    }
+    CHECK(
+        std::isnan(perdita::sinkhorn_divergence<double>({.debiased = false})(x.view(), y.view())));
+  }
+}
+
+TEST_CASE("sliced_wasserstein: powers below and above all numbers", "[optimal_transport]") {
+  const auto check = [](double p, double by) {
+    sample<double> x(3, 2, 1, 3), y(4, 2, 1, 4), theta(5, 2, 1, 5), small_x = x, small_y = y;
+    for (double& z : small_x.x)
+      z *= by;
+    for (double& z : small_y.x)
+      z *= by;
+    const perdita::sliced_wasserstein<double> loss({.p = p});
+    const double value = loss(x.view(), y.view(), theta.view(), x.gradient(), y.gradient());
+    const double scaled =
+        loss(small_x.view(), small_y.view(), theta.view(), small_x.gradient(), small_y.gradient());
+    CHECK(std::abs(scaled / by - value) < 1e-12 * value);
+    for (std::size_t i = 0; i < x.g.size(); ++i)
+      CHECK(std::abs(small_x.g[i] - x.g[i]) < 1e-11 * p); // which is the root's, of the same scale
+    for (std::size_t i = 0; i < y.g.size(); ++i)
+      CHECK(std::abs(small_y.g[i] - y.g[i]) < 1e-11 * p);
+  };
+  check(100, 1e-4);
+  check(100, 1e4);
+  check(2, 1e-170);
+  check(2, 1e170);
+  check(1, 1e-290);
+  std::vector<double> x{0x1p-10}, y{0}, theta{1}, g(1), h(1);
+  const auto one = [](std::vector<double>& v) { return matrix_view<double>(v.data(), 1, 1); };
+  const perdita::sliced_wasserstein<double> power({.p = 100, .root = false});
+  CHECK(power(one(x), one(y), one(theta), one(g), one(h)) == 0x1p-1000);
+  CHECK((g[0] == 100 * 0x1p-990 && h[0] == -g[0]));
+}
+
 } // namespace perdita_tests

@@ -11,13 +11,14 @@
 namespace perdita::inline PERDITA_ABI::core {
 
 /// Points in double, by themselves and a pack of them at a time: all pairs of two sets are met a
-/// pack at a time, and no matrix of them is held.
+/// pack at a time, and no matrix of them is held. Infinite coordinates are NaN, so that no pair of
+/// such a point passes for one that is far apart.
 class point_cloud {
   using W = pack<double>;
 
 public:
   template <class T>
-  explicit point_cloud(const matrix_data<T>& m)
+  explicit point_cloud(const matrix_data<T>& m, double unit = 1)
       : n_(m.rows), dims_(m.cols), points_(static_cast<std::size_t>(n_ * dims_ + per_pack)),
         packed_(static_cast<std::size_t>(blocks() * dims_ * per_pack)) {
     std::vector<T> stage(
@@ -26,9 +27,10 @@ public:
     for (index i = 0; i < n_; ++i) {
       read_row(m, i, stage.data(), row.data());
       for (index d = 0; d < dims_; ++d) {
-        points_[static_cast<std::size_t>(i * dims_ + d)] = row[static_cast<std::size_t>(d)];
+        const double x = unit * row[static_cast<std::size_t>(d)], number = x + (x - x);
+        points_[static_cast<std::size_t>(i * dims_ + d)] = number;
         packed_[static_cast<std::size_t>((i / per_pack * dims_ + d) * per_pack + i % per_pack)] =
-            row[static_cast<std::size_t>(d)];
+            number;
       }
     }
   }
