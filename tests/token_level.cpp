@@ -272,6 +272,26 @@ TEST_CASE("token_level: special values, threads", "[token_level]") {
   CHECK(std::isnan(guided(other.pairs(), {.gradient = other.view(other.g)})));
   CHECK((std::isnan(other.g[0]) && !std::isnan(other.g[width])));
   CHECK(loss(perdita::token_pairs<float>{}) == 0);
+  // −inf in the reference, of which f too becomes infinite: z is +inf all the same.
+  for (const bool chosen : {true, false})
+    for (const double floor : {-inf, 0.0, 0.25})
+      for (const double alpha : {0.5, 0.0}) {
+        other = data;
+        other.q[(chosen ? 1 : 1 + count) * width] = -std::numeric_limits<float>::infinity();
+        const perdita::tgdpo<float> far({.alpha = alpha, .floor = floor});
+        const float all =
+            far(other.pairs(), {.gradient = other.view(other.g)}, {.values = other.values});
+        CHECK(std::isfinite(all) == (chosen || (alpha > 0 && floor <= 0)));
+        // A rejected f held at 0 leaves nothing of its token; held above, z is −inf.
+        if (chosen || (alpha > 0 && floor < 0))
+          CHECK((other.values[1] == 0 && other.g[width] == 0));
+        else if (alpha > 0 && floor == 0)
+          CHECK((other.values[1] > 0 && other.g[(1 + count) * width] == 0));
+        else
+          CHECK(other.values[1] == std::numeric_limits<float>::infinity());
+        for (const float g : other.g)
+          CHECK(std::isfinite(g));
+      }
   // Nothing counts: every pair is undecided
   data.lengths.assign(2 * count, 0);
   CHECK(std::abs(run(data, perdita::serial) - std::log(2.0F)) < 1e-7F);

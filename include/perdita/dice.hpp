@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <string>
 #include <type_traits>
 #include <utility>
@@ -131,8 +132,9 @@ private:
     }
     overlap_outcome out = formula({both.value(), missed.value(), extra.value()});
     const double scale = job_.row_scale(subject);
-    out.u *= scale;
-    out.v *= scale;
+    constexpr double most = std::numeric_limits<T>::max(); // so that 0 of it is 0
+    out.u = std::clamp(out.u * scale, -most, most);
+    out.v = std::clamp(out.v * scale, -most, most);
     return out;
   }
 

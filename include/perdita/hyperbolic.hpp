@@ -580,16 +580,16 @@ template <class T> struct hyp_oc_gradients { matrix_view<T> features, offsets, n
 ///
 /// z the hyperbolic_logits of x, d the poincare_distance. The first n of 2 n rows are a batch of
 /// the one class, the others the pseudo-negatives made of it, say. With γ = 0 the number of rows
-/// need not be even. features: 2 n × dimensions; labels: one of any integral type per row, of which
-/// those equal to ignore_index have no cross-entropy; offsets, normals: classes × dimensions; all
-/// of T, which the gradients are too. They lie apart from each other and from the inputs. All is
-/// computed in double. Special values as in the parts: NaN or an infinity in a feature makes the
-/// value NaN, the gradients of its row and its partner's, and those of offsets and normals. Call
-/// options: scale (of the gradients), accumulate and run_on; all others belong to losses of rows
-/// and are refused. Threads do not matter. Throws std::invalid_argument. Source: Narayan, Patel,
-/// "Hyp-OC: hyperbolic one-class classification for face anti-spoofing", 2024. Their code has atan
-/// for artanh in d, divides its sum by 2 n, and adds constants to denominators; this is the
-/// formula.
+/// need not be even, and a row without cross-entropy has no gradient, whatever it holds. features:
+/// 2 n × dimensions; labels: one of any integral type per row, of which those equal to ignore_index
+/// have no cross-entropy; offsets, normals: classes × dimensions; all of T, which the gradients are
+/// too. They lie apart from each other and from the inputs. All is computed in double. Special
+/// values as in the parts: NaN or an infinity in a feature makes the value NaN, the gradients of
+/// its row and its partner's, and those of offsets and normals. Call options: scale (of the
+/// gradients), accumulate and run_on; all others belong to losses of rows and are refused. Threads
+/// do not matter. Throws std::invalid_argument. Source: Narayan, Patel, "Hyp-OC: hyperbolic
+/// one-class classification for face anti-spoofing", 2024. Their code has atan for artanh in d,
+/// divides its sum by 2 n, and adds constants to denominators; this is the formula.
 template <class T = float> class hyp_oc {
   static_assert(std::is_same_v<T, float> || std::is_same_v<T, double>);
 
@@ -700,8 +700,11 @@ private:
     std::vector<double> z(static_cast<std::size_t>(rows * classes)), dx(v.size()), dp(p.size()),
         da(a.size()), apart(options_.confusion != 0 ? v.size() : 0);
     std::vector<std::int64_t> labels(static_cast<std::size_t>(rows));
-    for (index r = 0; r < rows; ++r)
+    for (index r = 0; r < rows; ++r) {
       labels[static_cast<std::size_t>(r)] = label_list.at(0, r);
+      if (options_.confusion == 0 && label_list.at(0, r) == options_.ignore_index)
+        std::fill_n(v.begin() + r * dims, dims, 0); // which nothing depends on, whatever it is
+    }
     const auto wide = [](std::vector<double>& m, index n, index cols) {
       return wide_matrix(m.data(), n, cols);
     };

@@ -134,7 +134,8 @@ private:
     const double stretch =
         static_cast<double>(n - 1) / (static_cast<double>(options_.most) - least);
     for (index r = 0; r < means.size; ++r) {
-      const double m = (static_cast<double>(means[r]) - least) * stretch + 1;
+      const double m = std::min((static_cast<double>(means[r]) - least) * stretch + 1,
+                                static_cast<double>(n)); // which rounding may exceed
       const double s = static_cast<double>(deviations[r]) * stretch;
       if (std::isnan(m) || std::isnan(s))
         std::fill(p.begin(), p.end(), std::numeric_limits<double>::quiet_NaN());
@@ -418,6 +419,8 @@ private:
     const double e = static_cast<double>(options_.smoothing), h = 1 - g;
     const double a = std::sqrt(p * g + e), b = std::sqrt(q * h + e);
     const double density = core::normal_density(u);
+    if (std::isnan(g))
+      return g;
     if (density == 0 || (g > 0 && a == 0) || (h > 0 && b == 0))
       return 0;
     if (g == 0 || h == 0)

@@ -347,6 +347,22 @@ TEMPLATE_TEST_CASE("dice of squares: nothing there, and nothing to be done about
   }
 }
 
+TEMPLATE_TEST_CASE("dice, tversky: predictions whose reciprocals overflow", "[dice]", float,
+                   double) {
+  using T = TestType;
+  const T least = std::numeric_limits<T>::denorm_min();
+  std::vector<T> g;
+  for (const T size : {least, 9 * least, std::numeric_limits<T>::min() / 64}) {
+    const std::vector<T> p{size, 2 * size, size}, none{0, 0, 0}, zeros(3, 0);
+    CHECK(call(perdita::dice<T>({.smoothing = 0}), p, none, g) == 1);
+    CHECK(g == zeros);
+    for (const T exponent : {T(0.75), T(1), T(2)}) {
+      CHECK(call(perdita::tversky<T>({.exponent = exponent, .smoothing = 0}), p, none, g) == 1);
+      CHECK(g == zeros);
+    }
+  }
+}
+
 TEST_CASE("mip_tversky: the largest voxel along an axis", "[dice]") {
   random_numbers random(13);
   const index shape[] = {4, 5, 600};

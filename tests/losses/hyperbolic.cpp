@@ -581,6 +581,16 @@ TEST_CASE("hyp_oc: the formula, and its derivative", "[hyperbolic]") {
   const perdita::hyp_oc<double> alone({.confusion = 0});
   CHECK(std::abs(alone(in.view(in.x), labels, in.view(in.v), in.view(in.a)) -
                  static_cast<double>(entropy)) < 1e-14);
+  // Nothing depends on a row without cross-entropy, whatever it holds.
+  const double without = alone(in.view(in.x), labels, in.view(in.v), in.view(in.a), to);
+  for (const double bad : {std::nan(""), std::numeric_limits<double>::infinity()}) {
+    const auto of_x = dx, of_v = dv, of_a = da;
+    in.x[2 * 6 + 1] = bad;
+    CHECK(alone(in.view(in.x), labels, in.view(in.v), in.view(in.a), to) == without);
+    CHECK((dx == of_x && dv == of_v && da == of_a));
+    for (std::size_t j = 0; j < 6; ++j)
+      CHECK(dx[2 * 6 + j] == 0);
+  }
 }
 
 TEST_CASE("hyp_oc: float, calls, threads, and what is refused", "[hyperbolic]") {

@@ -4,6 +4,7 @@
 
 #include <perdita/scoring.hpp>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <vector>
@@ -238,6 +239,17 @@ TEST_CASE("thurstone_fidelity: special rows, calls, threads", "[scoring]") {
       CHECK(std::isnan(eb[i]) == (i / n == 4));
     }
   }
+  // So does that of a target, beside scores of which nothing more can be learnt.
+  for (const float z : {0.F, 300.F}) {
+    std::vector<float> one{z, 0, 0, 0, -z}, other{-z, 0, 0, 0, z}, d_one(5), d_other(5);
+    const std::vector<float> target{static_cast<float>(nan)};
+    const auto row = [](std::vector<float>& v) { return matrix_view<float>(v.data(), 1, 5); };
+    for (const float variance : {0.F, 1e-3F}) {
+      const perdita::thurstone_fidelity<float> lost({.variance = variance});
+      CHECK(std::isnan(lost(row(one), row(other), target, row(d_one), row(d_other))));
+      CHECK((std::isnan(d_one[0]) && std::isnan(d_other[4])));
+    }
+  }
   const matrix_view<const float> none(nullptr, 0, 5);
   CHECK(loss(none, none, std::vector<float>()) == 0);
 }
@@ -299,6 +311,13 @@ TEST_CASE("gaussian_levels: centre, ends, small and large deviations", "[scoring
   for (const bool of_mean : {false, true})
     for (const double share : levels_of(of_mean ? nan : 2, of_mean ? 1 : nan))
       CHECK(std::isnan(share));
+  // The end of a scale, whose level is not that number before it is rounded
+  for (const double most : {0.1, 0.3, 0.7, 1.1, 4.9, 1 / 3.0})
+    for (const index k : {5, 7, 11, 13}) {
+      const auto p = levels_of(most, 0, {.levels = k, .least = -0.2, .most = most});
+      CHECK(p[0] == 1);
+      CHECK(*std::min_element(p.begin(), p.end()) == 0);
+    }
   // The scale of the means
   const auto scaled = levels_of(60, 12, {.least = 0, .most = 100}), plain = levels_of(3.4, 0.48);
   for (std::size_t k = 0; k < 5; ++k)

@@ -45,7 +45,7 @@ struct tgdpo_options {
   static constexpr bool has_guide = true, has_divergence = false;
   /// Weight of a token whose log-ratio of guide and reference is r.
   double weight(bool chosen, double r) const {
-    const double f = 1 + (chosen ? alpha : -alpha) * beta * r;
+    const double f = 1 + core::times((chosen ? alpha : -alpha) * beta, r);
     return f < floor ? floor : f;
   }
   double of_divergence() const { return 0; }
@@ -82,10 +82,11 @@ struct tdpo_options {
 /// Shapes: see token_pairs. A sequence without tokens has s = 0. Call options: row_weights, one per
 /// pair, which the mean divides by; upstream, values, scale, normaliser, accumulate, run_on
 /// (memory is not used: some numbers for each pair are allocated). Special values: −inf in l or q
-/// of a token that counts makes s infinite; both at once, and NaN, make NaN of the pair. Tokens
-/// that do not count are never looked at, and their gradient is 0. Computed in double; threads do
-/// not matter. Throws std::invalid_argument. Sources: Zeng et al., "Token-level direct preference
-/// optimization", 2024; Zhu et al., "TGDPO", 2025.
+/// of a token that counts makes s infinite, unless f is 0; both at once, and NaN, make NaN of the
+/// pair. A pair with z = +inf has no gradient, however large f is. Tokens that do not count are
+/// never looked at, and their gradient is 0. Computed in double; threads do not matter. Throws
+/// std::invalid_argument. Sources: Zeng et al., "Token-level direct preference optimization", 2024;
+/// Zhu et al., "TGDPO", 2025.
 ///
 ///   perdita::tdpo<float> loss({.beta = 0.1, .alpha = 0.5});
 ///   float value = loss({.policy = l, .reference = q, .divergence = d, .lengths = n},
@@ -204,7 +205,7 @@ private:
           continue;
         const double x =
             static_cast<double>(in.policy(r, t)) - static_cast<double>(in.reference(r, t));
-        ratios.add(weight(in, r, t, chosen) * x);
+        ratios.add(core::times(weight(in, r, t, chosen), x));
         if constexpr (Options::has_divergence)
           divergences.add(static_cast<double>(in.divergence(r, t)));
       }
@@ -231,7 +232,7 @@ private:
     for (index t = 0; t < tokens.cols; ++t) {
       const bool counted = counts[t] != 0 && !removed;
       if (out.gradient.data)
-        put(out.gradient(r, t), counted ? own * weight(in, r, t, chosen) : 0);
+        put(out.gradient(r, t), counted ? core::times(own, weight(in, r, t, chosen)) : 0);
       if (out.divergence_gradient.data)
         put(out.divergence_gradient(r, t), counted ? of_divergence : 0);
     }
