@@ -313,17 +313,22 @@ public:
   /// Overwrites x by the slopes.
   double operator()(double* x, index own, double baseline, double* of_baseline, bool slopes) {
     const index top = std::max_element(x, x + n_) - x;
+    baseline -= x[top]; // what is added to all cancels before anything is lost
+    for (index j = 0; j < n_; ++j)
+      if (j != top)
+        x[j] = std::max(x[j] - x[top], std::numeric_limits<double>::lowest());
+    x[top] = 0;
     double others = no_score; // the largest but for the top
     for (index j = 0; j < n_; ++j)
       if (j != top)
         others = std::max(others, x[j]);
     double all = 0, rest = 0;
     for (index j = 0; j < n_; ++j) {
-      all += std::exp(x[j] - x[top]);
+      all += std::exp(x[j]);
       rest += j == top ? 0 : std::exp(x[j] - others);
     }
     const auto log_without = [&](index j) {
-      return j == top ? others + std::log(rest) : x[top] + std::log(all - std::exp(x[j] - x[top]));
+      return j == top ? others + std::log(rest) : std::log(all - std::exp(x[j]));
     };
     const double log_count = std::log(static_cast<double>(n_ - 1));
     // b, and the share of the scores in it
@@ -349,10 +354,10 @@ public:
     double common = 0;
     for (index j = 0; j < n_; ++j)
       if (j != own && j != top)
-        common += weight_[static_cast<std::size_t>(j)] / (all - std::exp(x[j] - x[top]));
-    const double log_top = log_without(top), log_own = log_without(own), at_top = x[top];
+        common += weight_[static_cast<std::size_t>(j)] / (all - std::exp(x[j]));
+    const double log_top = log_without(top), log_own = log_without(own);
     for (index k = 0; k < n_; ++k) {
-      const double score = x[k], image = std::exp(score - at_top);
+      const double score = x[k], image = std::exp(score);
       double own_part = 0;
       if (k != own && k != top)
         own_part = weight_[static_cast<std::size_t>(k)] / (all - image);

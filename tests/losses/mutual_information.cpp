@@ -359,6 +359,33 @@ TEST_CASE("donsker_varadhan, mine: a number added to all scores changes nothing"
   CHECK(mine(above) == mine(scores));
 }
 
+TEST_CASE("interpolated_bound: a number added to a row and its baseline changes nothing",
+          "[mutual_information]") {
+  random_numbers random(5);
+  for (const double far : {0x1p40, -0x1p48}) {
+    std::vector<double> s(16), g(16), h(16), a(4), d(4), e(4);
+    for (double& x : s)
+      x = std::floor(4 * random.normal());
+    for (double& x : a)
+      x = std::floor(4 * random.normal());
+    std::vector<double> raised = s, raised_a = a;
+    for (std::size_t i = 0; i < 16; ++i)
+      raised[i] += far * static_cast<double>(1 + i / 4);
+    for (std::size_t i = 0; i < 4; ++i)
+      raised_a[i] += far * static_cast<double>(1 + i);
+    for (const double alpha : {0.0, 0.5, 1.0}) {
+      const perdita::interpolated_bound<double> loss({.alpha = alpha});
+      CHECK(loss(square(raised, 4), raised_a, square(h, 4), e) ==
+            loss(square(s, 4), a, square(g, 4), d));
+      CHECK((h == g && e == d));
+    }
+  }
+  // Scores whose differences no number holds: log α + log (e^0 + …) of a lone product score is 0.
+  std::vector<double> s{1e308, -1e308, -1e308, 1e308}, a(2);
+  const double value = perdita::interpolated_bound<double>({.alpha = 1})(square(s, 2), a);
+  CHECK(std::abs(value) < 1e-15);
+}
+
 TEST_CASE("critic losses: special scores", "[mutual_information]") {
   std::vector<double> joint{1, 2}, product{-inf, 0, 1}, dj(2), dp(3);
   const perdita::donsker_varadhan<double> dv;
