@@ -24,6 +24,17 @@ struct sinkhorn_report {
 
 namespace core {
 
+/// The least and the largest number of a coordinate of two clouds.
+inline std::pair<double, double> range_of(const point_cloud& x, const point_cloud& y, index d) {
+  double low = std::numeric_limits<double>::infinity(), high = -low;
+  for (const point_cloud* c : {&x, &y})
+    for (index i = 0; i < c->size(); ++i) {
+      low = std::min(low, c->point(i)[d]);
+      high = std::max(high, c->point(i)[d]);
+    }
+  return {low, high};
+}
+
 /// Potentials of entropic optimal transport between clouds with equal weights, cost ½‖x − y‖².
 class sinkhorn_solver {
 public:
@@ -123,12 +134,7 @@ private:
   static double spread(const point_cloud& x, const point_cloud& y) {
     double sum = 0;
     for (index d = 0; d < x.dims(); ++d) {
-      double low = std::numeric_limits<double>::infinity(), high = -low;
-      for (const point_cloud* c : {&x, &y})
-        for (index i = 0; i < c->size(); ++i) {
-          low = std::min(low, c->point(i)[d]);
-          high = std::max(high, c->point(i)[d]);
-        }
+      const auto [low, high] = range_of(x, y, d);
       sum += 0.5 * (high - low) * (high - low);
     }
     return std::isfinite(sum) ? sum : 0;
@@ -373,11 +379,22 @@ private:
   static constexpr index most_groups = 8; // of directions that share a gradient
   static constexpr core::batch_checks<T> checks{{name}};
 
-  static void project(const core::point_cloud& x, const double* direction, double* to) {
+  /// What can be taken from a coordinate of all points without rounding, so that a number added to
+  /// all takes no digits of the projections.
+  static std::vector<double> common_part(const core::point_cloud& x, const core::point_cloud& y) {
+    std::vector<double> part;
+    for (index d = 0; d < x.dims(); ++d) {
+      const auto [low, high] = core::range_of(x, y, d);
+      part.push_back(low > 0 && high <= 2 * low ? low : high < 0 && low >= 2 * high ? high : 0);
+    }
+    return part;
+  }
+  static void project(const core::point_cloud& x, const std::vector<double>& part,
+                      const double* direction, double* to) {
     for (index i = 0; i < x.size(); ++i) {
       double sum = 0;
       for (index d = 0; d < x.dims(); ++d)
-        sum = std::fma(x.point(i)[d], direction[d], sum);
+        sum = std::fma(x.point(i)[d] - part[static_cast<std::size_t>(d)], direction[d], sum);
       to[i] = sum;
     }
   }
@@ -403,6 +420,7 @@ private:
     const core::point_cloud x(pair.in[0]), y(pair.in[1]), theta(directions);
     const index n = x.size(), m = y.size(), dims = x.dims(), count = theta.size();
     const index groups = std::min(count, most_groups);
+    const std::vector<double> part = common_part(x, y);
     const auto room = static_cast<std::size_t>(pair.has_gradient ? (n + m) * dims : 0);
     std::vector<double> values(static_cast<std::size_t>(count)), largest(values), slopes;
     const auto workers = std::min(static_cast<std::size_t>(groups), call.run_on.concurrency());
@@ -414,8 +432,8 @@ private:
                 of_y = std::vector<double>(static_cast<std::size_t>(m))](index group) mutable {
           double* const to = slopes.data() + static_cast<std::size_t>(group) * room;
           for (index l = group; l < count; l += groups) {
-            project(x, theta.point(l), line.first());
-            project(y, theta.point(l), line.second());
+            project(x, part, theta.point(l), line.first());
+            project(y, part, theta.point(l), line.second());
             std::fill(of_x.begin(), of_x.end(), 0.0);
             std::fill(of_y.begin(), of_y.end(), 0.0);
             values[static_cast<std::size_t>(l)] =

@@ -378,6 +378,30 @@ TEST_CASE("sliced_wasserstein, sinkhorn_divergence: a point at infinity", "[opti
   }
 }
 
+TEST_CASE("sliced_wasserstein: a number added to all points changes nothing",
+          "[optimal_transport]") {
+  for (const double far : {0x1p40, -0x1p44})
+    for (const double p : {1.0, 2.0, 3.0}) {
+      sample<double> x(5, 2, 64, 3), y(7, 2, 64, 4), theta(5, 2, 1, 5);
+      for (sample<double>* s : {&x, &y})
+        for (double& z : s->x)
+          z = std::floor(z);
+      sample<double> far_x = x, far_y = y;
+      for (sample<double>* s : {&far_x, &far_y})
+        for (double& z : s->x)
+          z += far;
+      const perdita::sliced_wasserstein<double> loss({.p = p});
+      const double value = loss(x.view(), y.view(), theta.view(), x.gradient(), y.gradient());
+      const double moved =
+          loss(far_x.view(), far_y.view(), theta.view(), far_x.gradient(), far_y.gradient());
+      CHECK(std::abs(moved - value) < 1e-13 * value);
+      for (std::size_t i = 0; i < x.g.size(); ++i)
+        CHECK(std::abs(far_x.g[i] - x.g[i]) < 1e-13);
+      for (std::size_t i = 0; i < y.g.size(); ++i)
+        CHECK(std::abs(far_y.g[i] - y.g[i]) < 1e-13);
+    }
+}
+
 TEST_CASE("sliced_wasserstein: powers below and above all numbers", "[optimal_transport]") {
   const auto check = [](double p, double by) {
     sample<double> x(3, 2, 1, 3), y(4, 2, 1, 4), theta(5, 2, 1, 5), small_x = x, small_y = y;
