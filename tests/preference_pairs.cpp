@@ -748,6 +748,20 @@ TEST_CASE("preference pairs: sorted apart", "[preference]") {
   CHECK((more.values[4] == 0 && more.d_chosen[4] == 0));
   for (std::size_t i = 0; i < 3; ++i)
     CHECK_THAT(more.d_chosen[i] * 4, close(data.d_chosen[i] * 3, 1e-15));
+  // Nor is what has no difference, of which each part is a limit.
+  pair_data<double> apart, with;
+  for (const double u : {3.0, -inf, 1.0, 2.0}) {
+    const double r = u == 1 ? 5 : u == 2 ? 1 : 0;
+    with.add(u, std::isinf(u) ? u : 0, r, 0, 1, 1);
+    if (std::isfinite(u))
+      apart.add(u, 0, r, 0, 1, 1);
+  }
+  const auto aot = of_type<double>(dpo_type::aot, 0);
+  apart.run(aot, {.values = apart.values});
+  CHECK(std::isnan(with.run(aot, {.values = with.values})));
+  CHECK((std::isnan(with.values[1]) && std::isnan(with.d_chosen[1])));
+  for (const std::size_t i : {0U, 1U, 2U})
+    CHECK(with.values[i == 0 ? 0 : i + 1] == apart.values[i]);
 }
 
 TEST_CASE("preference pairs: calls", "[preference]") {

@@ -99,13 +99,14 @@ struct dpo_part {
 
 namespace core {
 
-/// Places of the sorted numbers; equal ones as they come, NaN left out.
-template <class Value>
-std::vector<std::size_t> sorted_places(std::span<const preference_pair> pairs, Value value) {
+/// Places of the sorted numbers; equal ones as they come. Without pairs of which this or the other
+/// number is NaN.
+template <class Value, class Other>
+std::vector<std::size_t> sorted_places(std::span<const preference_pair> pairs, Value value,
+                                       Other other) {
   std::vector<std::size_t> places;
   for (std::size_t i = 0; i < pairs.size(); ++i)
-    if (const preference_pair& p = pairs[i]; p.chosen.log_ratio() == p.chosen.log_ratio() &&
-                                             p.rejected.log_ratio() == p.rejected.log_ratio())
+    if (!std::isnan(value(pairs[i])) && !std::isnan(other(pairs[i])))
       places.push_back(i);
   std::stable_sort(places.begin(), places.end(),
                    [&](std::size_t i, std::size_t j) { return value(pairs[i]) < value(pairs[j]); });
@@ -119,7 +120,7 @@ preference_term sorted_term(A a, B b, L link, double beta, bool to_rejected) {
   const auto each = [=](std::span<const preference_pair> pairs, std::span<pair_outcome> out) {
     for (pair_outcome& o : out)
       o.value = std::numeric_limits<double>::quiet_NaN();
-    const auto by_a = sorted_places(pairs, a), by_b = sorted_places(pairs, b);
+    const auto by_a = sorted_places(pairs, a, b), by_b = sorted_places(pairs, b, a);
     for (std::size_t k = 0; k < by_a.size(); ++k) {
       const double t = beta * (a(pairs[by_a[k]]) - b(pairs[by_b[k]]));
       const links::outcome o = link(t);
