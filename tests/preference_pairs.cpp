@@ -902,6 +902,14 @@ TEST_CASE("preference pairs: limits", "[preference]") {
   data.chosen[1] = nan;
   data.run(perdita::beta_dpo<double>(), {.values = data.values});
   CHECK((std::isnan(data.values[1]) && std::isfinite(data.values[0])));
+  // Infinities of both signs have no mean.
+  data = random_pairs(3, 4);
+  data.chosen[0] = inf;
+  data.chosen[1] = -inf;
+  data.run(perdita::beta_dpo<double>(), {.values = data.values});
+  CHECK(std::isnan(data.values[2]));
+  data.run(of_type<double>(dpo_type::kto_pair), {.values = data.values});
+  CHECK(std::isnan(data.values[2]));
 }
 
 TEST_CASE("preference pairs: nothing is said in a completion without tokens", "[preference]") {

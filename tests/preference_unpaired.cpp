@@ -256,6 +256,9 @@ TEST_CASE("bco: the running mean, and the weights of prompts", "[preference]") {
   perdita::bco_state merged{.delta = 0.5, .count = 3};
   merged.update_mean(-2, 1);
   CHECK(std::abs(merged.delta - state.delta) < 1e-15);
+  merged = {}; // and the mean of none, before there is any
+  merged.update_mean(0, 0);
+  CHECK(merged == perdita::bco_state{});
   CHECK_THROWS_WITH(state.update<double>({.policy = p}, 0.5),
                     ContainsSubstring("reference is missing"));
   CHECK_THROWS_WITH(state.update<double>({.policy = p, .reference = r}, 0),

@@ -94,7 +94,7 @@ struct auc_state {
   void step(const auc_state& slopes, double rate) {
     a -= rate * slopes.a;
     b -= rate * slopes.b;
-    alpha = std::max(0.0, alpha + rate * slopes.alpha);
+    alpha = std::max(alpha + rate * slopes.alpha, 0.0); // NaN stays
   }
 };
 
@@ -182,9 +182,9 @@ public:
     core::check_batch<T>(name, batch, nullptr, false);
     const moments m = measure(batch, {});
     auc_state best;
-    best.a = m.of_positive == 0 ? 0 : m.sum_positive / (m.of_positive * m.positives);
-    best.b = m.of_negative == 0 ? 0 : m.sum_negative / (m.of_negative * m.negatives);
-    best.alpha = m.kappa == 0 ? 0 : std::max(0.0, gap(m) / m.kappa);
+    best.a = m.of_positive == 0 ? 0 : m.from + m.sum_positive / (m.of_positive * m.positives);
+    best.b = m.of_negative == 0 ? 0 : m.from + m.sum_negative / (m.of_negative * m.negatives);
+    best.alpha = m.kappa == 0 ? 0 : std::max(gap(m) / m.kappa, 0.0);
     return best;
   }
 
@@ -192,8 +192,10 @@ private:
   struct moments {
     double positives = 0, negatives = 0;
     double of_positive = 0, of_negative = 0, kappa = 0; ///< c₊, c₋, κ
-    double sum_positive, sum_negative;                  ///< c Σ h
-    double off_a, off_b, square_a, square_b;            ///< c Σ (h − a), c Σ (h − a)²
+    double from = 0;                                    ///< a score
+    double sum_positive, sum_negative;                  ///< c Σ (h − from)
+    double balance = 0; ///< c₋ n₋ − c₊ n₊, exactly 0 where each has its own mean
+    double off_a, off_b, square_a, square_b; ///< c Σ (h − a), c Σ (h − a)²
   };
 
   template <class X, class Y> static core::binary_batch<T> read(X& scores, Y& labels) {
@@ -203,12 +205,14 @@ private:
     moments m;
     core::exact_sum sums[2], offs[2], squares[2];
     const index n = batch.scores.size;
+    if (n > 0 && std::isfinite(batch.scores[0]))
+      m.from = static_cast<double>(batch.scores[0]);
     for (index i = 0; i < n; ++i) {
       const bool positive = batch.positive(i);
       const auto h = static_cast<double>(batch.scores[i]);
       const double off = h - (positive ? state.a : state.b);
       (positive ? m.positives : m.negatives) += 1;
-      sums[positive].add(h);
+      sums[positive].add(h - m.from);
       offs[positive].add(off);
       squares[positive].add(off * off);
     }
@@ -217,6 +221,7 @@ private:
       m.of_positive = m.positives > 0 ? 1 / m.positives : 0;
       m.of_negative = m.negatives > 0 ? 1 / m.negatives : 0;
       m.kappa = n > 0 ? 1 : 0;
+      m.balance = (m.negatives > 0 ? 1 : 0) - (m.positives > 0 ? 1 : 0);
     } else if (n > 0) {
       const double given = options_.positive_rate;
       const double rate = given > 0 ? given : m.positives / count,
@@ -224,6 +229,7 @@ private:
       m.of_positive = rest / count;
       m.of_negative = rate / count;
       m.kappa = rate * rest;
+      m.balance = given > 0 ? (rate * m.negatives - rest * m.positives) / count : 0;
     }
     m.sum_positive = m.of_positive * sums[1].value();
     m.sum_negative = m.of_negative * sums[0].value();
@@ -234,7 +240,7 @@ private:
     return m;
   }
   double gap(const moments& m) const {
-    return m.kappa * options_.margin + (m.sum_negative - m.sum_positive);
+    return m.kappa * options_.margin + (m.sum_negative - m.sum_positive) + m.balance * m.from;
   }
   double value(const moments& m, const auc_state& state) const {
     core::exact_sum sum;

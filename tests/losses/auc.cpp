@@ -239,6 +239,31 @@ TEST_CASE("auc_margin: one class, no scores, NaN, in place, added", "[auc]") {
   CHECK((both_in_one.a == slopes.a && both_in_one.alpha == slopes.alpha));
 }
 
+TEST_CASE("auc_margin: what is added to all scores and both means changes nothing", "[auc]") {
+  const std::vector<int> labels{1, 0, 0, 1, 0};
+  const double large = 0x1p52; // to which integers can be added
+  const std::vector<double> scores{2, 1, 3, 0, 7};
+  std::vector<double> raised, g(5), d(5);
+  for (const double h : scores)
+    raised.push_back(large + h);
+  const auc_state state{1, 3, 0.25}, above{large + 1, large + 3, 0.25};
+  for (const auc_average average : {auc_average::batch, auc_average::classes}) {
+    const perdita::auc_margin<double> loss({.average = average});
+    auc_state slopes, same;
+    CHECK(loss(raised, labels, above, d, same) == loss(scores, labels, state, g, slopes));
+    CHECK((d == g && same.a == slopes.a && same.b == slopes.b && same.alpha == slopes.alpha));
+    CHECK(loss.best_state(raised, labels).alpha == loss.best_state(scores, labels).alpha);
+  }
+}
+
+TEST_CASE("auc_margin: a slope that is NaN is no step to 0", "[auc]") {
+  auc_state state{0.5, 0, 0.25};
+  state.step({0, 0, nan}, 0.1);
+  CHECK(std::isnan(state.alpha));
+  const std::vector<double> spoilt{nan, 3};
+  CHECK(std::isnan(perdita::auc_margin<double>().best_state(spoilt, std::vector<int>{1, 0}).alpha));
+}
+
 TEST_CASE("auc_margin: bad input is refused, and nothing written", "[auc]") {
   using Catch::Matchers::ContainsSubstring;
   using loss_type = perdita::auc_margin<double>;

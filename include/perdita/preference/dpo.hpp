@@ -152,7 +152,8 @@ inline preference_term old_kto_term(double beta) {
         rejected.add(p.rejected.log_ratio());
         ++n;
       }
-    const double kl = std::fmax(0, chosen.value() / n), other = std::fmax(0, rejected.value() / n);
+    const double kl = std::max(chosen.value() / n, 0.0), // NaN stays
+        other = std::max(rejected.value() / n, 0.0);
     const links::sigmoid_gain gain;
     exact_sum by_kl, by_other;
     for (std::size_t i = 0; i < pairs.size(); ++i) {

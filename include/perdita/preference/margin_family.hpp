@@ -340,7 +340,7 @@ private:
       const double mean = sum.value() / weights.value();
       for (std::size_t i = 0; i < pairs.size(); ++i) {
         const preference_pair& p = pairs[i];
-        const double of_batch = std::fmax(least, beta * (1 + a * (mean - p.baseline)));
+        const double of_batch = std::max(beta * (1 + a * (mean - p.baseline)), least); // NaN stays
         const double t = of_batch * (p.chosen.log_ratio() - p.rejected.log_ratio()) - p.margin;
         const links::outcome found = links::logistic{}(t);
         out[i] = {found.value, of_batch * found.slope, -of_batch * found.slope, t, true};

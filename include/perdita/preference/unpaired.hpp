@@ -163,7 +163,7 @@ struct bco_state {
   /// A mean over n rewards, gathered from several machines say.
   void update_mean(double mean, double n) {
     count += n;
-    delta += (mean - delta) * (n / count);
+    delta += n == 0 ? 0 : (mean - delta) * (n / count);
   }
   bool operator==(const bco_state&) const = default;
 };
