@@ -14,24 +14,24 @@ namespace perdita::inline PERDITA_ABI {
 
 namespace core {
 
-/// e^{top − ‖x − y‖²/(2 σ²)} between points, from squared distances.
+/// e^{(least − ‖x − y‖²)/(2 σ²)} between points, from squared distances.
 struct gaussian_kernel {
   double unit; ///< which points are multiplied by: a power of two, 1 unless σ² is out of range
   double rate; ///< 1/(2 σ²), of such points
-  double top = 0;
+  double least = 0; ///< the squared distance whose kernel is 1
 
   explicit gaussian_kernel(double bandwidth) {
     const int exponent = std::ilogb(bandwidth);
     unit = std::ldexp(1.0, std::clamp(exponent, -400, 400) - exponent);
     rate = 0.5 / (bandwidth * unit) / (bandwidth * unit);
   }
-  gaussian_kernel raised(double to) const {
+  gaussian_kernel from(double square) const {
     gaussian_kernel kernel = *this;
-    kernel.top = to;
+    kernel.least = square;
     return kernel;
   }
   pack<double> operator()(const pack<double>& squares) const {
-    return exp_shifted(fnma(squares, pack<double>(rate), pack<double>(top)));
+    return exp_shifted((pack<double>(least) - squares) * rate);
   }
 };
 
@@ -57,16 +57,16 @@ inline std::vector<double> sum_kernel(const point_cloud& x, const point_cloud& y
   });
   return sums;
 }
-/// The largest of exponent(i, block of y) of all pairs of points; 0 if none is a number.
-template <class Exponent>
-double largest_exponent(const point_cloud& x, const point_cloud& y, const executor& run_on,
-                        Exponent exponent) {
+/// The largest of number(i, block of y) of all pairs of points; 0 if none is finite.
+template <class Number>
+double largest_number(const point_cloud& x, const point_cloud& y, const executor& run_on,
+                      Number number) {
   using W = pack<double>;
   std::vector<double> largest(static_cast<std::size_t>(x.size()));
   for_points(x, y, run_on, [&](index i, W*) {
     W high(no_score);
     for (index b = 0; b < y.blocks(); ++b)
-      high = max(exponent(i, b), high);
+      high = max(number(i, b), high);
     largest[static_cast<std::size_t>(i)] = max_lanes(high);
   });
   const double top = *std::max_element(largest.begin(), largest.end());
@@ -85,12 +85,12 @@ struct two_sample_sums {
   std::vector<double> pull_xx, pull_yy, pull_xy, pull_yx;
 
   two_sample_sums(const point_cloud& x, const point_cloud& y, const gaussian_kernel& within,
-                  double top, bool skip_own, bool gradients, const executor& run_on) {
+                  double least, bool skip_own, bool gradients, const executor& run_on) {
     const auto room = [&](std::vector<double>& pulls, const point_cloud& of) {
       pulls.resize(gradients ? static_cast<std::size_t>(of.size() * of.dims()) : 0);
       return gradients ? pulls.data() : nullptr;
     };
-    const gaussian_kernel across = within.raised(top);
+    const gaussian_kernel across = within.from(least);
     xx = total_of(sum_kernel(x, x, within, skip_own, room(pull_xx, x), run_on));
     yy = total_of(sum_kernel(y, y, within, skip_own, room(pull_yy, y), run_on));
     xy = total_of(sum_kernel(x, y, across, false, room(pull_xy, x), run_on));
@@ -339,13 +339,12 @@ private:
     pair.check({{name}}, false, 1, call);
     const core::gaussian_kernel kernel(options_.bandwidth);
     const core::point_cloud x(pair.in[0], kernel.unit), y(pair.in[1], kernel.unit);
-    const double top = -core::largest_exponent(x, y, call.run_on, [&](index i, index b) {
-      return y.squares(x.point(i), b, -1) * -kernel.rate;
-    });
-    const core::two_sample_sums sums(x, y, kernel, top, false, pair.has_gradient, call.run_on);
+    const double least = -core::largest_number(
+        x, y, call.run_on, [&](index i, index b) { return -y.squares(x.point(i), b, -1); });
+    const core::two_sample_sums sums(x, y, kernel, least, false, pair.has_gradient, call.run_on);
     const auto n = static_cast<double>(x.size()), m = static_cast<double>(y.size());
     const double value = std::log(sums.xx / (n * n)) + std::log(sums.yy / (m * m)) -
-                         2 * (std::log(sums.xy / (n * m)) - top);
+                         2 * (std::log(sums.xy / (n * m)) - kernel.rate * least);
     core::write_two_sample(pair, sums, {value, 1 / sums.xx, 1 / sums.yy, -2 / sums.xy}, kernel,
                            call);
     return value;
@@ -600,7 +599,7 @@ private:
                                W(log_share[static_cast<std::size_t>(i)]));
       return fnma(y.squares(p.point(i), b, -1), W(of_y.rate), of_inputs);
     };
-    const double top = core::largest_exponent(p, y, call.run_on, exponent);
+    const double top = core::largest_number(p, y, call.run_on, exponent);
     std::vector<double> sums[3]; // of y; of ŷ; of both
     for (auto& sum : sums)
       sum.resize(static_cast<std::size_t>(n));

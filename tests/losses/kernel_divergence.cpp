@@ -351,6 +351,18 @@ TEST_CASE("kernel divergences: bandwidths whose squares are out of range", "[ker
   }
 }
 
+TEST_CASE("cauchy_schwarz_divergence: exponents whose rounding exceeds 1", "[kernel_divergence]") {
+  const perdita::cauchy_schwarz_divergence<double> loss({.bandwidth = 0.7});
+  for (double far = 1e7; far < 1e150; far *= 7.3) {
+    std::vector<double> x{0}, y{far}, g(1), h(1);
+    const auto one = [](std::vector<double>& v) { return matrix_view<double>(v.data(), 1, 1); };
+    const double scaled = far / 0.7;
+    CHECK(std::abs(loss(one(x), one(y), one(g), one(h)) / scaled / scaled - 1) < 1e-14);
+    CHECK(std::abs(g[0] * 0.7 / scaled / -2 - 1) < 1e-14);
+    CHECK(h[0] == -g[0]);
+  }
+}
+
 TEST_CASE("conditional_cauchy_schwarz: predictions far off", "[kernel_divergence]") {
   const perdita::conditional_cauchy_schwarz<double> loss;
   // Inputs so far apart that W is 0 for the pair whose prediction and response are equal.
