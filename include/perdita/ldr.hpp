@@ -190,7 +190,8 @@ private:
 ///
 ///   ℓ = (1/K) Σ_k (x_k − x_y + c [k ≠ y]),   ∂ℓ/∂x = 1/K − e_y
 ///
-/// There are no masked classes: NaN or an infinite score makes the row NaN.
+/// There are no masked classes: NaN or an infinite score makes the row NaN, and so may, in float,
+/// scores beyond 1e35, whose sums are infinite.
 /// Shapes, reductions, errors: as cross_entropy. No by-products but `values`.
 /// Source: as ldr_kl.
 template <class T = float> class average_margin : public row_loss<average_margin<T>, T> {

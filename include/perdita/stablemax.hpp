@@ -30,7 +30,7 @@ struct stablemax_map {
 ///   ∂ℓ/∂x_j = s'(x_j)/s(x_j) (r_j − δ_jy),   r = s(x)/Σ s
 ///
 /// Not invariant to shifts. Special values: -inf is a masked class, +inf at a label costs 0 with no
-/// gradient, elsewhere NaN.
+/// gradient, elsewhere NaN. In float scores beyond 1e36 may be as infinite.
 /// Shapes, reductions, errors: as cross_entropy. No by-products but `values`.
 /// Source: Prieto, Barsbey, Mediano, Birdal, "Grokking at the edge of numerical stability", ICLR
 /// 2025.
