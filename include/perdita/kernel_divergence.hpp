@@ -594,12 +594,13 @@ private:
       s = 1 / (s * s);
     }
     share.resize(static_cast<std::size_t>(core::whole_packs(n)));
-    const auto exponent = [&](index i, index b) { // log W_ij k(ŷ_i, y_j)
-      const W of_inputs = fnma(x.squares(x.point(i), b, -1), W(of_x.rate),
-                               W(log_share[static_cast<std::size_t>(i)]));
+    const auto apart = [&](index i, index b) { return x.squares(x.point(i), b, -1); };
+    const auto exponent = [&](index i, index b, const W& squares) { // log W_ij k(ŷ_i, y_j)
+      const W of_inputs = fnma(squares, W(of_x.rate), W(log_share[static_cast<std::size_t>(i)]));
       return fnma(y.squares(p.point(i), b, -1), W(of_y.rate), of_inputs);
     };
-    const double top = core::largest_number(p, y, call.run_on, exponent);
+    const double top = core::largest_number(
+        p, y, call.run_on, [&](index i, index b) { return exponent(i, b, apart(i, b)); });
     std::vector<double> sums[3]; // of y; of ŷ; of both
     for (auto& sum : sums)
       sum.resize(static_cast<std::size_t>(n));
@@ -609,10 +610,10 @@ private:
       std::vector<W> others(static_cast<std::size_t>(dims), W(0));
       W sum[3] = {W(0), W(0), W(0)};
       for (index b = 0; b < x.blocks(); ++b) {
-        const W k = of_x(x.squares(x.point(i), b, -1)), mine = k * share[at];
+        const W squares = apart(i, b), k = of_x(squares), mine = k * share[at];
         const W theirs = k * W::load(share.data() + b * core::per_pack);
         const W of_predictions = of_y(p.squares(p.point(i), b, -1));
-        const W of_both = exp_shifted(exponent(i, b) - W(top));
+        const W of_both = exp_shifted(exponent(i, b, squares) - W(top));
         sum[0] += mine * of_y(y.squares(y.point(i), b, -1));
         sum[1] += mine * of_predictions;
         sum[2] += of_both;
