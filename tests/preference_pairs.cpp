@@ -866,6 +866,14 @@ TEST_CASE("preference pairs: limits", "[preference]") {
   CHECK(run(disco, -1000, 0) == three{1000, -1, 1});
   CHECK(run(disco, -inf, 0) == three{inf, -1, 1});
   CHECK(run(disco, inf, 0) == three{0, 0, 0});
+  const perdita::dpo<double> warm({.beta = 1, .types = {dpo_type::discopop}, .tau = 2});
+  CHECK(run(warm, -2000, 0) == three{inf, -inf, inf}); // e^1000
+  // Beyond the cap of the score's exponent its slope is 0, whatever the link's.
+  CHECK(run(perdita::dpo<double>({.beta = 1,
+                                  .types = {dpo_type::discopop},
+                                  .tau = 2,
+                                  .divergence = divergence::alpha}),
+            -1000, 0) == three{inf, 0, inf});
   for (const double a : {-1e-12, -800.0})
     for (const double b : {-1e-12, -800.0})
       for (const double x : run(perdita::orpo<double>(), a, b))
@@ -910,6 +918,42 @@ TEST_CASE("preference pairs: limits", "[preference]") {
   CHECK(std::isnan(data.values[2]));
   data.run(of_type<double>(dpo_type::kto_pair), {.values = data.values});
   CHECK(std::isnan(data.values[2]));
+}
+
+TEST_CASE("preference pairs: a batch's beta where margins are infinite", "[preference]") {
+  pair_data<double> data, sigmoid;
+  for (auto* const d : {&data, &sigmoid}) {
+    d->add(-inf, -1, -1, -1, 1, 1);
+    d->add(-1, -2, -1, -1, 1, 1);
+  }
+  CHECK(data.run(perdita::beta_dpo<double>({.a = 0}), {.values = data.values}) == inf);
+  sigmoid.run(of_type<double>(dpo_type::sigmoid), {.values = sigmoid.values});
+  CHECK(data.values == sigmoid.values); // a = 0: the batch is of no effect
+  CHECK(data.d_chosen == sigmoid.d_chosen);
+  CHECK(data.d_rejected == sigmoid.d_rejected);
+
+  std::swap(data.chosen[0], data.rejected[0]); // β is infinite, and all pairs are right
+  CHECK(data.run(perdita::beta_dpo<double>()) == 0);
+  CHECK(data.d_chosen == std::vector<double>{0, 0});
+  CHECK(data.d_rejected == std::vector<double>{0, 0});
+}
+
+TEST_CASE("preference pairs: what is added to a response under every model cancels",
+          "[preference]") {
+  pair_data<double> data, high;
+  const double much = 0x1p40;
+  for (int i = 0; i < 5; ++i) {
+    const double w = -i, l = -3 + 0.5 * i;
+    data.add(w, l, w - 0.25, l + 0.5, 1, 1);
+    high.add(w - much, l + much, w - 0.25 - much, l + 0.5 + much, 1, 1);
+  }
+  const auto compare = [&](const perdita::preference_loss<double>& loss) {
+    CHECK(data.run(loss) == high.run(loss));
+    CHECK(data.d_chosen == high.d_chosen);
+    CHECK(data.d_rejected == high.d_rejected);
+  };
+  compare(perdita::dpo<double>());
+  compare(perdita::inpo<double>({.eta = 0.3, .tau = 0.1}));
 }
 
 TEST_CASE("preference pairs: nothing is said in a completion without tokens", "[preference]") {

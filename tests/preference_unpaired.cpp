@@ -673,6 +673,25 @@ TEST_CASE("list losses: NaN, infinity and nothing stay in their list", "[prefere
   check(perdita::dno_list<double>());
   check(perdita::inpo_list<double>({.eta = 0.1, .tau = 0.1}));
   check(perdita::rrhf<double>({.length_penalty = 0}));
+  // What is added to a response under every model cancels.
+  const std::vector<double> l{-1, -2}, q{-1.5, -2.25}, before{-0.75, -3}, order{1, 0};
+  std::vector<double> high(6), slopes(2), high_slopes(2);
+  for (std::size_t i = 0; i < 2; ++i) {
+    const double much = i == 0 ? 0x1.2345678p40 : 0x1p30;
+    high[i] = l[i] - much;
+    high[2 + i] = q[i] - much;
+    high[4 + i] = before[i] - much;
+  }
+  const perdita::inpo_list<double> inpo({.eta = 0.3, .tau = 0.1});
+  CHECK(inpo({.policy = {l.data(), 1, 2},
+              .reference = {q.data(), 1, 2},
+              .previous = {before.data(), 1, 2}},
+             {order.data(), 1, 2},
+             {slopes.data(), 1, 2}) == inpo({.policy = {high.data(), 1, 2},
+                                             .reference = {high.data() + 2, 1, 2},
+                                             .previous = {high.data() + 4, 1, 2}},
+                                            {order.data(), 1, 2}, {high_slopes.data(), 1, 2}));
+  CHECK(slopes == high_slopes);
   // Ratings without a difference, and weights of 0
   const std::vector<double> same(6, 0.5), none(6);
   CHECK(perdita::rrhf<double>({.nll_weight = 0, .length_penalty = 0})(

@@ -141,7 +141,7 @@ struct lrml {
     const double image =
         std::exp(t < 0 ? times(1 / tau - 1, t) - softplus(t / tau) : -t - softplus(-t / tau));
     return {times(rest, above) + image,
-            -rest * sigmoid(-t) - image + (times(rest, image) - times(k * rest, above)) / tau};
+            -rest * sigmoid(-t) + times(rest / tau - 1, image) - times(k * rest, above) / tau};
   }
 };
 

@@ -60,7 +60,8 @@ template <class T> extent bytes_of(const matrix_view<T>& m) {
   return all;
 }
 
-/// What the score of a list's candidate is: s = β (log π − a log π_ref − b log π_previous)/n^power
+/// What the score of a list's candidate is: s = β (log π − a log π_ref − b log π_previous)/n^power,
+/// b = 0 or 1 − a
 struct list_rule {
   double beta = 1, reference = 1, previous = 0;
   double power = 0;          ///< 0: no lengths are asked for
@@ -200,11 +201,11 @@ private:
 
   void read(list_row& row, index q) const {
     for (index k = 0; k < row.size; ++k) {
-      double x = static_cast<double>(in_.policy(q, k));
+      // less `previous` first, so that what all of them have in common cancels
+      const double before = rule_.previous != 0 ? static_cast<double>(in_.previous(q, k)) : 0;
+      double x = static_cast<double>(in_.policy(q, k)) - before;
       if (rule_.reference != 0)
-        x -= rule_.reference * static_cast<double>(in_.reference(q, k));
-      if (rule_.previous != 0)
-        x -= rule_.previous * static_cast<double>(in_.previous(q, k));
+        x -= rule_.reference * (static_cast<double>(in_.reference(q, k)) - before);
       const double per = rule_.power == 0 ? 1 : std::pow(in_.lengths.of(k, q), rule_.power);
       row.scores[k] = rule_.beta * x / per;
       row.spare[2][k] = rule_.beta / per;

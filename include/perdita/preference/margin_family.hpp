@@ -47,7 +47,7 @@ struct mixed_log_ratio {
   static constexpr unsigned inputs = needs_reference | needs_previous;
   double share;
   outcome operator()(const preference_side& s) const {
-    return {s.log_probability - share * s.reference - (1 - share) * s.previous, 1};
+    return {(s.log_probability - s.previous) - share * (s.reference - s.previous), 1};
   }
 };
 
@@ -340,10 +340,12 @@ private:
       const double mean = sum.value() / weights.value();
       for (std::size_t i = 0; i < pairs.size(); ++i) {
         const preference_pair& p = pairs[i];
-        const double of_batch = std::max(beta * (1 + a * (mean - p.baseline)), least); // NaN stays
+        const double of_batch =
+            std::max(beta * (1 + links::times(a, mean - p.baseline)), least); // NaN stays
         const double t = of_batch * (p.chosen.log_ratio() - p.rejected.log_ratio()) - p.margin;
         const links::outcome found = links::logistic{}(t);
-        out[i] = {found.value, of_batch * found.slope, -of_batch * found.slope, t, true};
+        const double slope = links::times(found.slope, of_batch);
+        out[i] = {found.value, slope, -slope, t, true};
       }
     };
     return {each, needs_reference};

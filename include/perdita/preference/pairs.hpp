@@ -176,7 +176,7 @@ preference_term margin_term(C chosen, R rejected, L link, double beta, double of
     const double t = beta * (w.value - l.value) - offset - p.margin;
     const links::outcome o = link(t);
     const double slope = beta * o.slope;
-    return {o.value, links::times(slope, w.slope), -links::times(slope, l.slope), t, true};
+    return {o.value, links::times(w.slope, slope), -links::times(l.slope, slope), t, true};
   };
   return pairwise_term(of_pair, scores::inputs_of<C>() | scores::inputs_of<R>());
 }
