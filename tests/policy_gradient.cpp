@@ -622,6 +622,8 @@ TEST_CASE("policy_gradient: ratios beyond the largest number, impossible tokens"
   CHECK((kl(kl_estimator::k3, -5000) == inf && g[0] == -inf));
   CHECK((kl(kl_estimator::k3_plus, -5000) == inf && g[0] == -5000));
   CHECK((kl(kl_estimator::k3_corrected, -5000, -5000) == 1 && g[0] == 0));
+  CHECK((kl(kl_estimator::k3_corrected, -5000, 5000) == inf && g[0] == -inf));
+  CHECK((kl(kl_estimator::k3_corrected, 0, 5000) == 0 && g[0] == 0));
   CHECK((kl(kl_estimator::k3, 5000) == 4999 && g[0] == 1));
   CHECK((close(kl(kl_estimator::k3, -80), std::exp(80.0) - 81) && close(g[0], 1 - std::exp(80.0))));
   CHECK((kl(kl_estimator::k1, inf) == inf && g[0] == 1));

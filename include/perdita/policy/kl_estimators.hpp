@@ -6,7 +6,7 @@
 #include <cmath>
 #include <limits>
 
-#include "../config.hpp"
+#include "tokens.hpp"
 
 namespace perdita::inline PERDITA_ABI::policy {
 
@@ -65,9 +65,9 @@ inline policy::kl_part estimate_kl(policy::kl_estimator estimator, double x, dou
   }
   const double ratio = std::exp(log_ratio);
   // Far down, ρ is too small and e^{−x} too large for a product.
-  const double value =
-      x < -1 ? std::exp(log_ratio - x) + ratio * (x - 1) : ratio * exp_above_tangent(-x);
-  return {value, ratio * x};
+  const double value = x < -1 ? std::exp(log_ratio - x) * (1 + (x - 1) * std::exp(x))
+                              : times(exp_above_tangent(-x), ratio);
+  return {value, times(x, ratio)};
 }
 
 } // namespace perdita::inline PERDITA_ABI::core
