@@ -979,6 +979,11 @@ TEST_CASE("policy: advantages of groups", "[policy_gradient]") {
   std::vector<float> narrow(4);
   (void)policy::group_advantages(spoilt, 2, narrow);
   CHECK((std::isnan(narrow[0]) && std::isnan(narrow[1]) && narrow[3] > 0.7F));
+  // The batch's deviation is that of all groups, those of equal rewards too.
+  const std::vector<double> flat{1, nan, 2, 2};
+  (void)policy::group_advantages(flat, 2, narrow, {.scaling = policy::scaling::batch});
+  for (const float x : narrow)
+    CHECK(std::isnan(x));
 
   (void)policy::leave_one_out_advantages(r, 4, b);
   CHECK((close(b[0], 0) && close(b[1], -4.0 / 3) && close(b[3], 3 - 1.0 / 3) && b[5] == 0));

@@ -147,7 +147,8 @@ group_report group_advantages(R&& rewards, const groups& of, A&& advantages,
     const bool kept = n == 1 && o.keep_lone;
     for (index k = 0; k < n; ++k) {
       const double off = reward(member[k]) - seen.mean;
-      core::put(out[member[k]], kept ? reward(member[k]) : off == 0 ? 0 : off / deviation);
+      const bool none = off == 0 && deviation == deviation;
+      core::put(out[member[k]], kept ? reward(member[k]) : none ? 0 : off / deviation);
     }
   });
   if (report.groups > 0)
