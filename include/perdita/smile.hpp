@@ -106,10 +106,17 @@ private:
   }
   double add_others(std::int64_t label, double share, double factor) {
     read_all();
-    for (index i = 0; i < size_; ++i)
-      if (set_[i] != label)
-        score_[set_[i]] = no_score;
-    return add_row(static_cast<index>(label), share, factor);
+    const auto leave_out = [&](double* row, double x) {
+      for (index i = 0; i < size_; ++i)
+        if (set_[i] != label)
+          row[set_[i]] = x;
+    };
+    leave_out(score_, no_score);
+    const double value =
+        compare(score_, classes_, static_cast<index>(label), factor * share, slope_);
+    leave_out(slope_, 0); // where others are NaN, too
+    add_slopes();
+    return value;
   }
   void read_all() {
     for (index j = 0; j < job_.scores.cols; ++j)
@@ -118,9 +125,12 @@ private:
   }
   double add_row(index y, double share, double factor) {
     const double value = compare(score_, classes_, y, factor * share, slope_);
+    add_slopes();
+    return value;
+  }
+  void add_slopes() {
     for (index j = 0; j < classes_; ++j)
       result_[j] += slope_[j];
-    return value;
   }
   double add_few(std::int64_t label, double share, double factor) {
     const auto found = std::lower_bound(set_, set_ + size_, label);

@@ -251,6 +251,13 @@ TEMPLATE_TEST_CASE("smile: special scores", "[smile]", float, double) {
     row(r, 2, {undefined, undefined, 0, 0});
     CHECK(std::isnan(r.values[2]));
     CHECK(std::isnan(r.value));
+    // Among the others, which the label 1 of this sequence is none of
+    p.x(2, 1) = 1;
+    p.x(2, 2) = static_cast<T>(bad);
+    r = evaluate(p, {.among = perdita::smile_set::others, .reduction = sum});
+    row(r, 2, {undefined, 0, undefined, undefined});
+    CHECK(std::isnan(r.values[2]));
+    p.x(2, 2) = 1;
   }
 }
 
