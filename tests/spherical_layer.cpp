@@ -590,6 +590,12 @@ TEST_CASE("spherical_layer: what is not finite stays in its row, and no step is 
         h[at(features)] = bad;
         CHECK(std::isnan(layer.step(loss, x, labels, matrix_view(dx.data(), rows, features),
                                     {.rate = 0.1, .decay = 0.5}, {.values = values})));
+        // Of no target, too
+        const std::vector<int> two{1, 1};
+        const std::vector<double> sure{1, 1};
+        const std::vector<std::int64_t> starts{0, 1, 1, 2};
+        const perdita::sparse_targets<double, int> some_rows{two, sure, starts};
+        CHECK(std::isnan(layer(loss, x, some_rows)));
         return 0;
       });
       CHECK(values[0] == usual[0]);

@@ -820,6 +820,8 @@ private:
     // Q is positive semidefinite, but for rounding. NaN stays.
     slopes = differentiate(loss, core::spherical_row{squares < 0 ? 0 : squares, batch.sum[at(i)],
                                                      static_cast<double>(outputs_), target});
+    if (squares != squares)
+      slopes.value = squares; // of a row without targets too
     slopes.squares *= batch.scale;
     slopes.sum *= batch.scale;
     batch.target_slope[at(i)] = 0;
