@@ -434,6 +434,23 @@ TEST_CASE("unlearning: special rows", "[unlearning]") {
   CHECK((std::isnan(undial(2, 1)) && std::isnan(g[0])));
 }
 
+TEST_CASE("undial: what is added to the logits of a model cancels", "[unlearning]") {
+  const std::vector<double> x{1, -0.5, 2, 0.25}, t{3, 2.5, -1, 0};
+  std::vector<double> high_x, high_t, g(4), high_g(4);
+  for (std::size_t i = 0; i < 4; ++i) {
+    high_x.push_back(x[i] + 0x1p50);
+    high_t.push_back(t[i] + 0x1p50);
+  }
+  const std::vector<int> y{1};
+  const auto run = [&](const auto& scores, const auto& teacher, auto& gradient) {
+    return perdita::undial<double>({.beta = 0.3})(matrix_view<const double>(scores.data(), 1, 4), y,
+                                                  matrix_view<const double>(teacher.data(), 1, 4),
+                                                  matrix_view<double>(gradient.data(), 1, 4));
+  };
+  CHECK(run(x, t, g) == run(high_x, high_t, high_g));
+  CHECK(g == high_g);
+}
+
 TEST_CASE("unlearning: rows that are ignored, in place, on any threads", "[unlearning]") {
   logits<float> d(11, 3);
   d.labels[2] = -100;

@@ -432,7 +432,8 @@ struct undial_formula {
 
   double operator()(const double* x, const double* t, index n, index y, double* slopes) const {
     double *const q = slopes + n, *const z = q + n;
-    std::copy(t, t + n, z);
+    const double top = *std::max_element(t, t + n); // which β must not drown in
+    std::transform(t, t + n, z, [top](double score) { return score - top; });
     z[y] -= beta;
     const row_images own(x, n, -1, slopes), target(z, n, -1, q);
     if (own.lost || target.lost || own.all_masked() || target.all_masked()) {
