@@ -429,6 +429,35 @@ TEST_CASE("gradient check: directions prove a large gradient with few evaluation
   CHECK(named.evaluations == 0);
 }
 
+TEST_CASE("gradient check: a gradient is not compared with itself where storage takes no step",
+          "[gradient_check]") {
+  const auto squares = [](std::span<const float> p) {
+    double sum = 0;
+    for (const float v : p)
+      sum += static_cast<double>(v) * static_cast<double>(v);
+    return sum;
+  };
+  for (int k = 0; k < 50; ++k) {
+    std::vector<float> x;
+    std::vector<double> right, wrong;
+    for (int i = 0; i < 3; ++i) {
+      x.push_back(2 * std::sin(1.1f * static_cast<float>(3 * k + i)));
+      right.push_back(2 * static_cast<double>(x.back()));
+      wrong.push_back(-right.back());
+    }
+    const auto passed = check_direction(squares, x, right),
+               failed = check_direction(squares, x, wrong);
+    INFO(passed.message() << "; " << failed.message());
+    CHECK(passed);
+    CHECK(passed.unresolved == 0);
+    CHECK(failed.wrong == 8);
+  }
+  // Where it cannot be moved by the first step, an argument does not count.
+  std::vector<float> far{1e30f, 0.7f};
+  CHECK(check_direction([&] { return std::sin(static_cast<double>(far[1])); }, far,
+                        std::vector<double>{0.25, std::cos(static_cast<double>(far[1]))}));
+}
+
 TEST_CASE("gradient check: directions in float storage, at kinks, and by seed",
           "[gradient_check]") {
   std::vector<float> x{0.1f, -3.3f, 2.7f, 0.3f, 5.9f, 0.0f, 1.7f};

@@ -461,6 +461,11 @@ template <class Value, class T, class G>
   const std::size_t directions = x.empty() ? 0 : options.directions;
   std::vector<derivative> numeric(directions);
   std::vector<double> analytic(directions);
+  const double first = options.step > 0 ? options.step : 0.74;
+  const auto strays = [&](std::size_t i, double h) { // by more than half of the way
+    return !(std::abs(static_cast<double>(static_cast<T>(home[i] + h)) - home[i] - h) <=
+             0.5 * std::abs(h));
+  };
   for (std::size_t d = 0; d < directions; ++d) {
     for (std::size_t i = 0; i < x.size(); ++i)
       if (std::isfinite(home[i]))
@@ -470,8 +475,10 @@ template <class Value, class T, class G>
       continue;
     }
     // A rounding lands each entry beside x_i ± h: to first order, gradient · (taken − wanted).
+    // There is no room for steps of which that is most: the gradient would be compared with itself.
     const auto place = [&](double h) {
       double excess = 0;
+      bool room = true;
       for (std::size_t i = 0; i < x.size(); ++i) {
         if (!std::isfinite(home[i]))
           continue;
@@ -479,10 +486,11 @@ template <class Value, class T, class G>
         x[i] = static_cast<T>(home[i] + wanted);
         const double taken = static_cast<double>(x[i]) - home[i];
         excess += static_cast<double>(gradient[i]) * (taken - wanted);
+        room = room && (!strays(i, wanted) || strays(i, first));
       }
-      return std::array<double, 2>{std::isfinite(excess) ? h : infinity, excess};
+      return std::array<double, 2>{!std::isfinite(excess) ? infinity : room ? h : 0, excess};
     };
-    numeric[d] = differentiate(place, f, options.step > 0 ? options.step : 0.74);
+    numeric[d] = differentiate(place, f, first);
     home.restore();
   }
   using result = typename probe<Value, T>::result;
@@ -586,9 +594,9 @@ template <class Value, class X, class Gradient>
 /// directions with probability 2^-directions.
 ///
 /// An entry of the gradient that is not finite is reported by its own index, and `value` is not
-/// called. Entries of x that are not finite stay where they are and do not count. A tolerance of 0
-/// is chosen from the storage of x as well: the rounding of many arguments at once is corrected to
-/// first order only.
+/// called. Entries of x that are not finite, or too large for the first step to move them, do not
+/// count. A tolerance of 0 is chosen from the storage of x as well: the rounding of many arguments
+/// at once is corrected to first order only.
 ///
 /// Cost: 9 to 41 evaluations and, for each direction, some 15 to 30, at most 60. Memory: two copies
 /// of x.
