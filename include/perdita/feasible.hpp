@@ -25,10 +25,15 @@ concept multipliers_like = vector_like<V> &&
     (std::same_as<std::remove_const_t<typename element_of<V>::type>, float> ||
      std::same_as<std::remove_const_t<typename element_of<V>::type>, double>);
 
+/// λ/α; 0 for α = ∞, where λ may be infinite too.
+inline double slack_of(double multiplier, const feasible_options& o) {
+  return std::isinf(o.slack_cost) ? 0 : multiplier / o.slack_cost;
+}
+
 /// λ ← [λ + η (ℓ − ε − λ/α)]₊
 template <class V> void raise_multiplier(V& multiplier, double loss, const feasible_options& o) {
   const auto before = static_cast<double>(multiplier);
-  const double excess = loss - o.level - before / o.slack_cost;
+  const double excess = loss - o.level - slack_of(before, o);
   const double next = o.dual_rate == 0 ? before : before + o.dual_rate * excess;
   multiplier = next < 0 ? V(0) : static_cast<V>(next);
 }
@@ -145,7 +150,7 @@ private:
       const double weight = found.weight[r];
       const auto l = weight == 0 ? 0.0 : static_cast<double>(lambda[i]);
       const double excess = static_cast<double>(found.value[r]) - options_.level;
-      const double part = l == 0 ? 0 : weight * l * (excess - l / options_.slack_cost / 2);
+      const double part = l == 0 ? 0 : weight * l * (excess - core::slack_of(l, options_) / 2);
       sum.add(part);
       if (call.values.data)
         call.values[i] = static_cast<T>(part);

@@ -226,6 +226,15 @@ TEST_CASE("feasible: infinite values, NaN, and rows that do not count", "[feasib
   CHECK(multipliers[3] == 1);
   CHECK((std::isfinite(g[2]) && g[2] < 0 && g[3] > 0));
   CHECK((g[6] == 0 && g[7] == 0));
+  // And the next step leaves it so; what it adds to L is infinite, not NaN.
+  std::vector<double> parts(4);
+  loss(scores, labels, multipliers, perdita::matrix_view<double>(g.data(), 4, 2),
+       {.values = parts});
+  CHECK(multipliers[0] == inf);
+  CHECK(parts[0] == inf);
+  std::vector<double> of_losses{inf}, one{inf};
+  perdita::update_multipliers(of_losses, one, {.dual_rate = 0.5});
+  CHECK(one[0] == inf);
 
   const std::vector<int> none(4, -100);
   CHECK(loss(scores, none, multipliers, perdita::matrix_view<double>(g.data(), 4, 2)) == 0);
