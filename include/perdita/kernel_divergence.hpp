@@ -163,11 +163,6 @@ public:
   }
 };
 
-inline void require_bandwidth(const char* name, double bandwidth) {
-  require(bandwidth > 0 && std::isfinite(bandwidth), name, "bandwidth", bandwidth,
-          "a finite number above 0");
-}
-
 /// Writes −(2 of_own pull_own + of_xy pull_xy)/σ², the gradient of a sample's points.
 template <class T>
 void write_pulls(const matrix_data<T, true>& to, const std::vector<double>& own, double of_own,
@@ -285,7 +280,7 @@ public:
 
   mmd() : mmd(options{}) {}
   explicit(false) mmd(const options& o) : options_(o) {
-    core::require_bandwidth(name, o.bandwidth);
+    core::positive(name, "bandwidth", o.bandwidth);
   }
   const options& settings() const { return options_; }
 
@@ -329,7 +324,7 @@ public:
 
   cauchy_schwarz_divergence() : cauchy_schwarz_divergence(options{}) {}
   explicit(false) cauchy_schwarz_divergence(const options& o) : options_(o) {
-    core::require_bandwidth(name, o.bandwidth);
+    core::positive(name, "bandwidth", o.bandwidth);
   }
   const options& settings() const { return options_; }
 
@@ -372,8 +367,8 @@ public:
 
   hsic() : hsic(options{}) {}
   explicit(false) hsic(const options& o) : options_(o) {
-    core::require_bandwidth(name, o.bandwidth);
-    core::require_bandwidth(name, o.other_bandwidth);
+    core::positive(name, "bandwidth", o.bandwidth);
+    core::positive(name, "other_bandwidth", o.other_bandwidth);
   }
   const options& settings() const { return options_; }
 
@@ -465,8 +460,8 @@ public:
 
   cs_qmi() : cs_qmi(options{}) {}
   explicit(false) cs_qmi(const options& o) : options_(o) {
-    core::require_bandwidth(name, o.bandwidth);
-    core::require_bandwidth(name, o.other_bandwidth);
+    core::positive(name, "bandwidth", o.bandwidth);
+    core::positive(name, "other_bandwidth", o.other_bandwidth);
   }
   const options& settings() const { return options_; }
 
@@ -533,8 +528,8 @@ public:
 
   conditional_cauchy_schwarz() : conditional_cauchy_schwarz(options{}) {}
   explicit(false) conditional_cauchy_schwarz(const options& o) : options_(o) {
-    core::require_bandwidth(name, o.bandwidth);
-    core::require_bandwidth(name, o.other_bandwidth);
+    core::positive(name, "bandwidth", o.bandwidth);
+    core::positive(name, "other_bandwidth", o.other_bandwidth);
   }
   const options& settings() const { return options_; }
 

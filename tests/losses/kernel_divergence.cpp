@@ -415,7 +415,11 @@ TEST_CASE("kernel divergences: what is refused", "[kernel_divergence]") {
   const perdita::mmd<double> mmd;
   CHECK_THROWS_WITH(perdita::mmd<double>({.bandwidth = 0}), ContainsSubstring("bandwidth is 0"));
   CHECK_THROWS_WITH(perdita::hsic<double>({.other_bandwidth = -1}),
-                    ContainsSubstring("bandwidth is -1"));
+                    ContainsSubstring("other_bandwidth is -1"));
+  CHECK_THROWS_WITH(perdita::cs_qmi<double>({.other_bandwidth = 0}),
+                    ContainsSubstring("other_bandwidth is 0"));
+  CHECK_THROWS_WITH(perdita::conditional_cauchy_schwarz<double>({.other_bandwidth = 0}),
+                    ContainsSubstring("other_bandwidth is 0"));
   CHECK_THROWS_WITH(mmd(x.view(), flat.view()), ContainsSubstring("columns of the second"));
   CHECK_THROWS_WITH(perdita::mmd<double>({.unbiased = true})(x.view(), one.view()),
                     ContainsSubstring("rows of the second sample is 1, expected at least 2"));
