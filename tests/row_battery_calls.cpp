@@ -94,8 +94,18 @@ template <class T> void check_edges(const row_descriptor<T>& d) {
             }
         };
         close(run(*loss, weighted, a), "of weight 0");
-        if (!d.soft(setting))
-          close(run(*loss, ignored, a), "ignored");
+        if (d.soft(setting))
+          continue;
+        close(run(*loss, ignored, a), "ignored");
+        // Whichever of eight rows it is, and also where nobody asks for the values.
+        for (std::size_t r = 0; r < 8; ++r) {
+          problem<T> eight = p.rows_only(0, 8);
+          eight.labels[r] = row_descriptor<T>::ignore_index;
+          arrangement unasked = a;
+          unasked.by_products = 0;
+          t.require(same(run(*loss, eight, a).total, run(*loss, eight, unasked).total),
+                    "the total where row " + std::to_string(r) + " of eight is ignored");
+        }
       }
     }
     t.check();

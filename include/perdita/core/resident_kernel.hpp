@@ -216,8 +216,9 @@ private:
     if constexpr (requires { formula_.record(index{}, summary<statistic, double>()); })
       record(rows, count, s);
     const row_outcome<W> result = formula_.finish(s);
-    if (rows[0] % finish_rows == 0 && rows[count - 1] == rows[0] + finish_rows - 1 &&
-        !job_.row_weights.data && !job_.report.values.data) {
+    if (count == finish_rows && rows[0] % finish_rows == 0 &&
+        rows[count - 1] == rows[0] + finish_rows - 1 && !job_.row_weights.data &&
+        !job_.report.values.data) {
       total.add(result.value);
     } else {
       alignas(64) double value[finish_rows];
