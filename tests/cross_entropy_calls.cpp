@@ -324,6 +324,8 @@ TEST_CASE("cross_entropy: null pointers to something", "[cross_entropy]") {
   CHECK(says(refusal([&] { (void)loss(no_scores, y, g); }), "scores"));
   CHECK(says(refusal([&] { (void)loss(x, no_labels, g); }), "labels"));
   CHECK(says(refusal([&] { (void)loss(x, y, no_gradient); }), "gradient"));
+  CHECK(says(refusal([&] { (void)loss(x, no_scores, g); }), "target"));
+  CHECK(says(refusal([&] { loss.hessian_product(x, y, no_scores, g); }), ": v is"));
   // No rows need no memory.
   CHECK(loss(perdita::matrix_view<const float>(nullptr, 0, cols), std::vector<int>{},
              perdita::matrix_view<float>(nullptr, 0, cols)) == 0);

@@ -308,6 +308,7 @@ public:
     const auto direction = core::as_matrix(v);
     this->check_size("rows of v", direction.rows, job.scores.rows);
     this->check_size("columns of v", direction.cols, job.scores.cols);
+    this->require_memory("v", direction.data, direction.rows * direction.cols);
     job.soft = core::matrix_data<T>(direction);
     run_second_order<true>(job, call);
   }

@@ -90,6 +90,10 @@ void map_rows(const char* name, const Formula& formula, matrix_view<X> x, const 
   if (x.rows == 0)
     return;
   require(x.cols > 0, name, "columns", x.cols, "at least 1 class");
+  require_memory(name, "scores", x.data, x.rows * x.cols);
+  require_memory(name, "result", y.data, x.rows * x.cols);
+  if (b)
+    require_memory(name, "gradient", b->data, x.rows * x.cols);
   row_job<T> job;
   job.name = name;
   job.scores = matrix_data<T>(x);

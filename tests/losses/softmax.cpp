@@ -214,6 +214,18 @@ TEMPLATE_TEST_CASE("softmax: special rows", "[softmax]", float, double) {
   close(log_p, right_log);
 }
 
+TEST_CASE("softmax: null pointers to something", "[softmax]") {
+  using Catch::Matchers::ContainsSubstring;
+  const row_major<float> x = row_major<float>::Zero(3, 4);
+  row_major<float> y(3, 4);
+  const perdita::matrix_view<const float> no_scores(nullptr, 3, 4);
+  const perdita::matrix_view<float> no_result(nullptr, 3, 4);
+  CHECK_THROWS_WITH(perdita::softmax(no_scores, y), ContainsSubstring("softmax: scores is null"));
+  CHECK_THROWS_WITH(perdita::log_softmax(x, no_result), ContainsSubstring("result is null"));
+  CHECK_THROWS_WITH(perdita::softmax_backward(x, no_scores, y),
+                    ContainsSubstring("softmax_backward: gradient is null"));
+}
+
 TEST_CASE("softmax: shapes are checked", "[softmax]") {
   const row_major<float> x = row_major<float>::Zero(3, 4);
   row_major<float> wrong = row_major<float>::Constant(3, 5, 7), right(3, 4);

@@ -406,6 +406,7 @@ private:
       const auto soft = core::as_matrix(target);
       check_size("target rows", soft.rows, scores.rows);
       check_size("target columns", soft.cols, scores.cols);
+      require_memory("target", soft.data, soft.rows * soft.cols);
       job.soft = core::matrix_data<T>(soft);
     }
     return run_job<Gradient>(job, call);
