@@ -484,3 +484,67 @@ TEMPLATE_TEST_CASE("cross_entropy: short rows whose shift moves among others", "
     CHECK(gradient == expected);
   }
 }
+
+// The last chunk of a row may lie within a pack: of the chunk before where it is looked at, of a
+// line that chunk ends in where the gradient goes past the caches. Column-major, nothing does.
+TEMPLATE_TEST_CASE("cross_entropy: a last chunk of a few columns", "[cross_entropy]", float,
+                   double) {
+  using T = TestType;
+  constexpr std::ptrdiff_t few = 24;
+  const auto n = static_cast<std::size_t>(few);
+  for (const std::ptrdiff_t classes : {516, 519, 1025, 1028, 1030, 2049, 2050, 2063}) {
+    CAPTURE(classes);
+    const auto k = static_cast<std::size_t>(classes);
+    std::vector<T> x(n * k), by_columns(n * k), expected(n * k);
+    std::vector<int> y;
+    for (std::size_t r = 0; r < n; ++r) {
+      // The label is the largest, or is not.
+      y.push_back(static_cast<int>(r % 3 == 0 ? 7 : r * 101 % k));
+      for (std::size_t c = 0; c < k; ++c) {
+        const int levels[] = {0, -5, -100, -1000, 60};
+        T& score = x[r * k + c];
+        score = static_cast<T>(levels[r % 5]) + static_cast<T>((r * k + c) * 7919 % 61) / 32;
+        if (c == 7 && r % 3 == 0)
+          score += 4;
+        if (c + 2 == k && r % 2 == 1) // in the last columns
+          score += r % 4 == 1 ? T(20) : T(100);
+        if (c + 20 == k && r % 6 == 2) // in the last pack of the chunk before
+          score += 10;
+        by_columns[c * n + r] = score;
+      }
+    }
+    std::vector<unsigned char> best(n), hits(n);
+    for (const T cap : {T(0), T(2000)}) { // gradients from images, and from scores
+      const cross_entropy<T> loss({.softcap = cap});
+      const perdita::matrix_view<const T> columns(by_columns.data(), few, classes, 1, few);
+      const T value =
+          loss(columns, y, perdita::matrix_view<T>(expected.data(), few, classes), {.hits = best});
+      CHECK(std::count(best.begin(), best.end(), 1) >= 4);
+      std::vector<T> in_place = x;
+      const perdita::matrix_view<T> all(in_place.data(), few, classes);
+      CHECK(loss(all, y, all, {.hits = hits}) == value);
+      CHECK(in_place == expected);
+      CHECK(hits == best);
+      std::fill(in_place.begin(), in_place.end(), T(9));
+      CHECK(loss(perdita::matrix_view<const T>(x.data(), few, classes), y, all) == value);
+      CHECK(in_place == expected);
+
+      // The same rows again and again, until it is 4 MiB.
+      const std::size_t times = (std::size_t{4} << 20) / sizeof(T) / x.size() + 1;
+      std::vector<T> many, gradient(times * x.size());
+      std::vector<int> labels;
+      for (std::size_t i = 0; i < times; ++i) {
+        many.insert(many.end(), x.begin(), x.end());
+        labels.insert(labels.end(), y.begin(), y.end());
+      }
+      const auto rows_of_all = static_cast<std::ptrdiff_t>(labels.size());
+      loss(perdita::matrix_view<const T>(many.data(), rows_of_all, classes), labels,
+           perdita::matrix_view<T>(gradient.data(), rows_of_all, classes),
+           {.normaliser = static_cast<T>(few)});
+      std::size_t wrong = 0;
+      for (std::size_t i = 0; i < gradient.size(); ++i)
+        wrong += !(gradient[i] == expected[i % x.size()]);
+      CHECK(wrong == 0);
+    }
+  }
+}

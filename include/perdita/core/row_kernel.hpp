@@ -470,9 +470,10 @@ private:
     if (n <= 0)
       return 0;
     point(row, e, first, n);
-    // The last pack of a streamed chunk reaches into the next, which may have another shift.
-    e.straddles = row.shifted && e.head > 0 && n == chunk_columns;
-    return n / width - (e.straddles ? 1 : 0);
+    // The last pack of a streamed chunk, whole or not, reaches into the next, which may have
+    // another shift.
+    e.straddles = row.shifted && e.head > 0 && e.head + n > chunk_columns;
+    return n / width - (e.straddles && n % width == 0 ? 1 : 0);
   }
 
   /// n < width elements of the gradient from offset `at` of what e is aimed at.
@@ -554,18 +555,22 @@ private:
     const index n = std::min(run * chunk_columns, cols_ - first);
     if (n <= 0)
       return;
+    const index rest = n % width, at = n - rest;
+    emit_cursor both = e;
     if (e.straddles) {
-      emit_cursor both = e, next = e;
+      emit_cursor next = e;
       set_chunk(row, next, c + 1);
       const auto here = iota<T>() < V(static_cast<T>(width - e.head));
       both.factor = select(here, e.factor, next.factor);
       both.cut = select(here, e.cut, next.cut);
       both.shift = select(here, e.shift, next.shift);
-      absorb_cursor none;
-      step<false, true>(n / width - 1, n / width, none, both);
+      if (rest == 0) {
+        absorb_cursor none;
+        step<false, true>(n / width - 1, n / width, none, both);
+      }
     }
-    if (const index rest = n % width, at = n - rest; rest > 0)
-      put_end(partial(e, at, rest), at, rest, e);
+    if (rest > 0)
+      put_end(partial(both, at, rest), at, rest, e);
     if (gradient_in_place_)
       return;
     if (job_.accumulate) {
@@ -775,14 +780,14 @@ private:
             z = select(here, statistic::absent(a.shift), z);
             side = select(here, V(0), side);
           }
-          const V image = statistic::absorb(a.sum, z, a.shift, side);
-          if (keeps)
-            image.store(a.image + j);
           const index ahead = std::min(j + a.next.offset, a.next.last);
-          V look = V::load(a.next.x + ahead);
+          V look = V::load(a.next.x + ahead); // before the image, which may take its place
           if (ahead == a.next.hole) [[unlikely]]
             look = select(iota<T>() == V(a.next.hole_lane), nothing, look);
           a.seen = statistic::look(a.seen, look);
+          const V image = statistic::absorb(a.sum, z, a.shift, side);
+          if (keeps)
+            image.store(a.image + j);
         }
         if constexpr (Emit)
           put(with_target(gradient_of_pack(i, from, e), i, e), i, e);
