@@ -137,6 +137,9 @@ TEMPLATE_TEST_CASE("stablemax, taylor_softmax, spherical_softmax: special rows",
         {"all rivals masked", 0, {-inf, 5, -inf}, 1, {}, 0, {0, 0, 0}},
         {"all masked", 0, {-inf, -inf, -inf}, 1, {}, inf, {0, 0, 0}},
         {"NaN", 0, {0, 1, n}, 0, {}, n, {n, n, n}},
+        {"+inf at the label", 0, {1, inf, 2}, 1, {}, 0, {0, 0, 0}},
+        {"+inf elsewhere", 0, {1, 2, inf}, 1, {}, n, {n, n, n}},
+        {"+inf at both", 0, {1, inf, inf}, 1, {}, n, {n, n, n}},
     };
     check_special(d, rows, 4);
   });
@@ -144,7 +147,6 @@ TEMPLATE_TEST_CASE("stablemax, taylor_softmax, spherical_softmax: special rows",
       {"two zeros", 0, {0, 0}, 0, {}, std::log(2.0), {-0.5, 0.5}},
       {"half masked", 0, {3, 3, -inf}, 1, {}, std::log(2.0), {0.125, -0.125, 0}},
       {"label masked", 0, {3, -inf, 3}, 1, {}, inf, {0.125, 0, 0.125}},
-      {"+inf at the label", 0, {0, inf, 1}, 1, {}, 0, {0, 0, 0}},
   };
   check_special(stablemax_descriptor<TestType>({}), stable, 4);
 }

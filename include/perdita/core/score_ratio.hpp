@@ -59,7 +59,14 @@ template <class Map, class T> struct score_ratio_formula : row_formula {
       out.coefficient[0] = select(hopeless, one / rivals, out.coefficient[0]);
       miss = select(hopeless, one, miss);
     }
-    out.target_gradient = select(lost, zero, zero - (map.slope(z) * per_own) * miss);
+    out.target_gradient =
+        select(lost | (miss == zero), zero, zero - (map.slope(z) * per_own) * miss);
+    if (const auto spoilt = !(rivals < inf); any(spoilt)) [[unlikely]] {
+      const W nan = inf - inf;
+      out.value = select(spoilt, nan, out.value);
+      out.coefficient[0] = select(spoilt, nan, out.coefficient[0]);
+      out.target_gradient = select(spoilt, nan, out.target_gradient);
+    }
     return out;
   }
 
