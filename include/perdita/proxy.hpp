@@ -34,9 +34,12 @@ struct proxy_nca_formula : row_formula {
     using W = std::remove_cvref_t<decltype(row.target)>;
     const auto alone = row.term[0] == W(0);
     const W u = log_odds_against(row);
-    const W slope = W(scale) * select(alone, W(0), all ? sigmoid(u) : W(1) + (u - u));
+    const W inf(std::numeric_limits<double>::infinity());
+    const W one = select(u == inf, W(1), W(1) + (u - u)); // NaN shows
     row_outcome<W> out;
-    out.value = select(alone, row.target - row.target, all ? softplus(u) : u);
+    out.value = select(alone, select(row.target == -inf, inf, row.target - row.target),
+                       all ? softplus(u) : u);
+    const W slope = W(scale) * select(alone, W(0), all ? sigmoid(u) : one);
     out.image_scale = per_rival(slope, row);
     out.target_gradient = -slope;
     return out;
@@ -100,17 +103,23 @@ private:
 
 namespace core {
 
-/// Unit vectors in double, and 1/length of each; 0 where there is no direction.
+/// Unit vectors in double, and 1/length of each; 0 where there is no direction, and in rows that do
+/// not count.
 struct unit_rows {
   panelled rows;
   std::vector<double> inverse;
 
   template <class T>
   unit_rows(const matrix_view<const T>& from, const executor& run_on)
+      : unit_rows(from, run_on, [](index) { return true; }) {}
+  template <class T, class Counts>
+  unit_rows(const matrix_view<const T>& from, const executor& run_on, Counts counts)
       : rows(from.rows, from.cols), inverse(static_cast<std::size_t>(from.rows)) {
     for_row_blocks(from.rows, run_on, [&](index first, index last) {
       std::vector<T> copy(static_cast<std::size_t>(from.cols));
       for (index r = first; r < last; ++r) {
+        if (!counts(r))
+          continue;
         for (index j = 0; j < from.cols; ++j)
           copy[static_cast<std::size_t>(j)] = from(r, j);
         const double by = inverse_norm(copy.data(), from.cols);
@@ -351,20 +360,26 @@ private:
         const vector_view<L>& labels, const std::array<matrix_view<T>, 2>* gradients,
         const embedding_options<T>& call) const {
     const std::vector<std::int64_t> of = check(x, proxies, labels, gradients);
-    if (proxies.rows == 0)
+    const auto store = [&](std::size_t k, auto slope) {
+      core::store_slopes((*gradients)[k], call, slope);
+    };
+    if (proxies.rows == 0) {
+      if (gradients)
+        store(0, [](index, index) { return 0.0; });
       return 0;
-    const core::unit_rows samples(x, call.run_on), units(proxies, call.run_on);
+    }
+    const core::unit_rows units(proxies, call.run_on), samples(x, call.run_on, [&](index r) {
+      return of[static_cast<std::size_t>(r)] != options_.ignore_index;
+    });
     if (!samples.finite() || !units.finite())
       return core::give_up(gradients, call);
     core::proxy_anchor_pass pass(samples, units, of, options_.ignore_index, options_.alpha,
                                  options_.margin, call.run_on);
     const double value = pass.value();
     if (gradients) {
-      const auto store = [&](std::size_t k, const core::panelled& slopes) {
-        core::store_slopes((*gradients)[k], call, [&](index r, index j) { return slopes(r, j); });
-      };
-      store(0, pass.of_samples());
-      store(1, pass.of_proxies());
+      const core::panelled of_samples = pass.of_samples(), of_proxies = pass.of_proxies();
+      store(0, [&](index r, index j) { return of_samples(r, j); });
+      store(1, [&](index r, index j) { return of_proxies(r, j); });
     }
     return static_cast<T>(value);
   }

@@ -34,8 +34,8 @@ public:
   /// `classes`: one of each row, 0 or more; below 0: the row is in no pair.
   template <class T>
   negative_pairs(const matrix_view<const T>& x, std::vector<double> classes, const executor& run_on)
-      : x_(x, run_on), across_(transpose(x_.rows, run_on)), classes_(std::move(classes)),
-        run_on_(run_on) {
+      : x_(x, run_on, [&](index r) { return classes[static_cast<std::size_t>(r)] >= 0; }),
+        across_(transpose(x_.rows, run_on)), classes_(std::move(classes)), run_on_(run_on) {
     classes_.resize(static_cast<std::size_t>(across_.count() * width), -1);
   }
 

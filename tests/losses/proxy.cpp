@@ -284,6 +284,10 @@ TEMPLATE_TEST_CASE("proxies: special values and calls", "[proxy_anchor][proxy_nc
   CHECK(loss(none.view(), w.seen(), labels{}, none.view(), d_w.view()) == 0);
   CHECK(d_w.x == batch<T>(20, 6).x);
   CHECK(loss(none.view(), none.view(), labels{}) == 0);
+  batch<T> d_three(3, 6, 9);
+  CHECK(loss(random_batch<T>(3, 6, 4).seen(), none.view(), labels(3, -100), d_three.view(),
+             none.view()) == 0);
+  CHECK(d_three.x == batch<T>(3, 6).x);
   const auto one = random_batch<T>(1, 6, 8);
   CHECK(loss(one.seen(), one.seen(), labels{0}) > 0); // at a cosine of 1, log(1 + e^(−28.8))
   CHECK(loss(one.seen(), one.seen(), labels{0}) < T(1e-12));
@@ -297,6 +301,20 @@ TEMPLATE_TEST_CASE("proxies: special values and calls", "[proxy_anchor][proxy_nc
     bad(9, 1) = std::numeric_limits<T>::infinity();
     CHECK(std::isnan(loss(bad.seen(), w.seen(), y, d_x.view(), d_w.view())));
     CHECK((std::isnan(d_x(3, 3)) && std::isnan(d_w(19, 5))));
+    labels without = y; // a sample that is ignored has no part, whatever it is
+    without[9] = -100;
+    const T expected = loss(x.seen(), w.seen(), without, d_x.view(), d_w.view());
+    CHECK(loss(bad.seen(), w.seen(), without, again_x.view(), again_w.view()) == expected);
+    CHECK((again_x.x == d_x.x && again_w.x == d_w.x));
+  }
+  {
+    constexpr T inf = std::numeric_limits<T>::infinity();
+    const perdita::proxy_nca<T> on_cosines({.scale = 2});
+    batch<T> c(2, 3), g(2, 3);
+    c.x = {T(0.25), -inf, T(0.25), -inf, -inf, -inf};
+    CHECK(on_cosines(c.seen(), labels{1, -100}, g.view()) == inf);
+    CHECK(g.x == std::vector<T>{2, -4, 2, 0, 0, 0});
+    CHECK(on_cosines(c.seen(), labels{-100, 1}) == inf);
   }
   { // By hand: cosines 1 and 0 with α = 2.
     batch<T> a(1, 2), p(2, 2);
