@@ -982,6 +982,8 @@ TEST_CASE("preference pairs: bad input", "[preference]") {
       CHECK(std::string(e.what()).find(what) != std::string::npos);
     }
   };
+  const perdita::alphapo<double> hinge({.hinge = true}); // the others are as without any
+  CHECK((hinge.settings().alpha == 0.25 && hinge.settings().beta == 2.5 && hinge.settings().hinge));
   for (const double beta : {0.0, -0.1, nan, inf}) {
     refuses([&] { dpo<double>({.beta = beta}); }, "dpo: beta");
     refuses([&] { perdita::simpo<double>({.beta = beta}); }, "simpo: beta");

@@ -802,6 +802,11 @@ TEST_CASE("Curry-DPO: pairs from ratings, the easy ones first", "[preference]") 
   CHECK_THROWS_WITH(perdita::make_pairs(matrix_view<const double>(unknown.data(), 1, 2)),
                     ContainsSubstring("ratings[1]"));
   CHECK_THROWS_WITH(perdita::make_pairs(ratings, pairing(7)), ContainsSubstring("pairing is 7"));
+  const matrix_view<const double> nowhere(nullptr, 2, 3);
+  CHECK_THROWS_WITH(perdita::make_pairs(nowhere), ContainsSubstring("ratings is null"));
+  std::vector<double> wins(6);
+  CHECK_THROWS_WITH(perdita::win_probabilities(nowhere, matrix_view<double>(wins.data(), 2, 3)),
+                    ContainsSubstring("scores is null"));
   CHECK_THROWS_WITH(perdita::make_pairs(ratings, pairing::all, -1), ContainsSubstring("least_gap"));
   CHECK_THROWS_WITH(perdita::make_curriculum(best, 0), ContainsSubstring("stages is 0"));
   CHECK_THROWS_WITH(plan.stage(2), ContainsSubstring("stage is 2"));

@@ -449,8 +449,8 @@ void embedding_norms(X&& x, vector_view<T> norms, const executor& run_on = {}) {
   constexpr const char* name = "embedding_norms";
   if (norms.size != m.rows)
     core::fail(name, "norms", core::to_text(norms.size), core::to_text(m.rows) + " (rows)");
-  if ((!m.data && m.rows * m.cols > 0) || (!norms.data && m.rows > 0))
-    core::fail(name, !norms.data ? "norms" : "x", "null", "a pointer to memory");
+  core::require_memory(name, "x", m.data, m.rows * m.cols);
+  core::require_memory(name, "norms", norms.data, m.rows);
   constexpr index some = 64;
   const auto work = [&](std::size_t t) {
     std::vector<T> copy(static_cast<std::size_t>(m.cols));
@@ -477,9 +477,9 @@ void embedding_norms(X&& x, vector_view<T> norms, const executor& run_on = {}) {
 class norm_statistics {
 public:
   struct options {
-    double weight = 1;            ///< t of the new batch: 0 to 1
-    double concentration = 0.333; ///< h, finite
-    double mean = 20, deviation = 100;
+    double weight = 1;                 ///< t of the new batch: 0 to 1
+    double concentration = 0.333;      ///< h, finite
+    double mean = 20, deviation = 100; ///< where the averages start: finite, deviation 0 or more
   };
   static constexpr const char* name = "norm_statistics";
 
@@ -497,6 +497,7 @@ public:
   double deviation() const { return deviation_; }
 
   template <class T> void update(vector_view<const T> norms) {
+    core::require_memory(name, "norms", norms.data, norms.size);
     core::exact_sum sum, squares;
     double n = 0;
     const auto each = [&](auto f) {
@@ -521,6 +522,8 @@ public:
     if (to.size != norms.size)
       core::fail(name, "qualities", core::to_text(to.size),
                  core::to_text(norms.size) + " (as many as there are norms)");
+    core::require_memory(name, "norms", norms.data, norms.size);
+    core::require_memory(name, "qualities", to.data, to.size);
     for (index r = 0; r < norms.size; ++r) {
       const double off = clipped(static_cast<double>(norms[r])) - mean_;
       const double k = options_.concentration * off / (deviation_ + 1e-3);
@@ -670,6 +673,7 @@ public:
   template <class X, core::labels_like L>
   requires core::scores_like<X, T> T operator()(X&& cosines, vector_view<const T> norms, L&& labels,
                                                 const call_options<T>& call = {}) const {
+    check("norms", norms.size, core::as_matrix(cosines).rows);
     return core::magface_rows<T>(options_, norms)(cosines, labels, call);
   }
   template <class X, core::labels_like L, class G>
@@ -680,8 +684,7 @@ public:
     const core::matrix_data<T> c(core::as_matrix(cosines));
     check("norms", norms.size, c.rows);
     check("gradient of the norms", d_norms.size, c.rows);
-    if (!d_norms.data && c.rows > 0)
-      core::fail(name, "gradient of the norms", "null", "a pointer to memory");
+    core::require_memory(name, "gradient of the norms", d_norms.data, c.rows);
     // Before the gradient may overwrite them.
     const auto targets = target_cosines(of, c.rows, c.data ? c.cols : 0, [&](index r, index y) {
       T x;

@@ -88,6 +88,7 @@ public:
     check(at, losses);
     if (result.size != losses.size)
       core::fail(name, "weights", core::to_text(result.size), core::to_text(losses.size));
+    core::require_memory(name, "weights", result.data, result.size);
     for (index i = 0; i < at.size; ++i) {
       const double w = weight(static_cast<index>(at[i]), loss_of(i, at.size, losses));
       for (index v = i; v < losses.size; v += at.size)
@@ -107,6 +108,10 @@ public:
   void set_state(bad_pairs_state s) {
     core::require(s.history.size() == state_.history.size(), name, "history", s.history.size(),
                   "one number per item");
+    for (std::size_t i = 0; i < s.history.size(); ++i)
+      if (!std::isfinite(s.history[i]))
+        core::fail_at(name, "history", static_cast<index>(i), core::to_text(s.history[i]),
+                      "a finite number");
     core::require(s.epochs >= 0, name, "epochs of the state", s.epochs, "0 or more");
     state_ = std::move(s);
     find_bounds();
@@ -114,6 +119,8 @@ public:
 
 private:
   void check(const auto& items, const vector_view<const T>& losses) const {
+    core::require_memory(name, "items", items.data, items.size);
+    core::require_memory(name, "losses", losses.data, losses.size);
     core::require(items.size > 0 ? losses.size % items.size == 0 : losses.size == 0, name, "losses",
                   losses.size, "a multiple of the number of items");
     core::require(losses.size >= items.size, name, "losses", losses.size,

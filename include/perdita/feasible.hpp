@@ -128,8 +128,7 @@ public:
 private:
   template <class V> void check(const vector_view<V>& lambda, index rows) const {
     core::require_rows(name, "multipliers", lambda.size, rows);
-    if (!lambda.data && rows > 0)
-      core::fail(name, "multipliers", "null", "a pointer to memory");
+    core::require_memory(name, "multipliers", lambda.data, rows);
   }
 
   static double denominator(const core::row_values<T>& found, const call_options<T>& call) {
@@ -182,6 +181,8 @@ void update_multipliers(X&& values, V&& multipliers, const feasible_options& o) 
   const auto lambda = core::as_vector(multipliers);
   core::require(lambda.size == loss.size, name, "size of multipliers", lambda.size,
                 "as many as there are values");
+  core::require_memory(name, "values", loss.data, loss.size);
+  core::require_memory(name, "multipliers", lambda.data, lambda.size);
   for (index i = 0; i < loss.size; ++i)
     core::raise_multiplier(lambda[i], static_cast<double>(loss[i]), o);
 }

@@ -31,6 +31,7 @@ template <class T, core::labels_like L>
 mixed_examples<T> draw_mixed_examples(const L& labels, index n, std::uint64_t seed) {
   const auto label = core::as_vector(labels);
   const index rows = label.size;
+  core::require_memory("draw_mixed_examples", "labels", label.data, rows);
   std::vector<index> order; // by labels: those of one lie together
   for (index r = 0; r < rows; ++r)
     order.push_back(r);

@@ -676,6 +676,15 @@ TEST_CASE("unpg: calls", "[angular_margin]") {
   CHECK(d_x(2, 3) == 0);
   zero(2, 1) = std::numeric_limits<T>::quiet_NaN();
   CHECK(std::isnan(loss(zero.seen(), w.seen(), y, d_x.view(), d_w.view())));
+  for (const double whiskers :
+       {1.5, HUGE_VAL}) { // a row that is ignored is in no pair, whatever it is
+    const perdita::unpg ignoring(perdita::arcface<T>({.scale = 32}), {.whiskers = whiskers});
+    labels without = y;
+    without[2] = -100;
+    const T expected = ignoring(x.seen(), w.seen(), without, d_x.view(), d_w.view());
+    CHECK(ignoring(zero.seen(), w.seen(), without, again_x.view(), again_w.view()) == expected);
+    CHECK((again_x.x == d_x.x && again_w.x == d_w.x));
+  }
   batch<T> none(0, 6);
   CHECK(loss(none.seen(), w.seen(), labels{}, none.view(), d_w.view()) == 0);
   labels wrong = y;
@@ -785,6 +794,15 @@ TEST_CASE("angular margins: calls", "[angular_margin]") {
   CHECK_THROWS_WITH(perdita::magface<T>({.most_norm = 5}), ContainsSubstring("most_norm is 5"));
   CHECK_THROWS_WITH(perdita::magface<T>({.least_norm = 0}), ContainsSubstring("least_norm is 0"));
   CHECK_THROWS_WITH(perdita::norm_statistics({.weight = 2}), ContainsSubstring("weight is 2"));
+
+  const vector_view<const T> none, nowhere(nullptr, 20);
+  CHECK_THROWS_WITH(perdita::magface<T>{}(c.seen(), none, few), ContainsSubstring("norms is 0"));
+  CHECK_THROWS_WITH(perdita::magface<T>{}(c.seen(), nowhere, few),
+                    ContainsSubstring("norms is null"));
+  perdita::norm_statistics statistics;
+  CHECK_THROWS_WITH(statistics.update(nowhere), ContainsSubstring("norms is null"));
+  CHECK_THROWS_WITH(statistics.quality(nowhere, vector_view<T>(d_norms)),
+                    ContainsSubstring("norms is null"));
 }
 
 } // namespace perdita_tests

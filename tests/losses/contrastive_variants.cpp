@@ -646,6 +646,12 @@ TEST_CASE("Bad pairs: with a loss of anchors, and what has a stated result", "")
                     ContainsSubstring("losses[1] is"));
   CHECK_THROWS_WITH(even.weights(std::vector<int>{0, 1, 2}, alike, w),
                     ContainsSubstring("weights is 12"));
+  const perdita::vector_view<const double> nowhere(nullptr, 3);
+  CHECK_THROWS_WITH(even.record(std::vector<int>{0, 1, 2}, nowhere),
+                    ContainsSubstring("losses is null"));
+  auto state = even.state();
+  state.history[1] = std::nan("");
+  CHECK_THROWS_WITH(even.set_state(state), ContainsSubstring("history[1] is"));
   CHECK(even.state().history == kept);
   CHECK_THROWS_WITH(perdita::bad_pairs<double>(3, {}), ContainsSubstring("epochs is 0"));
 }

@@ -211,6 +211,9 @@ TEST_CASE("feasible: multipliers of losses that are no rows", "[feasible]") {
   narrow.resize(3);
   CHECK_THROWS_WITH(perdita::update_multipliers(losses, narrow, {}),
                     ContainsSubstring("size of multipliers is 3, expected"));
+  CHECK_THROWS_WITH(
+      perdita::update_multipliers(losses, perdita::vector_view<float>(nullptr, 4), {}),
+      ContainsSubstring("multipliers is null"));
 }
 
 TEST_CASE("feasible: infinite values, NaN, and rows that do not count", "[feasible]") {

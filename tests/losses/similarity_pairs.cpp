@@ -718,6 +718,9 @@ TEST_CASE("Metrix: what is drawn", "") {
   CHECK(std::equal(fewer.share.begin(), fewer.share.end(), mixed.share.begin()));
   CHECK(perdita::draw_mixed_examples<double>(same, 5, 3).size() == 0);
   CHECK(perdita::draw_mixed_examples<double>(std::vector<int>{}, 5, 3).size() == 0);
+  CHECK_THROWS_WITH(
+      perdita::draw_mixed_examples<double>(perdita::vector_view<const int>(nullptr, 4), 5, 3),
+      Catch::Matchers::ContainsSubstring("labels is null"));
 }
 
 } // namespace perdita_tests

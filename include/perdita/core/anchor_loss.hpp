@@ -174,13 +174,13 @@ T anchor_request<T>::run(const anchor_function<T>& formula, const anchor_options
 ///
 /// and, where options have gradients, set_extra(job), which sets job.extra.
 ///
-/// Three ways to say who is compared with whom, with the gradients after the inputs, or without:
+/// Four ways to say who is compared with whom, with the gradients after the inputs, or without:
 ///
 ///   loss(x, labels, d_x)                      x with itself; equal labels belong together; no row
 ///                                             is compared with itself
 ///   loss.views(x, n, d_x)                     the same: x holds n views of each item, all first
 ///                                             views, then all second, …
-///   loss(x, y, labels_of(labels_x), labels_of(labels_y), d_x, d_y)  x with y
+///   loss(x, y, labels_x, labels_y, d_x, d_y)  x with y
 ///   loss.pairs(x, y, d_x, d_y)                the same: y_i, and no other, belongs to x_i
 ///
 /// Without d_y, in the last two, only the gradient of x is made, a third faster.

@@ -58,6 +58,16 @@ PERDITA_INLINE void require(bool holds, const char* loss, const char* argument, 
     fail_with(loss, argument, got, expected);
 }
 
+[[noreturn]] PERDITA_NOINLINE inline void fail_null(const char* loss, const char* argument) {
+  fail(loss, argument, "null", "a pointer to memory");
+}
+/// An argument with so many elements must have them somewhere.
+inline void require_memory(const char* loss, const char* argument, const void* data,
+                           std::int64_t elements) {
+  if (!data && elements > 0) [[unlikely]]
+    fail_null(loss, argument);
+}
+
 /// An option that must be a finite number above 0.
 template <class T> double positive(const char* loss, const char* option, T x) {
   require(x > 0 && std::isfinite(x), loss, option, x, "a finite number above 0");

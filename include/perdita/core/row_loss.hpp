@@ -129,16 +129,9 @@ void read_labels(const void* labels, index stride, index first, index n, std::in
   }
 }
 
-[[noreturn]] PERDITA_NOINLINE inline void fail_null(const char* name, const char* what) {
-  fail(name, what, "null", "a pointer to memory");
-}
 [[noreturn]] PERDITA_NOINLINE inline void fail_size(const char* name, const char* what, index got,
                                                     index expected, const char* of) {
   fail(name, what, to_text(got), to_text(expected) + " (" + of + ")");
-}
-inline void require_memory(const char* name, const char* what, const void* data, index elements) {
-  if (!data && elements > 0) [[unlikely]] // no text, and no heap, before
-    fail_null(name, what);
 }
 inline void require_size(const char* name, const char* what, index got, index expected,
                          const char* of = "as many as the scores have") {

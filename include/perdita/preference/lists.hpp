@@ -671,6 +671,8 @@ void win_probabilities(matrix_view<const T> scores, matrix_view<T> result,
   if (result.rows != lists || result.cols != most)
     core::fail(name, "result", core::to_text(result.rows) + " × " + core::to_text(result.cols),
                core::to_text(lists) + " × " + core::to_text(most));
+  core::require_memory(name, "scores", scores.data, lists * most);
+  core::require_memory(name, "result", result.data, lists * most);
   const core::score_checks<T> checks{name};
   checks.optional("candidates", candidates, lists);
   checks.apart({core::bytes_of(result)}, {core::bytes_of(scores), core::bytes_of(candidates)});
@@ -721,6 +723,7 @@ std::vector<rated_pair> make_pairs(matrix_view<const T> ratings,
                     how == pairing::all,
                 name, "pairing", static_cast<int>(how), "one of those that are named");
   core::not_negative(name, "least_gap", least_gap);
+  core::require_memory(name, "ratings", ratings.data, ratings.rows * ratings.cols);
   core::score_checks<T>{name}.optional("candidates", candidates, ratings.rows);
   std::vector<rated_pair> pairs;
   for (index q = 0; q < ratings.rows; ++q) {

@@ -161,15 +161,32 @@ private:
   options options_;
 };
 
-/// simpo with a power of the probability: α = 0.25, γ = 0.25, β = 2.5 unless given.
+/// simpo with a power of the probability: its options, with the defaults of AlphaPO.
 template <class T = float> class alphapo : public simpo<T> {
 public:
-  using options = typename simpo<T>::options;
+  struct options {
+    T beta = T(2.5); ///< β > 0
+    T gamma = T(0.25);
+    T alpha = T(0.25);
+    bool hinge = false;
+    T likelihood = 0;      ///< 0 or more
+    T label_smoothing = 0; ///< ε in [0, ½], not of the hinge
+    likelihood_share share = likelihood_share::batch_tokens;
+    perdita::reduction reduction = perdita::reduction::mean;
+  };
   static constexpr const char* name = "alphapo";
-  static options defaults() { return {.beta = T(2.5), .gamma = T(0.25), .alpha = T(0.25)}; }
 
-  alphapo() : alphapo(defaults()) {}
-  explicit(false) alphapo(const options& o) : simpo<T>(o, name) {}
+  alphapo() : alphapo(options{}) {}
+  explicit(false) alphapo(const options& o)
+      : simpo<T>({.beta = o.beta,
+                  .gamma = o.gamma,
+                  .alpha = o.alpha,
+                  .hinge = o.hinge,
+                  .likelihood = o.likelihood,
+                  .label_smoothing = o.label_smoothing,
+                  .share = o.share,
+                  .reduction = o.reduction},
+                 name) {}
 };
 
 /// Triple preference optimisation: of each prompt's three responses, the best one (the pairs'
