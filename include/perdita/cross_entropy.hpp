@@ -235,7 +235,7 @@ template <class T = float> class cross_entropy : public row_loss<cross_entropy<T
 public:
   struct options {
     T label_smoothing = 0;                ///< ε in [0, 1]
-    vector_view<const T> prior{};         ///< π: where smoothing leads; uniform if not given
+    vector_view<const T> prior{};         ///< π: where smoothing leads, Σ π = 1; or uniform
     vector_view<const T> class_weights{}; ///< w ≥ 0; all 1 if not given. Both are copied.
     std::int64_t ignore_index = -100;     ///< rows with this label do not count
     perdita::reduction reduction = perdita::reduction::mean;

@@ -140,8 +140,8 @@ template <class Neighbours> struct i_con_formula : anchor_formula {
 /// I-Con: the divergence between who an embedding's neighbours are said to be, p(j|i), and who it
 /// takes for them, q(j|i):
 ///
-///   ℓ_i = −Σ_j p_ij log q_ij,  and with `divergence` + Σ_j p_ij log p_ij;  ∂ℓ_i/∂logit_ij = q_ij −
-///   p_ij
+///   ℓ_i = −Σ_j p_ij log q_ij,  and with `divergence` + Σ_j p_ij log p_ij
+///   ∂ℓ_i/∂logit_ij = q_ij − p_ij
 ///
 /// over all j that i is compared with, and the mean over anchors i that have a p. Of the
 /// supervision p is, for each anchor, even over who belongs to it,

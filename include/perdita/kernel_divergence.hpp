@@ -306,8 +306,8 @@ private:
 ///
 ///   ℓ = log mean k(x, x') + log mean k(y, y') − 2 log mean k(x, y) ≥ 0,
 ///   k(x, y) = e^{−‖x − y‖²/(2 σ²)}
-///   ∂ℓ/∂x_i = (2/σ²) (Σ_j k(x_i, y_j)(x_i − y_j)/Σ k(x, y) − Σ_j k(x_i, x_j)(x_i − x_j)/Σ k(x,
-///   x'))
+///   ∂ℓ/∂x_i = (2/σ²) (Σ_j k(x_i, y_j)(x_i − y_j)/Σ k(x, y)
+///                     − Σ_j k(x_i, x_j)(x_i − x_j)/Σ k(x, x'))
 ///
 /// 0 only if the mean embeddings are proportional. Natural logarithms (code of the authors: base
 /// 2). The last sum is taken relative to its largest term, so samples however far apart have a

@@ -45,7 +45,8 @@ struct linear_options {
   double drop_mass = 0;
   /// The same for entries below this size, with all that is in them (row weight, upstream, class
   /// weight, penalty) but the scale and the denominator that all rows have in common. This bounds
-  /// no row's error: a flat row may be dropped whole.
+  /// no row's error: a flat row may be dropped whole. Not together with drop_mass; both are refused
+  /// where a loss's gradient is not a softmax's.
   double drop_below = 0;
   /// Where given, the mass that drop_mass let go, of each row; 0 where nothing was dropped by it.
   vector_view<double> dropped{};
@@ -361,8 +362,9 @@ private:
 ///   4. goes backward(): all of the gradient of the slice's weights, and of the gradient of the
 ///      hidden states what is due to these classes; the sum over all slices is the gradient.
 ///
-/// Refers to the memory of the arguments of linear::slice(), and so must not outlive it. Records of
-/// rows that do not count are left alone. Throws std::invalid_argument.
+/// Refers to the memory of the arguments of linear::slice(), and so must not outlive it. The
+/// entropy, where it is wanted, is asked for in every step. Records of rows that do not count are
+/// left alone. Throws std::invalid_argument.
 template <class Loss> class linear_slice {
 public:
   using T = typename Loss::value_type;

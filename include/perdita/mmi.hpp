@@ -191,8 +191,8 @@ template <class T> struct mmi_calls {
 /// conversation models", NAACL 2016.
 ///
 ///   perdita::mmi_anti_lm<float> mmi({.penalty = 0.5f, .penalised = 5});
-///   float value = mmi(scores, lm_scores, labels, d_scores);           // the language model is
-///   fixed float value = mmi(scores, lm_scores, labels, d_scores, d_lm_scores);
+///   float value = mmi(scores, lm_scores, labels, d_scores);   // a fixed language model
+///   value = mmi(scores, lm_scores, labels, d_scores, d_lm_scores);
 template <class T = float> class mmi_anti_lm {
 public:
   using value_type = T;

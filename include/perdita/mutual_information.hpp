@@ -752,8 +752,8 @@ private:
 
 /// Minus the InfoNCE bound of mutual information, of a square matrix of scores:
 ///
-///   ℓ = mean_i (log Σ_j e^{S_ij} − S_ii) − log K ≥ −log K,   ∂ℓ/∂S_ij = (softmax(S_i)_j − [i =
-///   j])/K
+///   ℓ = mean_i (log Σ_j e^{S_ij} − S_ii) − log K ≥ −log K
+///   ∂ℓ/∂S_ij = (softmax(S_i)_j − [i = j])/K
 ///
 /// Cross-entropy with label i in row i, less log K; the joint sample is in the denominator. One
 /// pass. K ≥ 1. Special values of a row as in cross_entropy: −inf masks a product score, NaN or

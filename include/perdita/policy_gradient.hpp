@@ -23,10 +23,10 @@ namespace perdita::inline PERDITA_ABI {
 ///
 ///   s, sampler mismatch: policy::correction, where `sampler` is given
 ///   s, off-policy sequences: 0 for the tokens with A < 0 of a sequence where the mean of old − l
-///   is
-///      above off_policy_limit (OPSM)
+///      is above off_policy_limit (OPSM)
 ///
-/// Named losses are functions below that give such an object; defaults of all options are theirs.
+/// Named losses are functions below that give such an object. They set the reducer and the level
+/// (nash_md: kl and kl_weight too), whatever the options say.
 /// Without `old`, x = 0 and ρ = 1, but the gradient flows. Advantages come from
 /// policy/advantages.hpp or your own; they, `old`, `sampler` and the reference are constants.
 ///
@@ -132,8 +132,7 @@ policy_gradient<Term, T> policy_loss(const Term& term, policy::options o, policy
 }
 } // namespace core
 
-// --- The published losses: a term, a reducer and a level. Other options are the caller's.
-// ---------
+// --- The published losses: a term, a reducer and a level. Other options are the caller's. --------
 
 /// Williams 1992; of the sequences' sums, as A Σ log π is the derivative of the expected reward.
 template <class T = float>

@@ -214,8 +214,9 @@ private:
 /// Fidelity of a comparison: how well two predicted distributions over K levels tell which of two
 /// items is better (Thurstone's model).
 ///
-///   ℓ = 1 − √(P G + ε) − √((1 − P)(1 − G) + ε),   P = Φ(u),  u = (m_A − m_B)/√V,  V = v_A + v_B +
-///   ε m = Σ p_k l_k,  v = Σ p_k (l_k − m)²,         p = softmax(z), the levels l are K, …, 1
+///   ℓ = 1 − √(P G + ε) − √((1 − P)(1 − G) + ε)
+///   P = Φ(u),  u = (m_A − m_B)/√V,  V = v_A + v_B + ε
+///   m = Σ p_k l_k,  v = Σ p_k (l_k − m)²,  p = softmax(z), the levels l are K, …, 1
 ///   ∂ℓ/∂z_k = p_k (ℓ_m (l_k − m) + ℓ_v ((l_k − m)² − v)),
 ///   ℓ_m = ±ℓ_P φ(u)/√V (+ for A),  ℓ_v = −ℓ_P φ(u) u/(2V),
 ///   ℓ_P = ½ ((1 − G)/√((1 − P)(1 − G) + ε) − G/√(P G + ε))

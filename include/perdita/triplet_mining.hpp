@@ -246,7 +246,7 @@ private:
 /// triplets is a constant. The mean is over all triplets chosen, or those above 0 (it jumps where
 /// one reaches 0), each by its anchor's weight:
 ///
-///   {}                                       batch all, as pytorch-metric-learning (m = 0.05)
+///   {}                                       batch all; m of pytorch-metric-learning is 0.05
 ///   {.positives = farthest, .negatives = nearest, .mean = triplets}              batch hard
 ///   {.margin = 0, …, .penalty = softplus}                                        soft margin
 ///   {.negatives = semi_hard}                 all negatives beyond p, but within the margin

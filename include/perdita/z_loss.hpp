@@ -50,8 +50,7 @@ template <class T> struct z_loss_formula : row_formula {
 /// Z-loss: softplus of the target's standard score, invariant to shift and scale of the scores:
 ///
 ///   ℓ = (1/a) log(1 + e^{a (b − z_y)}),  z_k = (x_k − μ)/σ,  μ and σ² the row's mean and variance
-///   ∂ℓ/∂x_k = −σ(a (b − z_y))/σ · (δ_ky − 1/K − z_y z_k / K)          (σ(·): the logistic
-///   function)
+///   ∂ℓ/∂x_k = −σ(a (b − z_y))/σ · (δ_ky − 1/K − z_y z_k / K)   (σ(·): the logistic function)
 ///
 /// Not to be confused with the penalty (log Σ e^x)², which is cross_entropy's log_z_penalty.
 /// |z_y| ≤ √(K−1). The gradient sums to 0, is orthogonal to the scores and scales as 1/σ.

@@ -19,9 +19,8 @@ namespace perdita::inline PERDITA_ABI::policy {
 ///                                                 other direction
 ///   k3_corrected  ρ (e^{−x} − 1 + x)   ρ x        as k3 for tokens of an older policy; expected
 ///                                                 gradient ∇KL(π‖ref)
-///   k3_plus       e^{−x} − 1 + x       x          the value of k3 with the gradient of k2, which
-///   is
-///                                                 not its derivative
+///   k3_plus       e^{−x} − 1 + x       x          the value of k3 with the gradient of k2, not
+///                                                 its derivative
 ///
 /// Where the reference rules a token out (ref = −inf): +inf, with slopes 1 (k1, k3) or +inf. Where
 /// e^{−x} is beyond the largest number (x < −709), k3 is +inf and its slope −inf.

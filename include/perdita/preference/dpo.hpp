@@ -211,15 +211,14 @@ private:
 /// into preference_pairs::weights. Rewards are β log-ratio (TRL), or β s with scored_rewards (the
 /// f-DPO code). Everything else: preference_loss.
 ///
-/// Throws std::invalid_argument for β ≤ 0, ε outside [0,
-/// ½] (robust: [0, ½); exo: (0, ½]), no type, a weight that is not finite.
+/// Throws std::invalid_argument for β ≤ 0, ε outside [0, ½] (robust: [0, ½); exo: (0, ½]), no type,
+/// a weight that is not finite.
 ///
-/// Source: Rafailov et al.,
-/// "Direct preference optimization", NeurIPS 2023; Azar et al., 2023 (IPO); Mitchell, 2023 (cDPO);
-/// Chowdhury et al., 2024 (robust); Zhao et al., 2023 (SLiC: hinge); Ji et al., 2024 (EXO); Chen et
-/// al., 2024 (NCA); Jung et al., 2025 (BCO); Wu et al., 2025 (SPPO); Melnyk et al., 2024 (AOT);
-/// D'Oosterlinck et al., 2025 (APO); Lu et al., 2024 (DiscoPOP); Wang et al., 2024 (f-DPO);
-/// TRL 1.10.
+/// Source: Rafailov et al., "Direct preference optimization", NeurIPS 2023; Azar et al., 2023
+/// (IPO); Mitchell, 2023 (cDPO); Chowdhury et al., 2024 (robust); Zhao et al., 2023 (SLiC: hinge);
+/// Ji et al., 2024 (EXO); Chen et al., 2024 (NCA); Jung et al., 2025 (BCO); Wu et al., 2025 (SPPO);
+/// Melnyk et al., 2024 (AOT); D'Oosterlinck et al., 2025 (APO); Lu et al., 2024 (DiscoPOP); Wang et
+/// al., 2024 (f-DPO); TRL 1.10.
 ///
 ///   perdita::dpo<float> loss({.beta = 0.1f, .types = {perdita::dpo_type::ipo}});
 ///   float value = loss({.chosen = a, .rejected = b, .chosen_reference = ra, .rejected_reference =
@@ -232,9 +231,9 @@ public:
     T label_smoothing = 0; ///< ε: cdpo, robust, exo, aot
     T tau = T(0.05);       ///< τ > 0: discopop
     preference_divergence divergence = preference_divergence::reverse_kl;
-    T divergence_alpha = T(0.5);
-    bool centred = true; ///< scores::divergence; false as in TRL
-    bool scored_rewards = false;
+    T divergence_alpha = T(0.5); ///< of preference_divergence::alpha: finite
+    bool centred = true;         ///< scores::divergence; false as in TRL
+    bool scored_rewards = false; ///< rewards are β s, not β log-ratio
     perdita::reduction reduction = perdita::reduction::mean;
   };
   static constexpr const char* name = "dpo";

@@ -69,8 +69,8 @@ struct tdpo_options {
 /// The pairs' losses with weights of tokens, of Σ over the tokens that count:
 ///
 ///   ℓ = log(1 + e^{−β (s_w − s_l)}),   s = Σ_t f_t (l_t − q_t) + κ Σ_t D_t
-///   ∂ℓ/∂l_t = ∓β σ(−β (s_w − s_l)) f_t   (− chosen, + rejected),   ∂ℓ/∂D_t = the same with κ for
-///   f_t
+///   ∂ℓ/∂l_t = ∓β σ(−β (s_w − s_l)) f_t   (− chosen, + rejected)
+///   ∂ℓ/∂D_t = the same with κ for f_t
 ///
 /// TGDPO: f_t = 1 ± α β (guide_t − q_t) (+ chosen), at least `floor`, constant in the gradient;
 /// κ = 0. The theory wants f > 0, the published code has no floor. α = 0: DPO. Rewards β s.
