@@ -543,24 +543,26 @@ private:
       for (; j + group <= n; j += group)
         for (index i = 0; i < width; ++i)
           emit_columns<at_once>(column, j + i, ahead_in_group(i), shift,
-                                m.pointer(first_, column + j + i));
+                                m.pointer(first_, column + j + i), true);
     for (; j < n; ++j) {
       T* to = staged     ? stage_ + (column + j) * tile_rows_
               : in_place ? m.pointer(first_, column + j)
                          : out_;
-      emit_columns<1>(column, j, prefetch_columns, shift, to);
+      emit_columns<1>(column, j, prefetch_columns, shift, to, in_place);
       if (!staged && !in_place)
         put_column(column + j);
     }
   }
 
-  /// The gradient of columns j, j + W, j + 2 W, … of a chunk, the first of which goes to `to`.
+  /// The gradient of columns j, j + W, j + 2 W, … of a chunk, the first of which goes to `to`, for
+  /// good or to be read again.
   template <index Columns>
-  void emit_columns(index column, index j, index ahead, const V* shift, T* to) const {
+  void emit_columns(index column, index j, index ahead, const V* shift, T* to,
+                    bool for_good) const {
     const index step = width * job_.gradient.col_stride;
     const bool on_lines = reinterpret_cast<std::uintptr_t>(to) % 64 == 0 &&
                           (Columns == 1 || step * static_cast<index>(sizeof(T)) % 64 == 0);
-    if (job_.streaming && on_lines && to != out_)
+    if (job_.streaming && on_lines && for_good)
       emit_columns<Columns, true>(column, j, ahead, shift, to, step);
     else
       emit_columns<Columns, false>(column, j, ahead, shift, to, step);
