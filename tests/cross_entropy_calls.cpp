@@ -331,6 +331,15 @@ TEST_CASE("cross_entropy: null pointers to something", "[cross_entropy]") {
              perdita::matrix_view<float>(nullptr, 0, cols)) == 0);
 }
 
+TEST_CASE("cross_entropy: no penalty is none, whatever log Z is", "[cross_entropy]") {
+  const double inf = std::numeric_limits<double>::infinity();
+  const Eigen::Matrix<double, 3, 2, Eigen::RowMajor> x{{inf, 1}, {-inf, -inf}, {1, 2}};
+  std::vector<double> penalty(3, 9), nats(3);
+  cross_entropy<double>()(x, std::vector<int>{0, 0, 1},
+                          perdita::call_options<double>{.entropy = nats, .penalty = penalty});
+  CHECK(penalty == std::vector<double>(3));
+}
+
 TEST_CASE("cross_entropy: the options' memory is copied", "[cross_entropy]") {
   const row_major x = some_scores();
   const std::vector<int> y = some_labels();

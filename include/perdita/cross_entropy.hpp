@@ -135,7 +135,7 @@ template <class T, class Statistic> struct cross_entropy_formula : row_formula {
     const target_odds o(row);
     using W = decltype(o.hit);
     row_report<W> r = softmax_report(row);
-    r.penalty = W(p.log_z_penalty) * o.log_sum_exp() * o.log_sum_exp();
+    r.penalty = weighted(W(p.log_z_penalty), o.log_sum_exp() * o.log_sum_exp());
     if constexpr (general) { // Σ_c p_c (lse − z_c)
       const W rivals = select(row.term[0] == W(0), W(0), o.above() - row.term[3] / row.term[0]);
       r.entropy = weighted(o.hit, o.surprise) + weighted(o.miss, rivals);
@@ -178,9 +178,9 @@ template <class T, bool Product> struct cross_entropy_hessian : row_formula {
     if (p.focal_gamma > 0) {
       const W gamma(p.focal_gamma), focus = exp(gamma * log(o.miss));
       const W ratio = select(o.miss == zero, one, o.surprise / o.miss);
-      const W hn = weighted(o.hit, o.surprise);
-      first = weighted(focus, one + gamma * o.hit * ratio);
-      second = gamma * weighted(focus, two * o.hit + (gamma - one) * o.hit * o.hit * ratio - hn);
+      const W hn = weighted(o.hit, o.surprise), hr = weighted(o.hit, ratio);
+      first = weighted(focus, one + gamma * hr);
+      second = gamma * weighted(focus, two * o.hit + (gamma - one) * o.hit * hr - hn);
     }
     const W c(2 * p.log_z_penalty), t(p.inverse_temperature * p.inverse_temperature);
     const W penalty = p.log_z_penalty > 0 ? c * o.log_sum_exp() : zero;

@@ -89,7 +89,7 @@ template <class T> struct simplex_backward_formula : row_formula {
   static constexpr bool has_side = true;
   static constexpr bool slope_reads_score() { return true; }
 
-  explicit simplex_backward_formula(double alpha) : power(2 - alpha) {}
+  explicit simplex_backward_formula(double alpha) : power(std::max(2 - alpha, -1e30)) {}
   side_cursor<T> side(index) const { return {nullptr, nullptr, nullptr, T(1), T(0)}; }
   /// Not above `most`: beside it the others are nothing, and the sums stay finite.
   template <class V> V score(const V& p) const {

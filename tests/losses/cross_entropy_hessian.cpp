@@ -105,4 +105,21 @@ TEMPLATE_TEST_CASE("cross_entropy: second derivatives", "[cross_entropy]", float
   CHECK(compared > 1000);
 }
 
+TEMPLATE_TEST_CASE("cross_entropy: second derivatives of a masked label", "[cross_entropy]", float,
+                   double) {
+  using T = TestType;
+  const T inf = std::numeric_limits<T>::infinity();
+  const std::vector<T> x{-inf, 0, 0}, v{1, 2, 4};
+  std::vector<T> h(3);
+  const perdita::matrix_view<const T> scores(x.data(), 1, 3), direction(v.data(), 1, 3);
+  const perdita::matrix_view<T> to(h.data(), 1, 3);
+  for (const T gamma : {T(0), T(0.5), T(2)}) { // the focus is on all of it
+    const perdita::cross_entropy<T> loss({.focal_gamma = gamma});
+    loss.hessian_diagonal(scores, std::vector<int>{0}, to);
+    CHECK(h == std::vector<T>{0, T(0.25), T(0.25)});
+    loss.hessian_product(scores, std::vector<int>{0}, direction, to);
+    CHECK(h == std::vector<T>{0, T(-0.5), T(0.5)});
+  }
+}
+
 } // namespace perdita_tests
