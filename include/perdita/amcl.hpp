@@ -108,7 +108,9 @@ private:
   /// Adds weight (β Ω(t) − s/t); returns the slope by s.
   template <bool Gradient>
   double add(index anchor, index candidate, double s, double weight, anchor_outcome& out) const {
-    const double t = o.temperatures ? o.temperatures(anchor, candidate) : o.temperature;
+    double t = o.temperatures ? o.temperatures(anchor, candidate) : o.temperature;
+    if (!(t > 0))
+      t = std::numeric_limits<double>::quiet_NaN();
     out.value += weight * (o.beta * (o.width / 2 * std::log(t) + 1 / t) - s / t);
     if constexpr (Gradient) {
       const double d_t = weight * (o.beta * o.width / 2 - (o.beta - s) / t) / t;

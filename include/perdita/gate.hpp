@@ -34,6 +34,8 @@ struct gated_formula : anchor_formula {
 
   template <bool Gradient, class T> anchor_outcome row(const anchor_row<T>& row) const {
     using V = pack<T>;
+    if (count_of(row, belonging{}) == 0)
+      return {0, false};
     const chosen_images<T> negative(row, rivalling{}, rate);
     const V all(static_cast<T>(negative.log())), by(static_cast<T>(rate));
     lane_sums<T, 2> sums; // of losses, and of what is missing to a probability of 1

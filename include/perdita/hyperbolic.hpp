@@ -231,6 +231,8 @@ private:
 
 } // namespace core
 
+template <class T> class pairwise_confusion;
+
 /// Distance of pairs of points u, v in the Poincaré ball of curvature −c, the ball of radius 1/√c,
 ///
 ///   d = (2/√c) artanh(√c ‖(−u) ⊕ v‖) = (2/√c) asinh(√c ‖u − v‖/√(A_u A_v)),   A_x = 1 − c ‖x‖²
@@ -279,12 +281,20 @@ public:
     const auto to_second = core::as_matrix(d_v);
     this->check_pair(first, second, to_first, to_second, "rows of the first gradient",
                      "columns of the first gradient", "the first gradient");
-    run<true>(second, first, to_second, call);
-    return run<true>(first, second, to_first, call);
+    return of_both(first, second, to_first, to_second, call);
   }
 
 private:
   friend row_loss<poincare_distance<T>, T>;
+  friend pairwise_confusion<T>;
+
+  template <class U, class V, class G, class H>
+  T of_both(const matrix_view<U>& first, const matrix_view<V>& second,
+            const matrix_view<G>& to_first, const matrix_view<H>& to_second,
+            const call_options<T>& call) const {
+    run<true>(second, first, to_second, call);
+    return run<true>(first, second, to_first, call);
+  }
 
   template <bool Gradient, class U, class V, class G>
   T run(const matrix_view<U>& first, const matrix_view<V>& second, const matrix_view<G>& gradient,
@@ -333,7 +343,13 @@ public:
     check(x);
     check(g);
     core::require(g.rows == x.rows, name, "rows of the gradient", g.rows, "as many as of points");
-    return distance_(half(x, 0), half(x, 1), half(g, 0), half(g, 1), call);
+    core::require(g.cols == x.cols, name, "columns of the gradient", g.cols,
+                  "as many as of points");
+    core::require_memory(name, "gradient", g.data, g.rows * g.cols);
+    const core::extent memory[] = {core::bytes_of(core::matrix_data<T, true>(g)),
+                                   core::bytes_of(core::matrix_data<T>(x))};
+    core::require_apart(name, memory, 1);
+    return distance_.of_both(half(x, 0), half(x, 1), half(g, 0), half(g, 1), call);
   }
 
 private:

@@ -46,18 +46,17 @@ public:
   template <class X, class Y>
   requires core::scores_like<X, T> && core::scores_like<Y, T>
       T operator()(X&& x, Y&& y, const anchor_options<T>& call = {}) const {
-    const T products = products_.pairs(x, y, call);
-    return add_lengths(products, lengths_of(x, y), call);
+    const lengths l = lengths_of(x, y);
+    return add_lengths(products_.pairs(x, y, call), l, call);
   }
   template <class X, class Y, class DX, class DY>
   requires core::scores_like<X, T> && core::scores_like<Y, T> && core::gradient_like<DX, T> &&
       core::gradient_like<DY, T>
           T operator()(X&& x, Y&& y, DX&& d_x, DY&& d_y, const anchor_options<T>& call = {}) const {
-    const T products = products_.pairs(x, y, d_x, d_y, call);
     lengths l = lengths_of(x, y);
     l.gradient[0] = core::matrix_data<T, true>(core::as_matrix(d_x));
     l.gradient[1] = core::matrix_data<T, true>(core::as_matrix(d_y));
-    return add_lengths(products, l, call);
+    return add_lengths(products_.pairs(x, y, d_x, d_y, call), l, call);
   }
 
 private:
@@ -67,8 +66,10 @@ private:
   };
 
   template <class X, class Y> static lengths lengths_of(X& x, Y& y) {
-    return {{core::matrix_data<T>(core::as_matrix(x)), core::matrix_data<T>(core::as_matrix(y))},
-            {}};
+    const core::matrix_data<T> of_x(core::as_matrix(x)), of_y(core::as_matrix(y));
+    core::require(of_y.cols == of_x.cols, name, "columns of y", of_y.cols, "as many as of x");
+    core::require(of_y.rows == of_x.rows, name, "rows of y", of_y.rows, "as many as of x");
+    return {{of_x, of_y}, {}};
   }
   /// Adds λ (‖x_i‖² + ‖y_i‖²) of every pair to the value, the by-products and the gradients.
   T add_lengths(T products, const lengths& l, const anchor_options<T>& call) const {

@@ -134,8 +134,8 @@ private:
     const core::cosine_points nodes(n, d, std::move(raw), call.run_on);
     const core::cosine_points meta(k, d, std::move(sums), call.run_on);
     std::vector<double> slopes(gradient ? nodes.x.size() : 0);
-    const double value =
-        attract(nodes, a, slopes, call.run_on) + repel(meta, cluster, slopes, call.run_on);
+    const double attraction = attract(nodes, a, slopes, call.run_on); // sets slopes; the other adds
+    const double value = attraction + repel(meta, cluster, slopes, call.run_on);
     if (gradient)
       core::store_slopes(*gradient, call, [&](index i, index c) {
         return std::isfinite(value) ? slopes[static_cast<std::size_t>(i * d + c)]

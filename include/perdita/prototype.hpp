@@ -70,10 +70,18 @@ private:
   std::vector<double> g_;
 };
 
-/// Whether all numbers are finite, and small enough for their squares and sums of these.
+/// Whether all numbers of the points that count are finite, and small enough for their squares and
+/// sums of these.
+template <class Counts> bool has_distances(const point_cloud& x, Counts counts) {
+  for (index i = 0; i < x.size(); ++i) {
+    const double* p = x.point(i);
+    if (counts(i) && !std::all_of(p, p + x.dims(), [](double v) { return std::fabs(v) <= 1e150; }))
+      return false;
+  }
+  return true;
+}
 inline bool has_distances(const point_cloud& x) {
-  const double* p = x.point(0);
-  return std::all_of(p, p + x.size() * x.dims(), [](double v) { return std::fabs(v) <= 1e150; });
+  return has_distances(x, [](index) { return true; });
 }
 
 struct neighbour {
@@ -235,7 +243,8 @@ private:
         total.add(miss <= 0 ? 0 : miss);
         ++counted;
       }
-    if (!core::has_distances(x) || !core::has_distances(c))
+    const auto counts = [&](index q) { return of.label(q) != options_.ignore_index; };
+    if (!core::has_distances(x, counts) || !core::has_distances(c))
       return core::give_up(gradients, call);
     const double share = counted > 0 ? 1 / counted : 0;
     if (gradients)

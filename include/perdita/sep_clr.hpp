@@ -193,8 +193,9 @@ private:
       return 0;
     std::array<view, 2> views{view(x.common[0], x.salient[0], target, gradients),
                               view(x.common[1], x.salient[1], target, gradients)};
-    const double value = align(views, target) + separate(views, call.run_on) +
-                         quieten(x.salient, target, views, gradients != nullptr);
+    const double apart = align(views, target) + separate(views, call.run_on);
+    // Last, as it sets what the others have added to.
+    const double value = apart + quieten(x.salient, target, views, gradients != nullptr);
     if (gradients)
       for (std::size_t v = 0; v < 2; ++v)
         store(views[v], std::isfinite(value), gradients->common[v], gradients->salient[v], call);

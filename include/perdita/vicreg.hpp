@@ -84,8 +84,10 @@ private:
     core::panelled slopes(gradients ? n : 0, d), y_slopes(gradients ? n : 0, d);
     core::panelled* const of_x = gradients ? &slopes : nullptr;
     core::panelled* const of_y = gradients ? &y_slopes : nullptr;
-    const double value = compare(x, y, of_x, of_y, call.run_on) + spread(x, of_x, call.run_on) +
-                         spread(y, of_y, call.run_on);
+    const double invariance =
+        compare(x, y, of_x, of_y, call.run_on); // before the others centre them
+    const double of_both = invariance + spread(x, of_x, call.run_on),
+                 value = of_both + spread(y, of_y, call.run_on);
     if (!std::isfinite(value))
       return core::give_up(gradients, call);
     if (gradients) {

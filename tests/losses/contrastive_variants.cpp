@@ -214,6 +214,10 @@ TEST_CASE("Adaptive multi-head contrastive: temperatures", "") {
   with(0.5).pairs(x.view(), y.view(), g.view(), h.view());
   CHECK(near(slope, (above - below) / 2e-5, 1e-7));
 
+  t(0, 0) = -1;
+  CHECK(std::isnan(loss.pairs(x.view(), y.view(), g.view(), h.view())));
+  CHECK((std::isnan(g(0, 1)) && std::isfinite(g(1, 1))));
+
   const perdita::bounded_temperature bounded;
   CHECK(near(bounded(0), 0.5 * (1e-5 + 2), 1e-15));
   CHECK(
@@ -775,6 +779,10 @@ TEST_CASE("Gated contrast: calls, and what has a stated result", "[threads]") {
   CHECK(length_of(small.g[0].x) == 0);
   small.x[1].x[0] = std::numeric_limits<double>::quiet_NaN();
   CHECK(std::isnan(loss(small.in(), odd.views())));
+  odd.wanted = {77, 5}; // an anchor that is not finite, without positives, spoils nobody else's
+  CHECK(std::isfinite(loss(small.in(), odd.views(), small.out())));
+  for (const double slope : small.g[2].x)
+    CHECK(std::isfinite(slope));
 
   const auto kept = run.g;
   odd.keys.pop_back();

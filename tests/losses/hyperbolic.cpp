@@ -200,6 +200,18 @@ TEST_CASE("pairwise_confusion: the halves of a batch", "[hyperbolic]") {
   call.run_on = threads;
   CHECK(loss(all, matrix_view<float>(h.data(), 2 * n, dims), call) == expected);
   CHECK(g == h);
+  // Column-major, the halves lie between each other.
+  std::vector<float> by_columns(x.size()), to(x.size());
+  for (std::size_t r = 0, rows = 2 * static_cast<std::size_t>(n); r < rows; ++r)
+    for (std::size_t d = 0; d < static_cast<std::size_t>(dims); ++d)
+      by_columns[d * rows + r] = x[r * static_cast<std::size_t>(dims) + d];
+  CHECK(loss(matrix_view<const float>(by_columns.data(), 2 * n, dims, 1, 2 * n),
+             matrix_view<float>(to.data(), 2 * n, dims, 1, 2 * n)) == expected);
+  std::size_t wrong = 0;
+  for (std::size_t r = 0, rows = 2 * static_cast<std::size_t>(n); r < rows; ++r)
+    for (std::size_t d = 0; d < static_cast<std::size_t>(dims); ++d)
+      wrong += !(to[d * rows + r] == g[r * static_cast<std::size_t>(dims) + d]);
+  CHECK(wrong == 0);
 }
 
 TEST_CASE("hyperbolic: what is refused", "[hyperbolic]") {
@@ -223,6 +235,12 @@ TEST_CASE("hyperbolic: what is refused", "[hyperbolic]") {
       confusion(matrix_view<float>(x.data(), 4, 3), matrix_view<float>(g.data(), 2, 3)),
       ContainsSubstring("rows of the gradient is 2"));
   CHECK_THROWS_WITH(confusion(matrix_view<float>(nullptr, 4, 3)), ContainsSubstring("null"));
+  CHECK_THROWS_WITH(
+      confusion(matrix_view<float>(x.data(), 4, 3), matrix_view<float>(x.data(), 4, 3)),
+      ContainsSubstring("overlaps"));
+  CHECK_THROWS_WITH(
+      confusion(matrix_view<float>(x.data(), 4, 3), matrix_view<float>(g.data(), 4, 2)),
+      ContainsSubstring("columns of the gradient is 2"));
   CHECK(g == std::vector<float>(12, 7.0F));
 }
 

@@ -470,6 +470,14 @@ TEMPLATE_TEST_CASE("proto_triplet", "[proto_triplet]", float, double) {
   CHECK(loss(q.seen(), c.seen(), y, again_q.view(), again_c.view(), {.run_on = pool}) == value);
   CHECK((again_q.x == d_q.x && again_c.x == d_c.x));
 
+  auto spoilt = q; // a query that is ignored has no part, whatever it is
+  spoilt(3, 1) = std::numeric_limits<T>::quiet_NaN();
+  labels without = y;
+  without[3] = -100;
+  const T of_others = loss(q.seen(), c.seen(), without, d_q.view(), d_c.view());
+  CHECK(loss(spoilt.seen(), c.seen(), without, again_q.view(), again_c.view()) == of_others);
+  CHECK((again_q.x == d_q.x && again_c.x == d_c.x));
+
   // One prototype alone; a query at its prototype; ties; only ignored; what is not finite.
   batch<T> a(1, 2), p(3, 2), d_a(1, 2), d_p(3, 2);
   a.x = {1, 2};

@@ -300,6 +300,12 @@ TEMPLATE_TEST_CASE("N-pairs is cross-entropy and lengths", "", float, double) {
   spoilt(2, 1) = std::numeric_limits<T>::quiet_NaN();
   CHECK(std::isnan(loss(spoilt.view(), y.view())));
   CHECK_THROWS_WITH(loss(x.view(), one.view()), Catch::Matchers::ContainsSubstring("is 4"));
+  batch<T> d_one(1, 4, T(7)), d_zero(3, 4, T(7));
+  CHECK_THROWS_WITH(loss(zero.view(), one.view(), d_zero.view(), d_one.view()),
+                    Catch::Matchers::ContainsSubstring("rows of y is 1"));
+  CHECK_THROWS_WITH(loss(zero.view(), one.view()),
+                    Catch::Matchers::ContainsSubstring("rows of y is 1"));
+  CHECK((d_one.x == batch<T>(1, 4, T(7)).x && d_zero.x == batch<T>(3, 4, T(7)).x));
   CHECK_THROWS_WITH(perdita::n_pairs<T>({.length_weight = -1}),
                     Catch::Matchers::ContainsSubstring("length_weight is -1"));
 }
