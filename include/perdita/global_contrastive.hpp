@@ -289,8 +289,7 @@ private:
       const auto view = core::as_vector(items);
       if (view.size != rows / views)
         core::fail(name, "size of items", core::to_text(view.size), core::to_text(rows / views));
-      if (!view.data && view.size > 0)
-        core::fail(name, "items", "null", "a pointer to memory");
+      core::require_memory(name, "items", view.data, view.size);
       for (index i = 0; i < view.size; ++i)
         items_.push_back(static_cast<index>(view[i]));
       notes_.resize(2 * items_.size()); // anchors: two of each item

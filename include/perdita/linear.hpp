@@ -253,8 +253,7 @@ private:
                  core::to_text(expected) + " (" + of + ")");
   }
   void check_memory(const char* what, const void* data, index elements) const {
-    if (!data && elements > 0) [[unlikely]]
-      core::fail(name, what, "null", "a pointer to memory");
+    core::require_memory(name, what, data, elements);
   }
   /// Inputs are read to the end: no result may lie on them, or on another one.
   void check_apart(const core::linear_job<T>& l) const {
@@ -314,8 +313,9 @@ private:
   T run(core::row_job<T>& job, core::linear_job<T>& io, const call_options<T>& call,
         const core::row_record* records = nullptr) const {
     return run_with<Gradient>(job, io, call, [&](const auto& formula) {
-      for (index r = 0; r < io.dropped.size && Gradient; ++r)
-        io.dropped[r] = 0;
+      if constexpr (Gradient)
+        for (index r = 0; r < io.dropped.size; ++r)
+          io.dropped[r] = 0;
       return core::run_linear<Gradient>(formula, job, io, call.run_on, call.memory, records);
     });
   }

@@ -228,22 +228,22 @@ private:
     const core::labelled_rows<T> of(checks, "queries", queries, labels);
     check(of, prototypes, gradients);
     const core::point_cloud x{core::matrix_data<T>(queries)}, c{core::matrix_data<T>(prototypes)};
+    const auto counts = [&](index q) { return of.label(q) != options_.ignore_index; };
     std::vector<triplet> found(static_cast<std::size_t>(queries.rows));
     core::for_row_blocks(queries.rows, call.run_on, [&](index first, index last) {
       for (index q = first; q < last; ++q)
-        if (of.label(q) != options_.ignore_index && prototypes.rows > 1)
+        if (counts(q) && prototypes.rows > 1)
           found[static_cast<std::size_t>(q)] = find(x, c, q, static_cast<index>(of.label(q)));
     });
     double counted = 0;
     core::exact_sum total;
     for (index q = 0; q < queries.rows; ++q)
-      if (of.label(q) != options_.ignore_index) {
+      if (counts(q)) {
         const triplet& t = found[static_cast<std::size_t>(q)];
         const double miss = prototypes.rows > 1 ? t.miss(options_.margin) : 0;
         total.add(miss <= 0 ? 0 : miss);
         ++counted;
       }
-    const auto counts = [&](index q) { return of.label(q) != options_.ignore_index; };
     if (!core::has_distances(x, counts) || !core::has_distances(c))
       return core::give_up(gradients, call);
     const double share = counted > 0 ? 1 / counted : 0;

@@ -37,8 +37,7 @@ struct spherical_map {
 ///   ∂ℓ/∂x_j = (1 + x_j) / Σ_k t(x_k) − δ_jy (1 + x_y)/t(x_y)
 ///
 /// Special values: -inf is a masked class, +inf at a label costs 0 with no gradient, elsewhere and
-/// NaN make the row NaN. In float scores beyond
-/// 1e18 are as infinite. Not invariant to shifts.
+/// NaN make the row NaN. In float scores beyond 1e18 are as infinite. Not invariant to shifts.
 /// Shapes, reductions, errors: as cross_entropy. No by-products but `values`.
 /// Source: de Brébisson and Vincent, "An exploration of softmax alternatives belonging to the
 /// spherical loss family", ICLR 2016.
@@ -75,8 +74,8 @@ private:
 /// It does not see the scores' signs. ε = 0: nor their scale, and a label with score 0 costs +inf
 /// with a NaN gradient.
 /// Special values: -inf is a masked class, +inf at a label costs 0 with no gradient, elsewhere and
-/// NaN make the row NaN. In float scores beyond
-/// 1e18 are as infinite, and squares below 1e-38 as zero.
+/// NaN make the row NaN. In float scores beyond 1e18 are as infinite, and squares below 1e-38 as
+/// zero.
 /// Shapes, reductions, errors: as cross_entropy. No by-products but `values`.
 /// Source: de Brébisson and Vincent, "An exploration of softmax alternatives belonging to the
 /// spherical loss family", ICLR 2016.

@@ -637,8 +637,7 @@ private:
       core::fail(name, what, core::to_text(got), core::to_text(expected) + " (" + of + ")");
   }
   static void check_memory(const char* what, const void* data, index elements) {
-    if (!data && elements > 0) [[unlikely]]
-      core::fail(name, what, "null", "a pointer to memory");
+    core::require_memory(name, what, data, elements);
   }
 
   template <class Loss, class X, class Y, class DX>

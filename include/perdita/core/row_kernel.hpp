@@ -556,9 +556,9 @@ private:
     if (n <= 0)
       return;
     const index rest = n % width, at = n - rest;
-    emit_cursor both = e;
+    emit_cursor both;
     if (e.straddles) {
-      emit_cursor next = e;
+      emit_cursor next = both = e;
       set_chunk(row, next, c + 1);
       const auto here = iota<T>() < V(static_cast<T>(width - e.head));
       both.factor = select(here, e.factor, next.factor);
@@ -570,7 +570,7 @@ private:
       }
     }
     if (rest > 0)
-      put_end(partial(both, at, rest), at, rest, e);
+      put_end(partial(e.straddles ? both : e, at, rest), at, rest, e);
     if (gradient_in_place_)
       return;
     if (job_.accumulate) {

@@ -32,8 +32,7 @@ void require_gradient(const char* name, matrix_view<S> scores, Y& target, matrix
                       bool accumulate) {
   require_rows(name, "gradient rows", gradient.rows, scores.rows);
   require_rows(name, "gradient columns", gradient.cols, scores.cols);
-  if (!gradient.data && scores.rows * scores.cols > 0)
-    fail(name, "gradient", "null", "a pointer to memory");
+  require_memory(name, "gradient", gradient.data, scores.rows * scores.cols);
   row_job<T> job;
   job.scores = matrix_data<T>(scores);
   job.gradient = matrix_data<T, true>(gradient);

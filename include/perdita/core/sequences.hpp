@@ -247,8 +247,7 @@ template <class T> struct sequence_checks {
       fail(name, what, to_text(got), to_text(expected) + " (" + of + ")");
   }
   void memory(const char* what, const void* data, index elements) const {
-    if (!data && elements > 0) [[unlikely]]
-      fail(name, what, "null", "a pointer to memory");
+    require_memory(name, what, data, elements);
   }
   template <class V>
   void entries(const char* what, const V& view, index expected, const char* of) const {
