@@ -420,6 +420,9 @@ TEST_CASE("element traversal: bad input is refused, and nothing written", "[elem
   refused([&] { loss(x, t, g, {.weights = g}); }, "gradient overlaps the weights");
   refused([&] { loss(x, t, g, {.upstream = g}); }, "gradient overlaps upstream");
   refused([&] { loss(x, t, g, {.values = g}); }, "gradient overlaps the values");
+  refused([&] { loss(x, t, {.values = x}); }, "the view of values overlaps the predictions");
+  refused([&] { loss(x, t, {.weights = w, .values = w}); }, "values overlaps the weights");
+  refused([&] { loss(x, t, g, {.upstream = w, .values = w}); }, "values overlaps upstream");
   const perdita::gaussian_nll<float> gaussian;
   CHECK_THROWS_WITH(gaussian(x, t, w, g, g), ContainsSubstring("overlaps the gradient"));
   CHECK_THROWS_WITH(gaussian(x, t, few), ContainsSubstring("shape of variance is 1 x 7"));

@@ -758,6 +758,10 @@ TEST_CASE("policy_gradient: what is refused", "[policy_gradient]") {
   unusable({.kl_limit = nan}, "kl_limit");
   unusable({.correction_cap = -1}, "correction_cap");
   unusable({.off_policy_limit = nan}, "off_policy_limit");
+  unusable({.reducer = static_cast<reducer>(5)}, "reducer is 5");
+  unusable({.level = static_cast<level>(4)}, "level is 4");
+  unusable({.kl = static_cast<policy::kl_estimator>(5)}, "kl is 5");
+  unusable({.correction = static_cast<policy::correction>(4)}, "correction is 4");
   CHECK_THROWS_WITH(perdita::grpo({.low = -0.1}), ContainsSubstring("low is -0.1"));
   CHECK_THROWS_WITH(perdita::grpo({.high = nan}), ContainsSubstring("high"));
   CHECK_THROWS_WITH(perdita::grpo({.dual = 0.5}), ContainsSubstring("dual"));
@@ -995,6 +999,8 @@ TEST_CASE("policy: advantages of groups", "[policy_gradient]") {
   CHECK_THROWS_WITH(policy::group_advantages(r, 4, narrow), ContainsSubstring("advantages is 4"));
   CHECK_THROWS_WITH(policy::group_advantages(r, 4, b, {.epsilon = -1}),
                     ContainsSubstring("epsilon"));
+  CHECK_THROWS_WITH(policy::group_advantages(r, 4, b, {.scaling = static_cast<policy::scaling>(3)}),
+                    ContainsSubstring("scaling is 3"));
 }
 
 TEST_CASE("policy: rewards of tokens, generalised advantages, whitening", "[policy_gradient]") {
@@ -1049,6 +1055,9 @@ TEST_CASE("policy: rewards of tokens, generalised advantages, whitening", "[poli
   CHECK_THROWS_AS(
       policy::sequence_rewards(view(data.old), view(data.ref), scores, sums, {.weight = -1}),
       std::invalid_argument);
+  CHECK_THROWS_AS(policy::sequence_rewards(view(data.old), view(data.ref), scores, sums,
+                                           {.estimator = static_cast<policy::kl_estimator>(5)}),
+                  std::invalid_argument);
 }
 
 } // namespace perdita_tests

@@ -424,6 +424,11 @@ TEST_CASE("tpo: the best response is said, the other two are set apart", "[prefe
   CHECK_THROWS_WITH(perdita::tpo<float>({.beta = 0}), ContainsSubstring("tpo: beta is 0"));
   CHECK_THROWS_WITH(perdita::tpo<float>({.type = cpo_type::hinge, .averages = true}),
                     ContainsSubstring("tpo: type"));
+  CHECK_THROWS_WITH(perdita::tpo<float>({.share = static_cast<perdita::likelihood_share>(3)}),
+                    ContainsSubstring("share is 3"));
+  CHECK_THROWS_WITH(
+      perdita::dpo<float>({.divergence = static_cast<perdita::preference_divergence>(4)}),
+      ContainsSubstring("dpo: divergence is 4"));
 }
 
 TEST_CASE("preference pairs: golden values", "[preference]") {

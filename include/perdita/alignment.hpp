@@ -101,6 +101,8 @@ private:
                      static_cast<double>(distances.size());
     core::store_slopes(to, call, [&](index i, index j) {
       const double r = distances[static_cast<std::size_t>(i)];
+      if (!std::isfinite(r))
+        return std::numeric_limits<double>::quiet_NaN();
       return r == 0 ? 0 : steepness[static_cast<std::size_t>(i)] * (apart(x, i, j) / r);
     });
   }

@@ -74,6 +74,7 @@ struct amcl_formula : anchor_formula {
   const amcl_options& o;
 
   explicit amcl_formula(const amcl_options& options) : o(options) {}
+  bool has_negatives() const { return o.form == amcl_form::contrastive; }
 
   template <bool Gradient, class T> anchor_outcome row(const anchor_row<T>& row) const {
     const chosen_scores<T> own(row, belonging{}), rivals(row, rivalling{});
@@ -162,6 +163,7 @@ public:
     above_0("temperature", o.temperature);
     core::require(o.beta >= 0 && std::isfinite(o.beta), name, "beta", o.beta,
                   "a finite number, not negative");
+    core::require_enumerator(name, "form", o.form, amcl_form::sim_siam, "contrastive or sim_siam");
     core::require_reduction(name, o.reduction);
   }
   const options& settings() const { return options_; }

@@ -390,8 +390,7 @@ public:
     core::require_scale(name, o.scale);
     core::require(o.margin >= 0 && static_cast<double>(o.margin) <= core::multiplicative_angle::pi,
                   name, "margin", o.margin, "an angle of 0 to pi");
-    core::require(o.beyond == beyond_pi::shifted || o.beyond == beyond_pi::cosine, name, "beyond",
-                  static_cast<int>(o.beyond), "shifted or cosine");
+    core::require_enumerator(name, "beyond", o.beyond, beyond_pi::cosine, "shifted or cosine");
     core::require_reduction(name, o.reduction);
   }
   const options& settings() const { return options_; }

@@ -144,8 +144,7 @@ public:
     core::require(std::isfinite(o.margin), name, "margin", o.margin, "a finite number");
     core::require(o.positive_rate >= 0 && o.positive_rate < 1, name, "positive_rate",
                   o.positive_rate, "a number in (0, 1), or 0 for that of the batch");
-    core::require(o.average == auc_average::batch || o.average == auc_average::classes, name,
-                  "average", static_cast<int>(o.average), "batch or classes");
+    core::require_enumerator(name, "average", o.average, auc_average::classes, "batch or classes");
   }
   const options& settings() const { return options_; }
 

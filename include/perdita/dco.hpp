@@ -21,12 +21,14 @@ struct dco_function {
     const W n(attempts), one(1);
     // The smaller of p and 1 − p has the digits.
     const W a = select(o.hit < W(0.5), log1p(-o.hit), log(o.miss));
-    const W fails = exp(n * a), covered = -expm1(n * a);
-    const W value = select(covered < W(0.5), -log(covered), -log1p(-fails));
-    // N p / t → 1 where p is so small that N p is lost beside 1, or p itself is lost.
+    // Where p itself is lost, (1 − p)^N is e^{−N p}; where N p is lost beside 1, so are both.
     const auto lost = o.surprise > W(640);
-    const W slope = n * o.hit * exp(W(attempts - 1) * a) / covered;
-    return value_and_slope{select(lost, o.surprise - log(n), value), select(lost, one, slope)};
+    const W log_np = log(n) - o.surprise, np = exp(log_np);
+    const auto rare = log_np < W(-40);
+    const W power = select(lost, -np, n * a), fails = exp(power), covered = -expm1(power);
+    const W value = select(covered < W(0.5), -log(covered), -log1p(-fails));
+    const W slope = select(lost, np * fails, n * o.hit * exp(W(attempts - 1) * a)) / covered;
+    return value_and_slope{select(rare, -log_np, value), select(rare, one, slope)};
   }
 };
 

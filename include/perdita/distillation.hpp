@@ -388,10 +388,8 @@ public:
 
   distillation() : distillation(options{}) {}
   explicit(false) distillation(const options& o) : options_(o) {
-    using perdita::divergence;
-    const auto kind = static_cast<int>(o.divergence);
-    core::require(kind >= 0 && kind <= static_cast<int>(divergence::total_variation), name,
-                  "divergence", kind, "one of those that are named");
+    core::require_enumerator(name, "divergence", o.divergence, perdita::divergence::total_variation,
+                             "one of those that are named");
     core::require(o.temperature > 0 && std::isfinite(o.temperature), name, "temperature",
                   o.temperature, "a finite number above 0");
     core::require(o.beta > 0 && o.beta < 1, name, "beta", o.beta, "a number between 0 and 1");
@@ -456,9 +454,8 @@ public:
 
   logit_matching() : logit_matching(options{}) {}
   explicit(false) logit_matching(const options& o) : options_(o) {
-    const auto kind = static_cast<int>(o.distance);
-    core::require(kind >= 0 && kind <= static_cast<int>(logit_distance::centred_squared_error),
-                  name, "distance", kind, "one of those that are named");
+    core::require_enumerator(name, "distance", o.distance, logit_distance::centred_squared_error,
+                             "one of those that are named");
     core::require(o.temperature > 0 && std::isfinite(o.temperature), name, "temperature",
                   o.temperature, "a finite number above 0");
     core::require_reduction(name, o.reduction);

@@ -87,8 +87,7 @@ public:
     checks.finite("entropy", o.entropy);
     checks.finite("covariance", o.covariance);
     checks.above_0("epsilon", o.epsilon);
-    core::require(o.by == squash::sigmoid || o.by == squash::normal_cdf, name, "by",
-                  static_cast<int>(o.by), "sigmoid or normal_cdf");
+    core::require_enumerator(name, "by", o.by, squash::normal_cdf, "sigmoid or normal_cdf");
   }
   const options& settings() const { return options_; }
 

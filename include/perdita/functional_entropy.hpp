@@ -30,6 +30,9 @@ namespace perdita::inline PERDITA_ABI {
 
 namespace core {
 
+template <class T, bool Mutable = false, class E> extent bytes_of_numbers(const vector_view<E>& x) {
+  return bytes_of(matrix_data<T, Mutable>(matrix_view<E>(x.data, x.size, 1, x.stride, 1)));
+}
 /// Checks of numbers and their gradient, as matrices of one column.
 template <class T>
 void check_numbers(const char* name, const char* what, const vector_view<const T>& x,
@@ -40,10 +43,7 @@ void check_numbers(const char* name, const char* what, const vector_view<const T
     return;
   checks.size(std::string("size of the gradient of ") + what, gradient->size, x.size);
   checks.memory(std::string("gradient of ") + what, gradient->data, x.size);
-  const extent memory[] = {
-      bytes_of(
-          matrix_data<T, true>(matrix_view<T>(gradient->data, x.size, 1, gradient->stride, 1))),
-      bytes_of(matrix_data<T>(matrix_view<const T>(x.data, x.size, 1, x.stride, 1)))};
+  const extent memory[] = {bytes_of_numbers<T, true>(*gradient), bytes_of_numbers<T>(x)};
   require_apart(name, memory, 1);
 }
 template <class T>
@@ -133,6 +133,12 @@ private:
     const std::array<matrix_view<T>, 1> to{d_g ? *d_g : matrix_view<T>{}};
     checks.batches(std::array<matrix_view<const T>, 1>{g}, d_g ? &to : nullptr);
     core::check_numbers(name, "f", f, d_f);
+    if (d_g) {
+      const core::extent memory[] = {
+          core::bytes_of(core::matrix_data<T, true>(*d_g)), core::bytes_of_numbers<T, true>(*d_f),
+          core::bytes_of(core::matrix_data<T>(g)), core::bytes_of_numbers<T>(f)};
+      core::require_apart(name, memory, 2);
+    }
     const index n = g.rows;
     if (f.size != 1)
       checks.size("f", f.size, n);

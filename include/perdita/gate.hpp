@@ -211,6 +211,8 @@ private:
     job.d_x = core::matrix_data<T, true>(matrix_view<T>(d_seen.data(), anchors.n, anchors.d));
     job.d_y = core::matrix_data<T, true>(matrix_view<T>(d_keys.data(), keys.n, keys.d));
     const double value = core::run_anchors(function, job, true, call.run_on, nullptr);
+    if (options_.d_temperature)
+      *options_.d_temperature *= static_cast<double>(call.scale);
 
     const auto pull = [&](index i, index k) {
       return static_cast<double>(d_seen[static_cast<std::size_t>(i * anchors.d + k)]);

@@ -136,6 +136,7 @@ public:
   lifted_structure() : lifted_structure(options{}) {}
   explicit lifted_structure(const options& o) : options_(o) {
     core::require(std::isfinite(o.margin), name, "margin", o.margin, "a finite number");
+    core::require_enumerator(name, "terms", o.terms, lifted_terms::anchors, "pairs or anchors");
     core::require_reduction(name, o.reduction);
   }
   const options& settings() const { return options_; }

@@ -584,8 +584,8 @@ public:
 
   listnet() : listnet(options{}) {}
   explicit(false) listnet(const options& o) : options_(o) {
-    core::require(o.target == list_target::relevances || o.target == list_target::probabilities,
-                  name, "target", static_cast<int>(o.target), "relevances or probabilities");
+    core::require_enumerator(name, "target", o.target, list_target::probabilities,
+                             "relevances or probabilities");
     core::require_reduction(name, o.reduction);
   }
   const options& settings() const { return options_; }
@@ -673,9 +673,8 @@ public:
 
   lambda_loss() : lambda_loss(options{}) {}
   explicit(false) lambda_loss(const options& o) : options_(o) {
-    const int kind = static_cast<int>(o.weights);
-    core::require(kind >= 0 && kind <= static_cast<int>(lambda_weights::ndcg_loss2_plus), name,
-                  "weights", kind, "one of lambda_weights");
+    core::require_enumerator(name, "weights", o.weights, lambda_weights::ndcg_loss2_plus,
+                             "one of lambda_weights");
     core::require(o.sigma > 0 && std::isfinite(o.sigma), name, "sigma", o.sigma,
                   "a finite number above 0");
     core::require(o.mu >= 0 && std::isfinite(o.mu), name, "mu", o.mu, "a finite number, 0 or more");

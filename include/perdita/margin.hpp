@@ -237,8 +237,7 @@ struct bce_formula_of_three : bce_formula_base {
 };
 
 inline void require_labels(const char* loss, binary_labels labels) {
-  require(labels == binary_labels::signed_one || labels == binary_labels::zero_one, loss, "labels",
-          static_cast<int>(labels), "signed_one or zero_one");
+  require_enumerator(loss, "labels", labels, binary_labels::zero_one, "signed_one or zero_one");
 }
 
 } // namespace core

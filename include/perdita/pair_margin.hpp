@@ -145,6 +145,7 @@ public:
                   "a finite number");
     core::require(std::isfinite(o.negative_margin), name, "negative_margin", o.negative_margin,
                   "a finite number");
+    core::require_enumerator(name, "mean", o.mean, pair_mean::nonzero, "pairs or nonzero");
     core::require_reduction(name, o.reduction);
   }
   const options& settings() const { return options_; }

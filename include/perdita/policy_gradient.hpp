@@ -65,6 +65,13 @@ public:
     const auto limit = [](const char* what, double x) {
       core::require(x > 0, name, what, x, "a number above 0");
     };
+    const auto named = [](const char* what, auto x, auto last) {
+      core::require_enumerator(name, what, x, last, "one of those that are named");
+    };
+    named("reducer", o.reducer, policy::reducer::sum);
+    named("level", o.level, policy::level::sequence_mean_of_token);
+    named("kl", o.kl, policy::kl_estimator::k3_plus);
+    named("correction", o.correction, policy::correction::mask_sequence);
     core::not_negative(name, "kl_weight", o.kl_weight);
     core::not_negative(name, "entropy_weight", o.entropy_weight);
     limit("log_ratio_limit", o.log_ratio_limit);

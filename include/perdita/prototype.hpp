@@ -148,6 +148,9 @@ void class_means_gradient(std::type_identity_t<matrix_view<const T>> d_means, L&
   const core::labelled_rows<T> of(checks, "gradient", d_x, core::as_vector(labels));
   checks.size("columns of the gradient of the means", d_means.cols, d_x.cols);
   checks.memory("gradient of the means", d_means.data, d_means.rows * d_means.cols);
+  const core::extent memory[] = {core::bytes_of(core::matrix_data<T, true>(d_x)),
+                                 core::bytes_of(core::matrix_data<T>(d_means))};
+  core::require_apart(checks.name, memory, 1);
   std::vector<double> counts(static_cast<std::size_t>(d_means.rows));
   for (index r = 0; r < d_x.rows; ++r) {
     if (of.label(r) < 0 || of.label(r) >= d_means.rows)

@@ -103,11 +103,8 @@ private:
 };
 
 inline void require_reweighting(const char* name, const reweighting_options& o) {
-  require(
-      o.strategy == reweighting_strategy::lin_upper ||
-          o.strategy == reweighting_strategy::quadratic ||
-          o.strategy == reweighting_strategy::extremes || o.strategy == reweighting_strategy::upper,
-      name, "strategy", static_cast<int>(o.strategy), "lin_upper, quadratic, extremes or upper");
+  require_enumerator(name, "strategy", o.strategy, reweighting_strategy::upper,
+                     "lin_upper, quadratic, extremes or upper");
   require(o.temperature > 0, name, "temperature", o.temperature, "a number above 0");
   require(o.delta > 0 && std::isfinite(o.delta), name, "delta", o.delta, "a finite number above 0");
 }

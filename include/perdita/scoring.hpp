@@ -80,8 +80,7 @@ public:
   gaussian_levels() : gaussian_levels(options{}) {}
   explicit(false) gaussian_levels(const options& o) : options_(o) {
     core::require(o.levels >= 2, name, "levels", o.levels, "at least 2");
-    core::require(o.mass == level_mass::interval || o.mass == level_mass::density, name, "mass",
-                  static_cast<int>(o.mass), "interval or density");
+    core::require_enumerator(name, "mass", o.mass, level_mass::density, "interval or density");
     core::require(std::isfinite(o.least), name, "least", o.least, "a finite number");
     core::require(o.most > o.least && std::isfinite(o.most), name, "most", o.most,
                   "a finite number above least");

@@ -285,8 +285,7 @@ public:
   order_search() : order_search(options{}) {}
   explicit(false) order_search(const options& o) : options_(o) {
     core::require_reduction(name, o.reduction);
-    core::require(o.kind == orderings::best || o.kind == orderings::any || o.kind == orderings::all,
-                  name, "kind", static_cast<int>(o.kind), "best, any or all");
+    core::require_enumerator(name, "kind", o.kind, orderings::all, "best, any or all");
   }
   const options& settings() const { return options_; }
 

@@ -214,8 +214,8 @@ public:
     core::require_reduction(name, o.reduction);
     core::require(o.likelihood >= 0 && o.likelihood <= 1, name, "likelihood", o.likelihood,
                   "a number in [0, 1]");
-    core::require(o.among == smile_set::own || o.among == smile_set::others, name, "among",
-                  static_cast<int>(o.among), "smile_set::own or smile_set::others");
+    core::require_enumerator(name, "among", o.among, smile_set::others,
+                             "smile_set::own or smile_set::others");
   }
   const options& settings() const { return options_; }
 

@@ -105,6 +105,7 @@ public:
   sup_con() : sup_con(options{}) {}
   explicit sup_con(const options& o) : options_(o) {
     core::require_temperature(name, o.temperature);
+    core::require_enumerator(name, "mean", o.mean, positives_mean::inside, "outside or inside");
     core::require_reduction(name, o.reduction);
   }
   const options& settings() const { return options_; }

@@ -280,6 +280,14 @@ public:
   triplet_mining() : triplet_mining(options{}) {}
   explicit triplet_mining(const options& o) : options_(o) {
     core::require(std::isfinite(o.margin), name, "margin", o.margin, "a finite number");
+    const auto named = [](const char* option, auto x, auto last) {
+      core::require_enumerator(name, option, x, last, "one of those that are named");
+    };
+    named("measure", o.measure, triplet_measure::cosine_distance);
+    named("positives", o.positives, triplet_positives::nearest);
+    named("negatives", o.negatives, triplet_negatives::next);
+    named("penalty", o.penalty, triplet_penalty::softplus);
+    named("mean", o.mean, triplet_mean::nonzero);
     core::require(o.normalise || o.measure != triplet_measure::cosine_distance, name, "normalise",
                   0, "true for cosines");
     const bool ranges =

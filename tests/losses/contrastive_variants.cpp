@@ -240,6 +240,17 @@ TEST_CASE("Adaptive multi-head contrastive: what has a stated result", "") {
                     ContainsSubstring("beta is -1"));
   CHECK_THROWS_WITH(perdita::amcl<double>({.width = 1, .temperature = 0}),
                     ContainsSubstring("temperature is 0"));
+  CHECK_THROWS_WITH(perdita::amcl<double>({.width = 1, .form = static_cast<perdita::amcl_form>(2)}),
+                    ContainsSubstring("form is 2"));
+  // Without negatives nothing is compared with what is not its own.
+  const perdita::amcl<double> own({.width = 4, .form = perdita::amcl_form::sim_siam});
+  const auto p = random_batch<double>(3, 4, 1);
+  auto z = random_batch<double>(3, 4, 2);
+  z(2, 1) = std::numeric_limits<double>::quiet_NaN();
+  batch<double> d_p(3, 4);
+  CHECK(std::isnan(own.pairs(p.view(), z.view(), d_p.view())));
+  for (index i = 0; i < 3; ++i)
+    CHECK(std::isnan(d_p(i, 0)) == (i == 2));
 }
 
 // --- SepCLR -------------------------------------------------------------------------------------
@@ -762,6 +773,11 @@ TEST_CASE("Gated contrast: calls, and what has a stated result", "[threads]") {
   loss(again.in(), classes.views(), again.out(), {.scale = 2, .accumulate = true});
   for (std::size_t k = 0; k < 3; ++k)
     CHECK(near(again.g[k].x[5], 3 * run.g[k].x[5], 1e-14));
+  double d_tau[2];
+  for (const int scale : {1, 8})
+    perdita::gated_contrast<double>({.d_temperature = &d_tau[scale == 8]})(
+        again.in(), classes.views(), again.out(), {.scale = static_cast<double>(scale)});
+  CHECK(d_tau[1] == 8 * d_tau[0]);
 
   gate_run<double> small(2, 3, 4);
   gate_classes odd(2, 3);

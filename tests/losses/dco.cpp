@@ -102,6 +102,14 @@ TEST_CASE("dco: an answer of several tokens, for N p from 1e-290 to 1e6 and beyo
   const auto lost = perdita::dco<float>::coverage(-5000, 16);
   CHECK(lost.value == 5000 - std::log(16.0));
   CHECK(lost.slope == -1);
+  // p is lost, N p is not: both are 1/2, and then 64.
+  for (const double np : {0.5, 64.0}) {
+    const double log_p = -650, attempts = np * std::exp(-log_p);
+    const auto some = perdita::dco<float>::coverage(log_p, attempts);
+    const double missed = std::exp(-np), value = -std::log1p(-missed);
+    CHECK(std::fabs(some.value - value) <= 1e-12 * value);
+    CHECK(std::fabs(-some.slope - np * missed / (1 - missed)) <= 1e-12 * np * missed);
+  }
 }
 
 TEST_CASE("dco: options and arguments out of range are refused", "[dco]") {

@@ -386,6 +386,16 @@ TEMPLATE_TEST_CASE("Pairs and triplets: what has a stated result", "", float, do
   CHECK_THROWS_WITH(
       perdita::pair_margin<T>({.negative_margin = std::numeric_limits<double>::infinity()}),
       Catch::Matchers::ContainsSubstring("negative_margin is inf"));
+  const auto refused = [](const perdita::triplet_mining_options& o, const char* what) {
+    CHECK_THROWS_WITH(perdita::triplet_mining<T>(o), Catch::Matchers::ContainsSubstring(what));
+  };
+  refused({.measure = static_cast<triplet_measure>(3)}, "measure is 3");
+  refused({.positives = static_cast<positives>(-1)}, "positives is -1");
+  refused({.negatives = static_cast<negatives>(6)}, "negatives is 6");
+  refused({.penalty = static_cast<perdita::triplet_penalty>(2)}, "penalty is 2");
+  refused({.mean = static_cast<perdita::triplet_mean>(2)}, "mean is 2");
+  CHECK_THROWS_WITH(perdita::pair_margin<T>({.mean = static_cast<pair_mean>(2)}),
+                    Catch::Matchers::ContainsSubstring("mean is 2"));
 }
 
 TEMPLATE_TEST_CASE("Pairs and triplets: an anchor that is not finite is no other anchor's matter",

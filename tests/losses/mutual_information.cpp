@@ -476,6 +476,8 @@ TEST_CASE("critic losses: what is refused", "[mutual_information]") {
   CHECK_THROWS_WITH(tuba(square(s, 3), two, square(g, 3), d), ContainsSubstring("baselines is 2"));
   CHECK_THROWS_WITH(tuba(square(s, 3), a, square(g, 3), two), ContainsSubstring("is 2"));
   CHECK_THROWS_WITH(tuba(square(s, 3), a, square(g, 3), a), ContainsSubstring("overlaps"));
+  CHECK_THROWS_WITH(tuba(square(s, 3), std::span(g).first(3), square(g, 3), d),
+                    ContainsSubstring("overlaps"));
   CHECK_THROWS_WITH(perdita::smile_bound<double>({.limit = 0}), ContainsSubstring("limit is 0"));
   CHECK_THROWS_WITH(perdita::mine<double>({.rate = 0}), ContainsSubstring("rate is 0"));
   CHECK_THROWS_WITH(perdita::mine<double>({.floor = -1}), ContainsSubstring("floor is -1"));

@@ -339,6 +339,11 @@ TEST_CASE("Functional entropy: what has a stated result", "[functional_entropy]"
   };
   check(loss);
   check(regulariser);
+  const perdita::matrix_view<const double> slopes(f.data(), 3, 2);
+  CHECK_THROWS_WITH(information(slopes, std::span(f).first(3),
+                                perdita::matrix_view<double>(g.data(), 3, 2),
+                                std::span(g).first(3)),
+                    ContainsSubstring("overlaps"));
   f[0] = inf;
   CHECK(std::isnan(loss(f)));
   // Tiny and infinite information.

@@ -509,6 +509,8 @@ TEMPLATE_TEST_CASE("proto_triplet", "[proto_triplet]", float, double) {
   CHECK(d_x.x == std::vector<T>{T(2.25), T(3.75), 3, 5, T(2.25), T(3.75)});
   CHECK_THROWS_WITH(perdita::class_means<T>(x.seen(), labels{2, 3, 2}, means.view()),
                     ContainsSubstring("labels[1] is 3"));
+  CHECK_THROWS_WITH(perdita::class_means_gradient<T>(d_x.seen(), labels{2, 0, 2}, d_x.view()),
+                    ContainsSubstring("overlaps"));
 }
 
 TEMPLATE_TEST_CASE("icnn", "[icnn]", float, double) {

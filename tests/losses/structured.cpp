@@ -368,6 +368,8 @@ TEMPLATE_TEST_CASE("Structured losses: equal and zero vectors, and sets that are
                     Catch::Matchers::ContainsSubstring("balance is 2"));
   CHECK_THROWS_WITH(perdita::tcm<T>({.positive_factor = -1}),
                     Catch::Matchers::ContainsSubstring("positive_factor is -1"));
+  CHECK_THROWS_WITH(perdita::lifted_structure<T>({.terms = static_cast<lifted_terms>(2)}),
+                    Catch::Matchers::ContainsSubstring("terms is 2"));
 }
 
 } // namespace perdita_tests

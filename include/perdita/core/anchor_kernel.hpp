@@ -92,8 +92,9 @@ struct anchor_formula {
   static constexpr bool distances = false; ///< the scores are squared distances
   static constexpr index notes = 0;
   static constexpr bool mutual = false;
-  static constexpr bool wants_room = false; ///< for gradients
-  bool takes_notes() const { return true; } ///< if there are any
+  static constexpr bool wants_room = false;   ///< for gradients
+  bool takes_notes() const { return true; }   ///< if there are any
+  bool has_negatives() const { return true; } ///< or else what does not belong is left out
 };
 
 /// The weight of each anchor, 1 where none are given.
@@ -107,7 +108,7 @@ template <class T> struct anchor_weights {
 /// Any formula, which is not copied: all of them share one traversal.
 template <class T> struct anchor_function {
   const void* formula;
-  bool distances, mutual, wants_room;
+  bool distances, mutual, wants_room, has_negatives;
   index notes;
   anchor_outcome (*value)(const void*, const anchor_row<T>&);
   anchor_outcome (*slopes)(const void*, const anchor_row<T>&);
@@ -117,7 +118,8 @@ template <class T> struct anchor_function {
   template <class Formula>
   explicit anchor_function(const Formula& f)
       : formula(&f), distances(Formula::distances), mutual(f.mutual),
-        wants_room(Formula::wants_room), notes(f.takes_notes() ? Formula::notes : 0),
+        wants_room(Formula::wants_room), has_negatives(f.has_negatives()),
+        notes(f.takes_notes() ? Formula::notes : 0),
         value([](const void* p, const anchor_row<T>& row) {
           return static_cast<const Formula*>(p)->template row<false>(row);
         }),
@@ -384,12 +386,12 @@ private:
   anchor_row<T> row_of_block(const worker& w, index first, index i) const {
     const index anchor = first + i;
     scale_row(w, anchor, scores_ + i * stride_);
-    const V mine(job_.label_x[anchor]);
+    const V mine(job_.label_x[anchor]), other(function_.has_negatives ? T(-1) : T(0));
     for (index j = 0; j < padded_; j += width) {
       const V theirs = j + width <= candidates_
                            ? V::load(job_.label_y + j)
                            : load_first(job_.label_y + j, candidates_ - j, V(0));
-      select(theirs == mine, V(1), V(-1)).store(w.relation + j);
+      select(theirs == mine, V(1), other).store(w.relation + j);
     }
     if (job_.filter)
       job_.filter(anchor, w.relation, candidates_);

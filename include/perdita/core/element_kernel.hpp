@@ -678,6 +678,10 @@ template <class T> void set_options(element_job<T>& job, const element_options<T
     check_overlap(job, outputs[k], job.out[k], "the values", job.values, true);
   }
   check_overlap(job, outputs[1], job.out[1], outputs[0], job.out[0], true);
+  for (int i = 0; i < 3; ++i)
+    check_overlap(job, "the view of values", job.values, inputs[i], job.in[i], true);
+  check_overlap(job, "the view of values", job.values, "the weights", job.weights, true);
+  check_overlap(job, "the view of values", job.values, "upstream", job.upstream, true);
 }
 
 /// The reduced value; what the job has outputs for on the way.

@@ -84,6 +84,14 @@ template <class T> double finite(const char* loss, const char* option, T x) {
   return static_cast<double>(x);
 }
 
+/// An option that must be one of its type's enumerators, the last of which is `last`.
+template <class Enum>
+void require_enumerator(const char* loss, const char* option, Enum x, Enum last,
+                        const char* expected) {
+  const auto number = static_cast<int>(x);
+  require(number >= 0 && number <= static_cast<int>(last), loss, option, number, expected);
+}
+
 /// As fail(), of element `index` of the argument.
 [[noreturn]] PERDITA_NOINLINE inline void fail_at(const char* loss, const char* argument,
                                                   std::int64_t index, const std::string& got,

@@ -63,8 +63,7 @@ template <class M, class T>
 concept gradient_like = scores_like<M, T> && !std::is_const_v<typename element_of<M>::type>;
 
 inline void require_reduction(const char* loss, reduction r) {
-  require(r == reduction::none || r == reduction::mean || r == reduction::sum, loss, "reduction",
-          static_cast<int>(r), "none, mean or sum");
+  require_enumerator(loss, "reduction", r, reduction::sum, "none, mean or sum");
 }
 
 struct extent {

@@ -127,6 +127,8 @@ group_report group_advantages(R&& rewards, const groups& of, A&& advantages,
   checks.entries("advantages", out, r.size, "as many as rewards");
   checks.memory("rewards", r.data, r.size);
   core::not_negative(name, "epsilon", o.epsilon);
+  core::require_enumerator(name, "scaling", o.scaling, policy::scaling::batch,
+                           "none, group or batch");
   const auto reward = [&](index i) { return static_cast<double>(r[i]); };
   const auto of_batch = core::mean_and_spread::of([&](const auto& f) {
     for (index i = 0; i < r.size; ++i)
@@ -181,6 +183,12 @@ group_report leave_one_out_advantages(R&& rewards, const groups& of, A&& advanta
 struct kl_penalty {
   double weight = 0.05; ///< ≥ 0
   kl_estimator estimator = kl_estimator::k1;
+
+  void check(const char* name) const {
+    core::not_negative(name, "weight", weight);
+    core::require_enumerator(name, "estimator", estimator, kl_estimator::k3_plus,
+                             "one of kl_estimator");
+  }
 };
 
 namespace detail {
@@ -218,7 +226,7 @@ void write_rewards(const char* name, const L& l, const Q& q, const S& scores, co
   views.same("the policy", l);
   views.same("reference", q);
   views.same("rewards", rewards);
-  core::not_negative(name, "weight", penalty.weight);
+  penalty.check(name);
   const core::sequence_checks<double> checks{name};
   checks.entries("scores", scores, l.rows, "as many as there are sequences");
   for (index i = 0; i < l.rows; ++i) {
@@ -261,7 +269,7 @@ void sequence_rewards(O&& old, F&& reference, S&& scores, R&& rewards,
   detail::token_views views(name, l, mask, lengths);
   views.same("old", l);
   views.same("reference", q);
-  core::not_negative(name, "weight", penalty.weight);
+  penalty.check(name);
   const core::sequence_checks<double> checks{name};
   checks.entries("scores", score, l.rows, "as many as there are sequences");
   checks.entries("rewards", out, l.rows, "as many as there are sequences");

@@ -256,6 +256,8 @@ private:
   static std::vector<preference_term> terms(const options& o) {
     core::positive(name, "beta", o.beta);
     core::smoothing(name, o.label_smoothing);
+    core::require_enumerator(name, "divergence", o.divergence, preference_divergence::alpha,
+                             "one of preference_divergence");
     std::vector<preference_term> all;
     for (const dpo_part& part : o.types) {
       all.push_back(part.weight * term(part.type, o));

@@ -478,9 +478,8 @@ public:
   lipo() : lipo(options{}) {}
   explicit(false) lipo(const options& o) : options_(o) {
     core::positive(name, "beta", o.beta);
-    const int kind = static_cast<int>(o.objective);
-    core::require(kind >= 0 && kind <= static_cast<int>(list_objective::point_sigmoid), name,
-                  "objective", kind, "one of list_objective");
+    core::require_enumerator(name, "objective", o.objective, list_objective::point_sigmoid,
+                             "one of list_objective");
     core::require_reduction(name, o.reduction);
   }
   const options& settings() const { return options_; }
@@ -719,9 +718,7 @@ std::vector<rated_pair> make_pairs(matrix_view<const T> ratings,
                                    pairing how = pairing::best_against_rest, double least_gap = 0,
                                    vector_view<const std::int64_t> candidates = {}) {
   const char* const name = "make_pairs";
-  core::require(how == pairing::best_against_rest || how == pairing::best_against_worst ||
-                    how == pairing::all,
-                name, "pairing", static_cast<int>(how), "one of those that are named");
+  core::require_enumerator(name, "pairing", how, pairing::all, "one of those that are named");
   core::not_negative(name, "least_gap", least_gap);
   core::require_memory(name, "ratings", ratings.data, ratings.rows * ratings.cols);
   core::score_checks<T>{name}.optional("candidates", candidates, ratings.rows);
@@ -779,8 +776,8 @@ enum class staging {
 inline curriculum make_curriculum(std::vector<rated_pair> pairs, index stages,
                                   staging how = staging::by_list) {
   core::require(stages >= 1, "make_curriculum", "stages", stages, "1 or more");
-  core::require(how == staging::by_list || how == staging::overall, "make_curriculum", "staging",
-                static_cast<int>(how), "by_list or overall");
+  core::require_enumerator("make_curriculum", "staging", how, staging::overall,
+                           "by_list or overall");
   std::stable_sort(pairs.begin(), pairs.end(),
                    [](const auto& a, const auto& b) { return a.gap > b.gap; });
   index lists = how == staging::overall ? 1 : 0;

@@ -170,8 +170,8 @@ public:
   struct options {
     truth_table table = truth_tables::cpo;
     std::function<links::outcome(double)> link = links::logistic{};
-    T beta = 1; ///< β > 0
-    T offset = 0;
+    T beta = 1;   ///< β > 0
+    T offset = 0; ///< what is taken off the link's argument, finite
     logic_reference reference = logic_reference::none;
     perdita::reduction reduction = perdita::reduction::mean;
   };
@@ -194,10 +194,8 @@ private:
                   "number of cases in the numerator or the denominator of the table", 0,
                   "at least 1");
     core::require(static_cast<bool>(o.link), name, "link", 0, "a function");
-    core::require(o.reference == logic_reference::none ||
-                      o.reference == logic_reference::log_ratio ||
-                      o.reference == logic_reference::same_table,
-                  name, "reference", static_cast<int>(o.reference), "one of logic_reference");
+    core::require_enumerator(name, "reference", o.reference, logic_reference::same_table,
+                             "one of logic_reference");
     const double beta = core::positive(name, "beta", o.beta);
     const double offset = core::finite(name, "offset", o.offset);
     const auto of_pair = [=, table = o.table, link = o.link,

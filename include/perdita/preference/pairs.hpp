@@ -211,6 +211,8 @@ enum class likelihood_share {
 /// weights.
 inline preference_term likelihood_term(likelihood_share share = likelihood_share::batch_tokens,
                                        bool of_gold = false) {
+  core::require_enumerator("likelihood_term", "share", share, likelihood_share::sequence,
+                           "one of likelihood_share");
   const auto each = [=](std::span<const preference_pair> pairs, std::span<pair_outcome> out) {
     const auto side = of_gold ? &preference_pair::gold : &preference_pair::chosen;
     const auto slope = of_gold ? &pair_outcome::gold : &pair_outcome::chosen;
