@@ -385,7 +385,7 @@ template <class T = float> class ctc_loss {
 public:
   using value_type = T;
   struct options {
-    std::int64_t blank = 0;
+    std::int64_t blank = 0;         ///< the class of the blank
     bool log_probabilities = false; ///< the scores are log p already
     bool zero_infinity = false;     ///< impossible sequences have the value 0
     perdita::reduction reduction = perdita::reduction::mean;

@@ -369,6 +369,7 @@ struct log_ratio_formula : paired_scores {
 /// Classes masked (-inf) for both do not count; what only one of them masks costs what the formula
 /// says (+inf, or log(1/β) …). A row that is all masked, or has NaN or +inf, is NaN.
 /// Shapes, reductions, errors: as cross_entropy with soft targets. No by-products but `values`.
+/// Needs whole rows, so not on the linear head (sequence_head has both KL there).
 /// Source: Hinton, Vinyals, Dean, "Distilling the knowledge in a neural network", 2015; reverse KL
 /// and generalised Jensen-Shannon: Agarwal et al., "On-policy distillation of language models",
 /// ICLR 2024.
@@ -435,6 +436,7 @@ private:
 /// differ; those masked (-inf) for both do not count in a mean either. What only one of them masks
 /// costs what the formula says (a centred row with one is NaN). NaN makes its row NaN.
 /// Shapes, reductions, errors: as cross_entropy with soft targets. No by-products but `values`.
+/// Needs whole rows, so not on the linear head.
 /// Source: Yang, Zhou, Gong, Zhang, "Dual-head knowledge distillation", 2024 (log_cosh, binary_kl);
 /// Ba, Caruana, "Do deep nets really need to be deep?", NeurIPS 2014 (squared_error); Hinton,
 /// Vinyals, Dean 2015 (centred).
@@ -496,7 +498,8 @@ private:
 /// log-probabilities), rows × classes. A class that both mask (-inf) has r = 0. Where one of them
 /// does the value is +inf: the gradient is then infinite in the label's form, as the formula says,
 /// and NaN in that of all classes. A row that is all masked, or has NaN or +inf, is NaN.
-/// Reductions, call options, errors: as cross_entropy. No by-products but `values`.
+/// Reductions, call options, errors: as cross_entropy. No by-products but `values`. Needs whole
+/// rows, so not on the linear head.
 /// Source: Zhao, Zhu, "Towards the fundamental limits of knowledge transfer over finite domains",
 /// ICLR 2024.
 template <class T = float> class squared_log_ratio : public row_loss<squared_log_ratio<T>, T> {

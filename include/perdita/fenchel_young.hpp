@@ -61,7 +61,7 @@ concept prediction_map = requires(const Prediction& p) {
 /// gradient s p − q; a row of zeros counts for nothing. Everything is computed in double.
 /// Special values: a masked class (-inf) has p = 0, and makes ℓ +inf where q_j > 0; a row with
 /// NaN, in q too, or +inf is NaN. Shapes, reductions, errors: as cross_entropy. No by-products but
-/// `values`.
+/// `values`. Needs whole rows, so not on the linear head.
 /// Throws std::invalid_argument if α or B is not a finite number above 1 or 0; the call also if B
 /// is more than the classes.
 /// Source: Blondel, Martins and Niculae, "Learning with Fenchel-Young losses", JMLR 2020.

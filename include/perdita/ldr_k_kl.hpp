@@ -214,7 +214,7 @@ public:
   struct options {
     index k = 1;  ///< from 1 to the number of classes
     T lambda = 1; ///< λ > 0
-    T margin = 0;
+    T margin = 0; ///< finite: added to x_c − x_y of c ≠ y
     std::int64_t ignore_index = -100;
     perdita::reduction reduction = perdita::reduction::mean;
   };

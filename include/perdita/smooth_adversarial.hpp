@@ -96,7 +96,7 @@ private:
 /// Both matrices are rows × classes. Classes masked (-inf) in both do not count; other infinities,
 /// or NaN, make the row NaN. Asking for the gradients takes a pass for each; they lie apart from
 /// each other and from the scores. Reductions, errors, row weights: as cross_entropy. No
-/// by-products but `values`.
+/// by-products but `values`. Needs whole rows, so not on the linear head.
 /// Source: Mao, Mohri, Zhong, "Cross-entropy loss functions: theoretical analysis and
 /// applications", ICML 2023.
 template <class T = float> class smooth_adversarial : public row_loss<smooth_adversarial<T>, T> {

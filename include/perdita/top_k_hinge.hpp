@@ -170,8 +170,8 @@ private:
 template <class T = float> class top_k_hinge : public row_loss<top_k_hinge<T>, T> {
 public:
   struct options {
-    index k = 1; ///< from 1 to the number of classes
-    T margin = 1;
+    index k = 1;  ///< from 1 to the number of classes
+    T margin = 1; ///< finite: added to x_c − x_y of c ≠ y
     std::int64_t ignore_index = -100;
     perdita::reduction reduction = perdita::reduction::mean;
   };

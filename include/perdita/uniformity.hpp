@@ -10,8 +10,8 @@
 namespace perdita::inline PERDITA_ABI {
 
 struct uniformity_options {
-  double t = 2; ///< above 0
-  bool normalise = true;
+  double t = 2;          ///< above 0
+  bool normalise = true; ///< distances of unit vectors
   static constexpr perdita::reduction reduction = perdita::reduction::mean;
 };
 

@@ -48,8 +48,8 @@ struct options {
 
   double entropy_weight = 0; ///< ≥ 0: this times the reduced entropy is subtracted; needs entropies
   policy::correction correction = policy::correction::truncate; ///< where a sampler is given
-  double correction_cap = 3;
-  double off_policy_limit = no_limit; ///< OPSM: see policy_gradient
+  double correction_cap = 3;                                    ///< above 0
+  double off_policy_limit = no_limit;                           ///< OPSM: see policy_gradient
 };
 
 /// Views of sequences × tokens, but for one advantage per sequence. What is not given is left out.

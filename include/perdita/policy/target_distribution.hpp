@@ -116,7 +116,7 @@ target_distance distance_to_target(P&& log_target, Q&& log_proposal, L&& log_pol
 struct moment_options {
   double step = 0.5;       ///< of λ, times what the moments lack
   double tolerance = 0.01; ///< of the largest |μ* − μ|
-  index most_steps = 1000;
+  index most_steps = 1000; ///< 0 or more
 };
 struct moment_report {
   double gap = 0; ///< largest |μ* − μ| of the last λ

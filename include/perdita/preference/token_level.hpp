@@ -36,8 +36,8 @@ template <class T> struct token_pair_outputs {
 
 /// Settings of tgdpo.
 struct tgdpo_options {
-  double beta = 0.1;
-  double alpha = 0.5;
+  double beta = 0.1;  ///< β > 0, of the log-ratio and in the weights
+  double alpha = 0.5; ///< α ≥ 0, of the guide in the weights
   double floor = -std::numeric_limits<double>::infinity(); ///< least weight of a token
   perdita::reduction reduction = perdita::reduction::mean;
 
@@ -54,8 +54,8 @@ struct tgdpo_options {
 
 /// Settings of tdpo.
 struct tdpo_options {
-  double beta = 0.1;
-  double alpha = 0.5; ///< of the second form
+  double beta = 0.1;  ///< β > 0
+  double alpha = 0.5; ///< α ≥ 0, of the divergences' difference in the second form
   bool second = true; ///< TDPO2, else TDPO1
   perdita::reduction reduction = perdita::reduction::mean;
 
