@@ -393,6 +393,7 @@ private:
     const V nothing = statistic::template look_at_nothing<V>();
     const index step = std::min(width, cols_) * tile_packs_; // from term to term
     const column_cursor<Columns> at = point<Columns>(column, j, ahead);
+    const Formula formula = formula_; // a copy: a store may change anything but it
     V* const sums = lane(part_, 0, j);
     for (index p = begin; p < end; ++p) {
       V sum[statistic::terms];
@@ -402,7 +403,7 @@ private:
       for (index k = 0; k < Columns; ++k) {
         prefetch(at.x[k] + at.ahead + p * width);
         const V raw = V::load(at.x[k] + p * width);
-        V z = formula_.score(raw), look = raw, b = at.side(k, p);
+        V z = formula.score(raw), look = raw, b = at.side(k, p);
         if (marked(at.targets[k], p)) [[unlikely]] {
           const auto here = column_[p] == V(static_cast<T>(j + k * width));
           raw_target_[p] = select(here, raw, raw_target_[p]);
@@ -572,12 +573,13 @@ private:
                                      index step) const {
     const column_cursor<Columns> from = point<Columns>(column, j, ahead);
     const std::uint64_t ignored = ignored_;
+    const Formula formula = formula_;
     for (index p = 0; p < packs_; ++p) {
       const V c[coefficients] = {coefficient_[0][p], coefficient_[1][p], coefficient_[2][p]};
       for (index k = 0; k < Columns; ++k) {
         prefetch(from.x[k] + from.ahead + p * width);
-        V g = slope_of(formula_, formula_.score(V::load(from.x[k] + p * width)), shift[p],
-                       factor_[p], cut_[p], from.side(k, p), gradient_scale_[p], c);
+        V g = slope_of(formula, formula.score(V::load(from.x[k] + p * width)), shift[p], factor_[p],
+                       cut_[p], from.side(k, p), gradient_scale_[p], c);
         if (marked(from.targets[k] | ignored, p)) [[unlikely]] {
           g = select(column_[p] == V(static_cast<T>(j + k * width)), target_gradient_[p], g);
           g = select(keep_[p] == V(0), V(0), g);

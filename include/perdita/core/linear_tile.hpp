@@ -118,7 +118,8 @@ public:
   static PERDITA_NOINLINE void emit(const Formula& formula, T* scores, const T* bias, index n,
                                     const piece_side<T>& side, const V& label,
                                     const slopes& panel) {
-    const slopes s = panel; // a copy, for registers
+    const Formula f = formula; // copies: a store may change anything but them
+    const slopes s = panel;
     for (index first = 0; first < n; first += block) {
       const index end = std::min(n, first + block);
       const bool labelled = holds(label, first, end);
@@ -126,8 +127,8 @@ public:
         V b(0);
         if constexpr (Formula::has_side)
           b = side.at(j);
-        V g = slope_of(formula, formula.score(score_at(scores, bias, j)), s.shift, s.factor, s.cut,
-                       b, s.scale, s.coefficient);
+        V g = slope_of(f, f.score(score_at(scores, bias, j)), s.shift, s.factor, s.cut, b, s.scale,
+                       s.coefficient);
         if (labelled) [[unlikely]]
           g = select(label == V(static_cast<T>(j)), s.target, g);
         g.store(scores + j * width);

@@ -304,9 +304,10 @@ private:
   }
 
   /// The gradient can be made of the images, so these are all that a row leaves behind.
-  PERDITA_INLINE bool uses_images() const {
-    return statistic::has_image && !formula_.slope_reads_score();
+  static PERDITA_INLINE bool uses_images(const Formula& formula) {
+    return statistic::has_image && !formula.slope_reads_score();
   }
+  bool uses_images() const { return uses_images(formula_); }
   bool keeps_images() const { return has_gradient_ && uses_images(); }
   index chunk_size(index c) const { return std::min(chunk_columns, cols_ - c * chunk_columns); }
   // ---- sources
@@ -481,7 +482,7 @@ private:
     V side(0);
     if constexpr (Formula::has_side)
       side = e.side.first(at, n);
-    const V g = gradient_of(load_first(e.from + at, n, V(0)), side, e);
+    const V g = gradient_of(formula_, load_first(e.from + at, n, V(0)), side, e);
     return with_target(g, at / width, e);
   }
 
@@ -524,20 +525,22 @@ private:
   }
 
   /// A pack of the gradient, from images or, where the formula needs them, scores.
-  PERDITA_INLINE V gradient_of(const V& read, const V& side, const emit_cursor& e) const {
-    if (uses_images())
-      return slope_at(formula_, V(0), multiply_unless_less(read, e.cut, e.factor), side, e.scale,
+  static PERDITA_INLINE V gradient_of(const Formula& formula, const V& read, const V& side,
+                                      const emit_cursor& e) {
+    if (uses_images(formula))
+      return slope_at(formula, V(0), multiply_unless_less(read, e.cut, e.factor), side, e.scale,
                       e.coefficient);
-    return slope_of(formula_, formula_.score(read), e.shift, e.factor, e.cut, side, e.scale,
+    return slope_of(formula, formula.score(read), e.shift, e.factor, e.cut, side, e.scale,
                     e.coefficient);
   }
 
   /// The same of pack number i.
-  PERDITA_INLINE V gradient_of_pack(index i, const V& read, const emit_cursor& e) const {
+  static PERDITA_INLINE V gradient_of_pack(const Formula& formula, index i, const V& read,
+                                           const emit_cursor& e) {
     V side(0);
     if constexpr (Formula::has_side)
       side = e.side.at(i * width);
-    return gradient_of(read, side, e);
+    return gradient_of(formula, read, side, e);
   }
   static PERDITA_INLINE void put(const V& g, index i, const emit_cursor& e) {
     constexpr index soon = 12; // packs
@@ -756,7 +759,8 @@ private:
                               const emit_cursor& emitting) const {
     const V nothing = statistic::template look_at_nothing<V>();
     const bool keeps = Emit ? uses_images() : keeps_images();
-    absorb_cursor a; // copies, for registers
+    const Formula formula = formula_; // copies: a store may change anything but them
+    absorb_cursor a;
     emit_cursor e;
     if constexpr (Absorb)
       a = absorbing;
@@ -772,7 +776,7 @@ private:
           from = V::load(e.from + j);
         if constexpr (Absorb) {
           prefetch(a.x + j + ahead_);
-          V z = formula_.score(V::load(a.x + j)), side(0);
+          V z = formula.score(V::load(a.x + j)), side(0);
           if constexpr (Formula::has_side)
             side = a.side.at(j);
           if (i == a.hole) [[unlikely]] {
@@ -790,7 +794,7 @@ private:
             image.store(a.image + j);
         }
         if constexpr (Emit)
-          put(with_target(gradient_of_pack(i, from, e), i, e), i, e);
+          put(with_target(gradient_of_pack(formula, i, from, e), i, e), i, e);
       }
       if constexpr (Absorb) {
         for (int k = 0; k < statistic::terms; ++k)
@@ -900,17 +904,18 @@ private:
     V sum[statistic::terms], seen = nothing;
     for (V& s : sum)
       s = V(0);
-    const emit_cursor e = emitting; // for registers
+    const Formula formula = formula_; // copies: a store may change anything but them
+    const emit_cursor e = emitting;
     V of_target(0);
     if constexpr (Gradient) {
       if (e.hole >= 0 && e.hole < emit_packs)
-        of_target =
-            with_target(gradient_of_pack(e.hole, V::load(e.from + e.hole * width), e), e.hole, e);
+        of_target = with_target(
+            gradient_of_pack(formula, e.hole, V::load(e.from + e.hole * width), e), e.hole, e);
     }
     const auto absorb_pack = [&](index i) __attribute__((always_inline)) {
       const index j = i * width;
       prefetch(x + j + ahead);
-      const V z = formula_.score(own.load(x, i));
+      const V z = formula.score(own.load(x, i));
       V side(0);
       if constexpr (Formula::has_side) {
         side = sides.at(j);
@@ -929,7 +934,7 @@ private:
         for (const index both = std::min(end, emit_packs); i < both; ++i) {
           const V from = V::load(e.from + i * width);
           absorb_pack(i);
-          put(gradient_of_pack(i, from, e), i, e);
+          put(gradient_of_pack(formula, i, from, e), i, e);
         }
       }
       for (; i < end; ++i)
