@@ -557,3 +557,35 @@ TEMPLATE_TEST_CASE("cross_entropy: a last chunk of a few columns", "[cross_entro
     }
   }
 }
+
+TEMPLATE_TEST_CASE("cross_entropy: the gradient may overwrite a soft target", "[cross_entropy]",
+                   float, double) {
+  using T = TestType;
+  using matrix = perdita::matrix_view<T>;
+  const cross_entropy<T> loss({.label_smoothing = T(0.1)});
+  for (const std::ptrdiff_t k : {7, 700, 2049, 3000, 300001}) { // the last goes past the caches
+    CAPTURE(k);
+    constexpr std::ptrdiff_t n = 5;
+    std::vector<T> x, q, g(static_cast<std::size_t>(n * k));
+    for (std::ptrdiff_t i = 0; i < n * k; ++i) {
+      x.push_back(T(0.125) * static_cast<T>(i * 37 % 101) - 6);
+      q.push_back(static_cast<T>(i * 29 % 103) / static_cast<T>(k));
+    }
+    for (const bool columns : {false, true}) {
+      const auto in = [&](std::vector<T>& v) {
+        return columns ? matrix(v.data(), n, k, 1, n) : matrix(v.data(), n, k);
+      };
+      std::vector<T> both = q;
+      const T value = loss(in(x), in(q), in(g));
+      CHECK(loss(in(x), in(both), in(both)) == value);
+      CHECK((both == g));
+      loss.hessian_product(in(x), std::vector<int>(n, 1), in(q), in(g));
+      both = q;
+      loss.hessian_product(in(x), std::vector<int>(n, 1), in(both), in(both));
+      CHECK((both == g));
+      CHECK_THROWS_WITH(loss(in(x), in(both), in(both), {.accumulate = true}),
+                        Catch::Matchers::ContainsSubstring("expected false where the gradient "));
+      CHECK((both == g));
+    }
+  }
+}

@@ -130,6 +130,7 @@ template <class T> struct row_job {
   bool in_place() const {
     return has_gradient() && static_cast<const void*>(gradient.data) == scores.data;
   }
+  bool over_target() const { return soft && static_cast<const void*>(gradient.data) == soft.data; }
   void read_labels(index first, index n, std::int64_t* out) const {
     label_reader(labels, label_stride, first, n, out);
   }

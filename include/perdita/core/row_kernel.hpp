@@ -169,8 +169,9 @@ public:
         soft_in_place_(job.soft.direct() && job.soft.col_stride == 1),
         gradient_in_place_(job.gradient.direct() && job.gradient.col_stride == 1 &&
                            !job.accumulate),
-        images_in_row_(scores_in_place_ && gradient_in_place_ &&
-                       (job.in_place() || (cols_ > short_columns && !job.streaming))),
+        images_in_row_(
+            scores_in_place_ && gradient_in_place_ &&
+            (job.in_place() || (cols_ > short_columns && !job.streaming && !job.over_target()))),
         has_gradient_(job.has_gradient()),
         short_(cols_ <= short_columns && scores_in_place_ && (!job.soft || soft_in_place_) &&
                (!has_gradient_ || gradient_in_place_)) {

@@ -92,7 +92,7 @@ inline void require_apart(const char* name, std::span<const extent> memory, std:
              ": a gradient overlaps an input or another gradient, expected memory apart");
 }
 
-/// The gradient may be the scores themselves (true) or memory apart from them and the target.
+/// The gradient may be the scores or the target themselves (true), or memory apart from both.
 template <class T> bool check_overlap(const char* name, const row_job<T>& job) {
   if (job.scores.rows * job.scores.cols == 0)
     return false;
@@ -108,9 +108,8 @@ template <class T> bool check_overlap(const char* name, const row_job<T>& job) {
            ", expected either the very same elements or memory apart");
     return same;
   };
-  if (job.soft)
-    against(job.soft, "target");
-  return against(job.scores, "scores");
+  const bool target = job.soft && against(job.soft, "target");
+  return against(job.scores, "scores") || target;
 }
 
 /// Labels too large for the signed type that they are compared in become the largest, which is out
@@ -162,7 +161,8 @@ void check_matrices(const char* name, const row_job<T>& job, const call_options<
     const bool same = check_overlap(name, job);
     if (same && call.accumulate && rows * cols > 0)
       fail(std::string("perdita::") + name +
-           ": accumulate is true, expected false where the gradient overwrites the scores");
+           ": accumulate is true, expected false where the gradient overwrites the scores or the "
+           "target");
   }
 }
 
