@@ -326,6 +326,13 @@ TEST_CASE("cross_entropy: null pointers to something", "[cross_entropy]") {
   CHECK(says(refusal([&] { (void)loss(x, y, no_gradient); }), "gradient"));
   CHECK(says(refusal([&] { (void)loss(x, no_scores, g); }), "target"));
   CHECK(says(refusal([&] { loss.hessian_product(x, y, no_scores, g); }), ": v is"));
+  const perdita::vector_view<const float> no_weights(nullptr, rows);
+  CHECK(says(refusal([&] { (void)loss(x, y, g, {.row_weights = no_weights}); }), "row_weights"));
+  const perdita::vector_view<float> no_values(nullptr, rows);
+  CHECK(says(refusal([&] { (void)loss(x, y, g, {.values = no_values}); }), "values"));
+  CHECK(
+      says(refusal([&] { cross_entropy<float>({.class_weights = no_weights}); }), "class_weights"));
+  CHECK(says(refusal([&] { cross_entropy<float>({.prior = no_weights}); }), "prior"));
   // No rows need no memory.
   CHECK(loss(perdita::matrix_view<const float>(nullptr, 0, cols), std::vector<int>{},
              perdita::matrix_view<float>(nullptr, 0, cols)) == 0);

@@ -1410,6 +1410,13 @@ TEST_CASE("sequence_head: bad input", "[sequence]") {
   fails([&] { pass.backward(three, gradient); }, "size of d_scores is 3, expected 2");
   fails([&] { pass.backward(d, matrix_view<float>(g.data(), 10, 9)); }, "gradient rows");
   fails([&] { pass.backward(d, gradient, {.d_forward_kl = view}); }, "reference is missing");
+  std::vector<float> q = p.reference.scores;
+  const matrix_view<float> own(q.data(), 11, 9);
+  const auto against =
+      head.scores(z, all, p.layout(), s, {.reference = perdita::reference_model<float>(own)});
+  s = {7, 7};
+  fails([&] { against.backward(d, own, {.d_forward_kl = view}); }, "or the reference's, expected");
+  CHECK(q == p.reference.scores);
   const perdita::sequence_head<float> capped({.softcap = 5});
   call.reference = perdita::reference_model<float>(p.reference.z());
   fails([&] { capped.scores(z, all, p.layout(), s, call); }, "softcap is 5, expected 0");

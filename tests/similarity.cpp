@@ -458,6 +458,24 @@ TEMPLATE_TEST_CASE("similarity: zero vectors, duplicates, masks, NaN", "[similar
   matrix<T> one(1, depth, random), d_one(1, depth);
   CHECK(head.within(one.view(), std::vector<int>{0}, d_one.out()) ==
         std::numeric_limits<T>::infinity());
+  // Vectors so short that the scale over their length is beyond T spoil nothing.
+  matrix<T> a(3, depth, random), b(3, depth, random), d_a(3, depth), d_b(3, depth);
+  const perdita::similarity steep(cross_entropy<T>(), {.scale = 128, .both = true});
+  const T plain = steep(a.view(), b.view(), d_a.out(), d_b.out());
+  const matrix<T> slopes_a = d_a, slopes_b = d_b;
+  constexpr int down = 6 - std::numeric_limits<T>::max_exponent;
+  for (index k = 0; k < depth; ++k) {
+    a(1, k) = std::ldexp(a(1, k), down);
+    b(2, k) = std::ldexp(b(2, k), down);
+  }
+  CHECK(std::abs(steep(a.view(), b.view(), d_a.out(), d_b.out()) - plain) <=
+        64 * std::numeric_limits<T>::epsilon() * plain);
+  for (index r = 0; r < 3; ++r)
+    for (index k = 0; k < depth; ++k) {
+      const T tolerance = 4096 * std::numeric_limits<T>::epsilon();
+      CHECK((r == 1 || std::abs(d_a(r, k) - slopes_a(r, k)) <= tolerance));
+      CHECK((r == 2 || std::abs(d_b(r, k) - slopes_b(r, k)) <= tolerance));
+    }
   // NaN reaches its own row, and whoever is compared with it.
   const perdita::similarity rows(cross_entropy<T>(), {.scale = 4});
   x(4, 2) = std::numeric_limits<T>::quiet_NaN();

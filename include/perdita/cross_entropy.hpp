@@ -326,6 +326,7 @@ private:
   friend row_loss<cross_entropy<T>, T>;
 
   static void copy(vector_view<const T> from, const char* what, std::vector<T>& to) {
+    core::require_memory(name, what, from.data, from.size);
     to.reserve(static_cast<std::size_t>(from.size));
     for (index c = 0; c < from.size; ++c) {
       if (!(from[c] >= 0 && std::isfinite(from[c])))

@@ -132,7 +132,7 @@ private:
   void read_step(index b, index t) {
     read_row(job_.scores, b * job_.steps + t, buffer_, score_);
     defined_ = settle_scores(score_, classes_) && defined_;
-    if (job_.log_probabilities)
+    if (job_.log_probabilities || !defined_)
       return;
     top_ = largest_of(score_, classes_);
     leader_ = std::find(score_, score_ + classes_, top_) - score_;

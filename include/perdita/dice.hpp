@@ -54,8 +54,10 @@ private:
                              std::int64_t wanted, T* out) {
     const L* of_pixels = reinterpret_cast<const L*>(p);
     for (index i = 0; i < n; ++i) {
-      const auto label = static_cast<std::int64_t>(of_pixels[i * map.labels.col_stride]);
-      out[i] = label == map.ignored ? T(-1) : label == wanted ? T(1) : T(0);
+      const L label = of_pixels[i * map.labels.col_stride];
+      out[i] = std::cmp_equal(label, map.ignored) ? T(-1)
+               : std::cmp_equal(label, wanted)    ? T(1)
+                                                  : T(0);
     }
   }
 };
@@ -492,7 +494,7 @@ private:
         const L label = labels(r, c);
         const bool known =
             std::cmp_greater_equal(label, 0) && std::cmp_less_equal(label, map.largest());
-        if (!known && static_cast<std::int64_t>(label) != map.ignored)
+        if (!known && std::cmp_not_equal(label, map.ignored))
           core::fail_at(Derived::name, "labels", r * labels.cols + c, core::to_text(label),
                         "0 to " + core::to_text(map.largest()) + ", or ignore_index " +
                             core::to_text(map.ignored));

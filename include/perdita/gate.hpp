@@ -82,7 +82,7 @@ struct gated_formula : anchor_formula {
 /// of T, any strides, memory apart; classes of any integral type, one number each.
 /// Special values: an anchor without positives or without negatives has no loss; nothing at all:
 /// 0. A zero vector's cosines are 0, and it has no gradient. Gates may be any numbers. A NaN or an
-/// infinity makes the value NaN.
+/// infinity makes the value NaN where it counts.
 /// No matrix of comparisons is held; memory: the anchor traversal's and copies of all inputs. No
 /// bit depends on the number of threads. Throws std::invalid_argument.
 /// Source: Hydra/SimLAP (classes y² that are identical to y¹, distinct from it, or arbitrary; gates
@@ -141,16 +141,21 @@ private:
     double at(index i, index k) const {
       return static_cast<double>(x[static_cast<std::size_t>(i * d + k)]);
     }
-    /// From the gradient g(i, k) of the unit vectors.
+    /// From the gradient g(i, k) of the unit vectors; a row that nothing depends on may be
+    /// anything.
     template <class G>
     void store(const matrix_view<T>& to, G g, const embedding_options<T>& call) const {
       std::vector<double> along(static_cast<std::size_t>(n));
+      std::vector<bool> idle(along.size(), true);
       for (index i = 0; i < n; ++i)
-        for (index k = 0; k < d; ++k)
-          along[static_cast<std::size_t>(i)] += g(i, k) * at(i, k);
+        for (index k = 0; k < d; ++k) {
+          const auto r = static_cast<std::size_t>(i);
+          idle[r] = idle[r] && g(i, k) == 0;
+          along[r] += g(i, k) * at(i, k);
+        }
       core::store_slopes(to, call, [&](index i, index k) {
         const auto r = static_cast<std::size_t>(i);
-        return static_cast<double>(factor[r]) * (g(i, k) - along[r] * at(i, k));
+        return idle[r] ? 0 : static_cast<double>(factor[r]) * (g(i, k) - along[r] * at(i, k));
       });
     }
   };
@@ -217,12 +222,13 @@ private:
     const auto pull = [&](index i, index k) {
       return static_cast<double>(d_seen[static_cast<std::size_t>(i * anchors.d + k)]);
     };
+    const auto times = [](double slope, double by) { return slope == 0 ? 0 : slope * by; };
     const auto gate = [&](index i, index k) { return static_cast<double>(x.gates(i, k)); };
     anchors.store(
-        gradients->anchors, [&](index i, index k) { return pull(i, k) * gate(i, k) * gate(i, k); },
-        call);
+        gradients->anchors,
+        [&](index i, index k) { return times(pull(i, k), gate(i, k) * gate(i, k)); }, call);
     core::store_slopes(gradients->gates, call, [&](index i, index k) {
-      return 2 * gate(i, k) * anchors.at(i, k) * pull(i, k);
+      return times(pull(i, k), 2 * gate(i, k) * anchors.at(i, k));
     });
     keys.store(
         gradients->keys,

@@ -305,7 +305,8 @@ private:
       io.block_rows = most;
       const auto n =
           options_.budget != 0 ? static_cast<index>(budget / bytes(1, most)) : concurrency;
-      io.slots = std::clamp<index>(n, 1, std::min(concurrency, s.pieces()));
+      // Fewer than pieces, if more than one: threads must not decide whether all can be kept.
+      io.slots = std::clamp<index>(n, 1, std::max<index>(std::min(concurrency, s.pieces() - 1), 1));
     }
   }
 
@@ -327,8 +328,10 @@ private:
     io.filter.share = options_.drop_mass;
     io.filter.threshold = options_.drop_below;
     io.dropped = options_.dropped;
-    if (io.dropped.data || io.dropped.size > 0)
+    if (io.dropped.data || io.dropped.size > 0) {
       check("size of dropped", io.dropped.size, job.scores.rows, "one number per row");
+      core::require_memory(name, "dropped", io.dropped.data, io.dropped.size);
+    }
     plan(io, Gradient, std::max<index>(job.scores.rows, 1),
          static_cast<index>(call.run_on.concurrency()));
     return core::row_head::drive(loss_, job, call, [&](const auto& formula) {

@@ -187,6 +187,7 @@ public:
     core::require(o.p == 1 || o.p == 2, name, "p", o.p, "1 or 2");
     core::require(std::isfinite(o.margin), name, "margin", o.margin, "a finite number");
     core::require_reduction(name, o.reduction);
+    core::require_memory(name, "class_weights", o.class_weights.data, o.class_weights.size);
     for (index i = 0; i < o.class_weights.size; ++i) {
       const T w = o.class_weights[i];
       if (!(w >= 0 && std::isfinite(w)))

@@ -376,9 +376,11 @@ private:
         core::fail_at(name, "preferences", r, core::to_text(p),
                       "1 (the first), 0 (the second) or 2 (neither)");
     }
-    if (call.values.data || call.values.size > 0)
+    if (call.values.data || call.values.size > 0) {
       core::require(call.values.size == rows, name, "size of values", call.values.size,
                     "the number of pairs");
+      core::require_memory(name, "values", call.values.data, rows);
+    }
     const core::report_views<T> report{call.values,  call.log_sum_exp, call.target_log_probability,
                                        call.entropy, call.penalty,     call.hits};
     if (report.any())

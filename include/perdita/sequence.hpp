@@ -280,8 +280,10 @@ void check_slopes(const sequence_settings<T>& settings, const sequence_gradient<
       {"size of d_reverse_kl", how.d_reverse_kl},
       {"size of d_entropy", how.d_entropy}};
   for (const auto& [what, d] : all)
-    if (d.data || d.size > 0)
+    if (d.data || d.size > 0) {
       require_size(what, d, rows, "as many as there are rows");
+      require_memory(sequence_head_name, what, d.data, d.size);
+    }
   require(settings.softcap == 0 || !how.d_entropy.data, sequence_head_name, "softcap",
           settings.softcap, "0 where there is the gradient of an entropy");
 }
@@ -411,9 +413,12 @@ private:
     row_job<T> job;
     job.scores = matrix_data<T>(scores);
     job.gradient = matrix_data<T, true>(as_matrix(gradient));
+    if (moves_divergences(how))
+      job.soft = matrix_data<T>(call.reference.scores);
     if (check_overlap(sequence_head_name, job))
-      fail("perdita::sequence_head: the gradient overwrites the scores, expected memory apart "
-           "where there is the gradient of a divergence or an entropy");
+      fail(
+          "perdita::sequence_head: the gradient overwrites the scores or the reference's, expected "
+          "memory apart where there is the gradient of a divergence or an entropy");
   }
 };
 
@@ -831,8 +836,10 @@ private:
   }
   static void check_call(const sequence_call<T>& c, const sequence_layout& layout) {
     const auto each = [](const char* what, const auto& view, index expected, const char* of) {
-      if (view.data || view.size > 0)
+      if (view.data || view.size > 0) {
         core::require_size(what, view, expected, of);
+        core::require_memory(core::sequence_head_name, what, view.data, view.size);
+      }
     };
     const char* const rows = "the rows of the layout";
     each("size of token_weights", c.token_weights, layout.rows(), rows);

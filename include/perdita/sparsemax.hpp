@@ -66,6 +66,7 @@ void map_onto_simplex(const char* name, const Formula& formula, matrix_view<X> x
                       vector_view<index> support, const executor& run_on, workspace* memory) {
   if ((support.data || support.size > 0) && support.size != x.rows)
     fail(name, "support", to_text(support.size), to_text(x.rows) + " (as many as rows)");
+  require_memory(name, "support", support.data, support.size);
   map_rows<T>(name, simplex_map<Formula>(formula, support), x,
               static_cast<const matrix_view<const T>*>(nullptr), y, run_on, memory);
 }

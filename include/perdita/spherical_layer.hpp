@@ -696,7 +696,7 @@ private:
     check_memory("labels", labels.data, labels.size);
     for (index r = 0; r < labels.size; ++r) {
       const auto y = static_cast<std::int64_t>(labels[r]);
-      if (y == ignored)
+      if (std::cmp_equal(labels[r], ignored))
         continue;
       check_class("labels", r, labels[r], y);
       add_target(batch, static_cast<index>(y), 1);

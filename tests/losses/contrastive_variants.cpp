@@ -797,8 +797,10 @@ TEST_CASE("Gated contrast: calls, and what has a stated result", "[threads]") {
   CHECK(std::isnan(loss(small.in(), odd.views())));
   odd.wanted = {77, 5}; // an anchor that is not finite, without positives, spoils nobody else's
   CHECK(std::isfinite(loss(small.in(), odd.views(), small.out())));
-  for (const double slope : small.g[2].x)
-    CHECK(std::isfinite(slope));
+  for (const auto& g : small.g)
+    for (const double slope : g.x)
+      CHECK(std::isfinite(slope));
+  CHECK((small.g[0](0, 0) == 0 && small.g[1](0, 0) == 0));
 
   const auto kept = run.g;
   odd.keys.pop_back();

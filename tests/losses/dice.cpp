@@ -509,6 +509,9 @@ TEST_CASE("dice: masks of integers, and label maps that are refused", "[dice]") 
   mask[1] = 2;
   CHECK_THROWS_WITH(loss(row, of_row, gradient),
                     ContainsSubstring("labels[1] is 2, expected 0 to 1, or ignore_index -100"));
+  std::vector<std::uint64_t> large{0, std::uint64_t(-100), 0, 1}; // not −100
+  CHECK_THROWS_WITH(loss(row, matrix_view<std::uint64_t>(large.data(), 1, 4), gradient),
+                    ContainsSubstring("labels[1] is 18446744073709551516"));
   const matrix_view<const double> two(p.data(), 2, 2);
   const matrix_view<short> wide_map(mask.data(), 1, 2), tall(mask.data(), 3, 2),
       narrow(mask.data(), 1, 1), missing(nullptr, 1, 2);

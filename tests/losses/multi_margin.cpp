@@ -319,6 +319,9 @@ TEST_CASE("multilabel_margin: PyTorch's example, and lists that are refused", "[
 
 TEST_CASE("multi_margin: what is refused", "[multi_margin]") {
   using Catch::Matchers::ContainsSubstring;
+  CHECK_THROWS_WITH(perdita::multi_margin<float>(
+                        {.class_weights = perdita::vector_view<const float>(nullptr, 3)}),
+                    ContainsSubstring("class_weights is null"));
   for (const int p : {0, 3, -1})
     CHECK_THROWS_WITH(perdita::multi_margin<float>({.p = p}), ContainsSubstring("p is"));
   for (const double margin : {inf, n}) {

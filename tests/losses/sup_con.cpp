@@ -148,6 +148,9 @@ TEST_CASE("Supervised contrastive: what has a stated result", "") {
   }
   CHECK_THROWS_WITH(perdita::sup_con<double>({.temperature = 0}),
                     Catch::Matchers::ContainsSubstring("temperature is 0"));
+  CHECK_THROWS_WITH(
+      loss(equal.view(), same, {.row_weights = perdita::vector_view<const double>(nullptr, 6)}),
+      Catch::Matchers::ContainsSubstring("row_weights is null"));
   CHECK_THROWS_WITH(perdita::sup_con<double>({.mean = static_cast<perdita::positives_mean>(2)}),
                     Catch::Matchers::ContainsSubstring("mean is 2"));
 }

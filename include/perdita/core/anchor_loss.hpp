@@ -98,8 +98,10 @@ private:
       fail(name, what, "null", "a pointer to memory");
   }
   template <class V> void check_per_row(const char* what, const V& v) const {
-    if (v.data || v.size > 0)
+    if (v.data || v.size > 0) {
       require_size(what, v.size, job.x.rows);
+      require_memory(what, v.data, job.x.rows);
+    }
   }
   void check_gradient(const std::string& side, const matrix_data<T, true>& d,
                       const matrix_data<T>& x) const {

@@ -184,8 +184,10 @@ double check_and_weigh(const row_facts<T>& facts, const row_job<T>& job,
   const index rows = job.scores.rows, cols = job.scores.cols;
   const char* name = facts.name;
   const auto per_row = [&](const char* what, const void* data, index size) {
-    if (data || size > 0)
+    if (data || size > 0) {
       require_size(name, what, size, rows);
+      require_memory(name, what, data, size);
+    }
   };
   per_row("row_weights", call.row_weights.data, call.row_weights.size);
   per_row("upstream", call.upstream.data, call.upstream.size);

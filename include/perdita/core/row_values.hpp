@@ -48,8 +48,10 @@ template <class T>
 std::vector<double> read_weights(const char* name, const vector_view<const T>& weights,
                                  index rows) {
   std::vector<double> w(static_cast<std::size_t>(rows), 1.0);
-  if (weights.data || weights.size > 0)
+  if (weights.data || weights.size > 0) {
     require_rows(name, "row_weights", weights.size, rows);
+    require_memory(name, "row_weights", weights.data, rows);
+  }
   if (!weights.data)
     return w;
   for (index i = 0; i < rows; ++i) {
@@ -70,8 +72,10 @@ row_values<T> find_row_values(const char* name, const Loss& loss, X& scores, Y& 
   row_values<T> found;
   found.weight = read_weights(name, call.row_weights, rows);
   found.value.resize(static_cast<std::size_t>(rows));
-  if (call.values.data || call.values.size > 0)
+  if (call.values.data || call.values.size > 0) {
     require_rows(name, "values", call.values.size, rows);
+    require_memory(name, "values", call.values.data, rows);
+  }
   std::vector<T> present(found.value.size());
   for (std::size_t i = 0; i < present.size(); ++i)
     present[i] = found.weight[i] == 0 ? T(0) : T(1);

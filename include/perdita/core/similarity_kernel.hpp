@@ -236,7 +236,8 @@ private:
       const V of_lanes = V::load(factor);
       T* const scores = w.scores + p * panel();
       for (index j = 0; j < t.cols; ++j)
-        (depth_ == 0 ? V(0) : V::load(scores + j * width) * (of_lanes * V(y_.factor[t.col + j])))
+        // In this order, for a short y has a huge factor.
+        (depth_ == 0 ? V(0) : V::load(scores + j * width) * V(y_.factor[t.col + j]) * of_lanes)
             .store(scores + j * width);
       for (index i = 0; pairs_.own >= 0 && i < lanes_in(p, t.rows); ++i) {
         const index self = pairs_.own + rows[p * width + i] - pairs_.first - t.col;
@@ -314,7 +315,7 @@ private:
     if (!pairs_.alone)
       clear(y_);
     for_tiles([this](const worker& w, index i, index j) { emit(w, i, j); });
-    const double share = pairs_.both ? 0.5 : 1;
+    const double share = pairs_.both ? pairs_.scale / 2 : pairs_.scale;
     for_rows(rows_,
              [&, this](const worker& w, index r) { along_[r] = x_.settle(r, share, 0, w.rows); });
     if (!pairs_.alone)
@@ -348,17 +349,12 @@ private:
                  of.labels(at, first, n), of.slopes(at));
     }
   }
-  /// n columns of a row, times a factor, become row k of panels.
-  void put_scaled(const worker& w, const matrix_data<T>& m, index row, index first, index n,
-                  index k, index depth, T factor) const {
-    put_in_panels(m, row, first, n, k, depth, w.rows, w.panels,
-                  static_cast<T>(static_cast<double>(factor) * pairs_.scale));
-  }
   void add_to_x(const worker& w, const extent_of_tile& t) const {
     for (index d = 0; d < depth_; d += shape::columns) {
       const index cols = std::min(shape::columns, depth_ - d);
       for (index k = 0; k < t.cols; ++k)
-        put_scaled(w, pairs_.y, t.col + k, d, cols, k, t.cols, y_.factor[t.col + k]);
+        put_in_panels(pairs_.y, t.col + k, d, cols, k, t.cols, w.rows, w.panels,
+                      y_.factor[t.col + k]);
       for (index p = 0; p < panels_in(t.rows); ++p) {
         T* places[lanes<T>];
         for (index i = 0; i < lanes_in(p, t.rows); ++i)
@@ -373,7 +369,7 @@ private:
     for (index d = 0; d < depth_; d += shape::columns) {
       const index cols = std::min(shape::columns, depth_ - d);
       for (index k = 0; k < t.rows; ++k)
-        put_scaled(w, pairs_.x, rows[k], d, cols, k, t.rows, x_.factor[rows[k]]);
+        put_in_panels(pairs_.x, rows[k], d, cols, k, t.rows, w.rows, w.panels, x_.factor[rows[k]]);
       for (index c = 0; c < t.cols; c += shape::strip)
         multiply<T>({w.scores + c * width, width, 1, panel()}, {w.panels, t.rows * width},
                     {nullptr, 0, width, y_.places + t.col + c, d},
