@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdio>
 #include <fstream>
+#include <set>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -50,7 +51,8 @@ inline void write_chart(const std::string& path, const std::string& title, const
         width - right, y(v), y(v));
     put("<text x=\"%d\" y=\"%.1f\" text-anchor=\"end\">%g</text>\n", left - 8, y(v) + 4, v);
   }
-  for (const std::size_t i : {std::size_t(1), most / 4, most / 2, most * 3 / 4, most})
+  const std::size_t quarter = std::max<std::size_t>(1, most / 4);
+  for (const std::size_t i : std::set<std::size_t>{1, quarter, most / 2, most * 3 / 4, most})
     put("<text x=\"%.1f\" y=\"%d\" text-anchor=\"middle\">%d</text>\n", x(i - 1),
         height - bottom + 18, first + every * static_cast<int>(i - 1));
   put("<text x=\"%d\" y=\"%d\" text-anchor=\"middle\">%s</text>\n", (left + width - right) / 2,
