@@ -115,18 +115,20 @@ void report(benchmark::State& state, head_shape size, std::size_t n) {
     state.SkipWithError("a gradient is not that of the reference");
     return;
   }
-  const auto linear_with = [&](const perdita::linear_options& o) {
-    return [&p, run_on, o] {
+  perdita::workspace memory_of_tight, memory_of_roomy;
+  const auto linear_with = [&](const perdita::linear_options& o, perdita::workspace& scratch) {
+    return [&p, &scratch, run_on, o] {
       perdita::call_options<float> c;
       c.run_on = run_on;
+      c.memory = &scratch;
       const perdita::linear with(perdita::cross_entropy<float>{}, o);
       benchmark::DoNotOptimize(with(p.hidden.read(), p.weights.read(), p.labels, p.d_hidden.view(),
                                     p.d_weights.view(), c));
     };
   };
   contestant all[] = {contestant(ours),
-                      contestant(linear_with(tight(size, n))),
-                      contestant(linear_with({})),
+                      contestant(linear_with(tight(size, n), memory_of_tight)),
+                      contestant(linear_with({}, memory_of_roomy)),
                       contestant([&] { scores(call); }),
                       contestant([&] { scores(with_reference); }),
                       contestant([&] { with_slopes(with_reference); })};
