@@ -206,7 +206,14 @@ void report_limit(const std::string& what, double bytes, std::size_t n, double w
 }
 
 void register_limits(std::size_t n) {
-  for (const double bytes : {double{1 << 20}, double{16 << 20}, double{60 << 20}}) {
+  // The parts of all threads lie in one buffer: whole MiB of it.
+  const double most = static_cast<double>(largest_problem / n >> 20 << 20);
+  double last = 0;
+  for (const double wanted : {double{1 << 20}, double{16 << 20}, double{60 << 20}}) {
+    const double bytes = std::min(wanted, most);
+    if (bytes == last)
+      continue;
+    last = bytes;
     const auto traffic = [&](const char* what, double passes, const auto& f) {
       report_limit(what, bytes, n, passes * bytes, [=](std::size_t i, std::size_t count) {
         const buffers& b = memory();
