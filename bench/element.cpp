@@ -16,6 +16,8 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
+#include <map>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
@@ -134,9 +136,9 @@ template <class Loss> bool plausible(const Loss& loss, float value) {
   return std::isfinite(value);
 }
 
-/// Ratios by loss, in the order of the threads.
-std::vector<std::pair<std::string, std::vector<double>>>& table() {
-  static std::vector<std::pair<std::string, std::vector<double>>> ratios;
+/// Ratios by loss and number of threads, of what was run.
+std::vector<std::pair<std::string, std::map<std::size_t, double>>>& table() {
+  static std::vector<std::pair<std::string, std::map<std::size_t, double>>> ratios;
   return ratios;
 }
 
@@ -174,7 +176,7 @@ void against_copy(benchmark::State& state, const std::string& name, const Loss& 
   state.SetBytesProcessed(static_cast<std::int64_t>(used * elements * sizeof(float)));
   if (table().empty() || table().back().first != name)
     table().push_back({name, {}});
-  table().back().second.push_back(ratio);
+  table().back().second[n] = ratio;
 }
 
 template <class Loss> void add(const Loss& loss, kind targets, std::size_t most) {
@@ -217,15 +219,22 @@ void register_all(std::size_t most) {
   add(bce_logits<float>(), kind::share, most);
 }
 
-void print_table(std::size_t most) {
+void print_table() {
+  std::set<std::size_t> columns; // numbers of threads
+  for (const auto& [name, ratios] : table())
+    for (const auto& [n, ratio] : ratios)
+      columns.insert(n);
   std::printf("\nvalue and gradient: time / time of copying as many bytes\n%-16s", "");
-  for (std::size_t n = 1; n <= most; ++n)
+  for (const std::size_t n : columns)
     std::printf(" threads:%zu", n);
   std::printf("\n");
   for (const auto& [name, ratios] : table()) {
     std::printf("%-16s", name.c_str());
-    for (const double r : ratios)
-      std::printf(" %9.2f", r);
+    for (const std::size_t n : columns)
+      if (const auto found = ratios.find(n); found != ratios.end())
+        std::printf(" %9.2f", found->second);
+      else
+        std::printf(" %9s", "");
     std::printf("\n");
   }
 }
@@ -240,6 +249,6 @@ int main(int argc, char** argv) {
   const std::size_t most = bench::most_threads(bench::processors().size());
   bench::register_all(most);
   benchmark::RunSpecifiedBenchmarks();
-  bench::print_table(most);
+  bench::print_table();
   benchmark::Shutdown();
 }

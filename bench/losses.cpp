@@ -12,10 +12,12 @@
 
 #include <algorithm>
 #include <cmath>
+#include <compare>
+#include <cstddef>
 #include <cstdio>
 #include <map>
+#include <set>
 #include <string>
-#include <vector>
 
 #include <benchmark/benchmark.h>
 
@@ -35,9 +37,17 @@ constexpr const char* mode_name(mode m) { return m == mode::value ? "value" : "g
 
 constexpr shape compared[] = {{1024, 32000}, {8192, 1000}, {65536, 10}};
 
-/// Ratios by loss, in the order of the columns.
-std::map<std::string, std::vector<double>>& table() {
-  static std::map<std::string, std::vector<double>> ratios;
+/// Of the table; in the order of compared.
+struct column {
+  index rows, cols;
+  mode of;
+  std::size_t threads;
+  auto operator<=>(const column&) const = default;
+};
+
+/// Ratios by loss and column, of what was run.
+std::map<std::string, std::map<column, double>>& table() {
+  static std::map<std::string, std::map<column, double>> ratios;
   return ratios;
 }
 
@@ -108,7 +118,7 @@ void against_cross_entropy(benchmark::State& state, const std::string& name, con
   const double ratio = other.seconds() / one.seconds();
   state.counters["x_cross_entropy"] = ratio;
   state.counters["noise"] = std::max(one.noise(), other.noise());
-  table()[name].push_back(ratio);
+  table()[name][{size.rows, size.cols, m, n}] = ratio;
 }
 
 template <class Loss> void add(const std::string& name, const Loss& loss, std::size_t most) {
@@ -158,17 +168,22 @@ void register_all(std::size_t most) {
   add("robust_log_loss", perdita::robust_log_loss<float>(), most);
 }
 
-void print_table(std::size_t most) {
+void print_table() {
+  std::set<column> columns;
+  for (const auto& [name, ratios] : table())
+    for (const auto& [at, ratio] : ratios)
+      columns.insert(at);
   std::printf("\ntime / time of cross_entropy\n%-26s", "");
-  for (const shape size : compared)
-    for (const mode m : {mode::value, mode::gradient})
-      for (std::size_t n = 1; n <= most; ++n)
-        std::printf(" %9s %c%zu", size.name().c_str(), mode_name(m)[0], n);
+  for (const column& c : columns)
+    std::printf(" %9s %c%zu", shape{c.rows, c.cols}.name().c_str(), mode_name(c.of)[0], c.threads);
   std::printf("\n");
   for (const auto& [name, ratios] : table()) {
     std::printf("%-26s", name.c_str());
-    for (const double r : ratios)
-      std::printf(" %12.2f", r);
+    for (const column& c : columns)
+      if (const auto found = ratios.find(c); found != ratios.end())
+        std::printf(" %12.2f", found->second);
+      else
+        std::printf(" %12s", "");
     std::printf("\n");
   }
 }
@@ -183,6 +198,6 @@ int main(int argc, char** argv) {
   const std::size_t most = bench::most_threads(bench::processors().size());
   bench::register_all(most);
   benchmark::RunSpecifiedBenchmarks();
-  bench::print_table(most);
+  bench::print_table();
   benchmark::Shutdown();
 }
