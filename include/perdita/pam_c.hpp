@@ -149,7 +149,9 @@ private:
                     const matrix_view<T>* gradient) {
     const std::array<matrix_view<const T>, 1> inputs{z};
     const std::array<matrix_view<T>, 1> outputs{gradient ? *gradient : matrix_view<T>()};
-    checks.batches(inputs, gradient ? &outputs : nullptr);
+    checks.batches(inputs, gradient ? &outputs : nullptr,
+                   {core::bytes_of(labels), core::bytes_of(a.begin), core::bytes_of(a.column),
+                    core::bytes_of(a.weight)});
     checks.size("clusters", labels.size, z.rows);
     checks.memory("clusters", labels.data, z.rows);
     checks.size("begin", a.begin.size, z.rows + 1);

@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <limits>
+#include <type_traits>
 #include <vector>
 
 #include "core/element_kernel.hpp"
@@ -127,10 +128,15 @@ public:
   }
 
   /// Row i of `joined` becomes the features of pair i, those of its first row before the second's.
+  /// Memory apart from x.
   template <class T>
   void concatenate(matrix_view<const T> x, matrix_view<T> joined,
                    const executor& run_on = {}) const {
     check(x, joined);
+    using R = std::conditional_t<std::is_same_v<T, double>, double, float>;
+    const core::extent memory[] = {core::bytes_of(core::matrix_data<R, true>(joined)),
+                                   core::bytes_of(core::matrix_data<R>(x))};
+    core::require_apart(name, memory, 1);
     core::for_row_blocks(size(), run_on, [&, this](index first, index last) {
       for (index i = first; i < last; ++i)
         for (index d = 0; d < x.cols; ++d) {

@@ -366,7 +366,8 @@ private:
   T run(const matrix_view<const T>& x, const Y& y, const matrix_view<T>* gradient,
         const embedding_options<T>& call) const {
     const std::array<matrix_view<T>, 1> to{gradient ? *gradient : matrix_view<T>{}};
-    checks.batches(std::array<matrix_view<const T>, 1>{x}, gradient ? &to : nullptr);
+    checks.batches(std::array<matrix_view<const T>, 1>{x}, gradient ? &to : nullptr,
+                   {core::bytes_of(y)});
     checks.size("attributes", y.size, x.rows);
     checks.memory("attributes", y.data, y.size);
     const index n = x.rows;

@@ -552,6 +552,13 @@ TEST_CASE("PamC: calls, and what has a stated result", "[threads]") {
   graph.begin[1] = 4;
   CHECK_THROWS_WITH(loss(z.view(), graph.rows(), std::vector<int>(3), g.view()),
                     ContainsSubstring("clusters is 3"));
+  std::vector<double> long_weights(1800, 1);
+  std::copy(graph.weight.begin(), graph.weight.end(), long_weights.begin());
+  auto over_gradient = graph.rows();
+  over_gradient.weight.data = long_weights.data();
+  CHECK_THROWS_WITH(loss(z.view(), over_gradient, graph.cluster,
+                         perdita::matrix_view(long_weights.data(), 300, 6)),
+                    ContainsSubstring("overlaps"));
   CHECK_THROWS_WITH(perdita::pam_c<double>({.sharpness = 0}), ContainsSubstring("sharpness is 0"));
   CHECK(g.x == kept.x);
 }
@@ -912,6 +919,14 @@ TEST_CASE("Pairs for relational reasoning", "") {
   CHECK_THROWS_WITH(perdita::relation_pairs(2, 1), ContainsSubstring("views is 1"));
   CHECK_THROWS_WITH(pairs.concatenate(x.view(), d_x.view()),
                     ContainsSubstring("rows of the pairs is 12"));
+  std::vector<double> both(pairs.size() * 2 * d + items * views * d);
+  const perdita::matrix_view out(both.data(), pairs.size(), 2 * d);
+  const auto in = [&](index first) {
+    return perdita::matrix_view<const double>(both.data() + first, items * views, d);
+  };
+  CHECK_NOTHROW(pairs.concatenate(in(pairs.size() * 2 * d), out));
+  CHECK_THROWS_WITH(pairs.concatenate(in(pairs.size() * 2 * d - 1), out),
+                    ContainsSubstring("overlaps"));
 }
 
 // --- Group ordering -----------------------------------------------------------------------------
@@ -1061,6 +1076,10 @@ TEMPLATE_TEST_CASE("Supervised alignment is its definition", "[threads]", float,
   CHECK_THROWS_WITH(loss(x.seen(), std::vector<int>{1}), ContainsSubstring("attributes is 1"));
   CHECK_THROWS_WITH(loss(one.seen(), std::vector<int>{1}, one.view()),
                     ContainsSubstring("overlaps"));
+  batch<T> over(n, 3, T(7));
+  CHECK_THROWS_WITH(
+      loss(x.seen(), perdita::vector_view<const T>(over.x.data() + 2, n), over.view()),
+      ContainsSubstring("overlaps"));
   CHECK_THROWS_WITH(perdita::supervised_alignment<T>({.temperature = 0}),
                     ContainsSubstring("temperature is 0"));
 }

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <initializer_list>
 #include <limits>
 #include <string>
 #include <type_traits>
@@ -216,10 +217,12 @@ template <class T> struct embedding_checks {
       fail(name, what, "null", "a pointer to memory");
   }
 
-  /// Batches of one shape and, where `gradients` is not null, as many gradients, memory apart.
+  /// Batches of one shape and, where `gradients` is not null, as many gradients, memory apart from
+  /// each other, the batches and `others`.
   template <std::size_t N>
   void batches(const std::array<matrix_view<const T>, N>& x,
-               const std::array<matrix_view<T>, N>* gradients) const {
+               const std::array<matrix_view<T>, N>* gradients,
+               std::initializer_list<extent> others = {}) const {
     static constexpr const char* names[] = {"embeddings", "second embeddings"};
     std::vector<extent> pieces;
     for (std::size_t i = 0; i < N; ++i) {
@@ -231,6 +234,7 @@ template <class T> struct embedding_checks {
     }
     for (std::size_t i = 0; gradients && i < N; ++i)
       pieces.push_back(bytes_of(matrix_data<T>(x[i])));
+    pieces.insert(pieces.end(), others);
     require_apart(name, pieces, gradients ? N : 0);
   }
 

@@ -3,6 +3,7 @@
 
 /// The call operators of every row loss: checks, reduction, distribution over threads.
 
+#include <algorithm>
 #include <cmath>
 #include <concepts>
 #include <cstdint>
@@ -81,6 +82,14 @@ template <class T, bool M> extent bytes_of(const matrix_data<T, M>& m) {
   const auto base = reinterpret_cast<std::uintptr_t>(m.data);
   return {base + static_cast<std::uintptr_t>(low * m.width),
           base + static_cast<std::uintptr_t>((high + 1) * m.width)};
+}
+/// The same of a vector.
+template <class T> extent bytes_of(const vector_view<T>& v) {
+  if (v.size == 0 || !v.data)
+    return {0, 0};
+  const auto first = reinterpret_cast<std::uintptr_t>(v.data),
+             last = reinterpret_cast<std::uintptr_t>(v.data + (v.size - 1) * v.stride);
+  return {std::min(first, last), std::max(first, last) + sizeof(T)};
 }
 
 /// That none of the first `written` pieces of memory shares a byte with any other.

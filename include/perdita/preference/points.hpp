@@ -76,14 +76,6 @@ struct score_rule {
   bool per_token = false; ///< the mean is over tokens: Σ w_i length_i divides
 };
 
-template <class T> extent bytes_of(const vector_view<T>& v) {
-  if (v.size == 0 || !v.data)
-    return {0, 0};
-  const auto first = reinterpret_cast<std::uintptr_t>(v.data),
-             last = reinterpret_cast<std::uintptr_t>(v.data + (v.size - 1) * v.stride);
-  return {std::min(first, last), std::max(first, last) + sizeof(T)};
-}
-
 /// The checks and the arithmetic that points and lists share.
 template <class T> struct score_checks {
   const char* name;
