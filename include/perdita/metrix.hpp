@@ -440,7 +440,8 @@ private:
 /// row with ignore_index is left out. proxy_nca is called with embeddings as proxy_anchor is.
 ///
 /// Memory: 16 bytes per number of x, and three copies of the mixed examples. Throws where a row of
-/// an example does not exist or λ is not in [0, 1], before anything is written.
+/// an example does not exist, λ is not in [0, 1] or candidates (mixed examples, of proxy_nca
+/// proxies) are more than 2^24, before anything is written.
 ///
 /// Source: Venkataramanan et al., "It takes two to tango: mixup for deep metric learning", ICLR
 /// 2022. (The contrastive loss's mixed terms are those of the authors' code; the others are
@@ -486,7 +487,7 @@ public:
   requires(form::proxies) T operator()(X x, X proxies, const L& labels,
                                        const mixed_examples<T>& mixed,
                                        const embedding_options<T>& call = {}) const {
-    check(mixed, x.rows);
+    check(mixed, x.rows, proxies.rows);
     const T clean = call_clean(call, x, proxies, labels);
     return run_proxies(clean, x, proxies, labels, mixed, nullptr, nullptr, call);
   }
@@ -494,14 +495,21 @@ public:
   requires(form::proxies) T operator()(X x, X proxies, const L& labels,
                                        const mixed_examples<T>& mixed, G d_x, G d_proxies,
                                        const embedding_options<T>& call = {}) const {
-    check(mixed, x.rows);
+    check(mixed, x.rows, proxies.rows);
     const T clean = call_clean(call, x, proxies, labels, d_x, d_proxies);
     return run_proxies(clean, x, proxies, labels, mixed, &d_x, &d_proxies, call);
   }
 
 private:
-  void check(const mixed_examples<T>& mixed, index rows) const {
+  static constexpr bool examples_are_anchors = requires { &form::template call<X, X>; };
+
+  void check(const mixed_examples<T>& mixed, index rows, index proxies = 0) const {
     const core::embedding_checks<T> checks{name};
+    if constexpr (examples_are_anchors)
+      core::require(proxies <= index(1) << 24, name, "proxies", proxies, "2^24 at the most");
+    else
+      core::require(mixed.size() <= index(1) << 24, name, "mixed examples", mixed.size(),
+                    "2^24 at the most");
     checks.size("second of the mixed examples", static_cast<index>(mixed.second.size()),
                 mixed.size());
     checks.size("share of the mixed examples", static_cast<index>(mixed.share.size()),
@@ -550,7 +558,6 @@ private:
     belong(i, of(i) == of(j) ? T(1) : share);
     belong(j, of(i) == of(j) ? T(1) : T(1) - share);
   }
-  static constexpr bool examples_are_anchors = requires { &form::template call<X, X>; };
   template <class... Arguments>
   T call_clean(const embedding_options<T>& call, const Arguments&... arguments) const {
     if constexpr (examples_are_anchors)

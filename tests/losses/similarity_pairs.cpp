@@ -589,6 +589,8 @@ TEST_CASE("Metrix: calls", "[threads]") {
     change(wrong);
     CHECK_THROWS_WITH(loss(x.view(), labels, wrong, g.view()), ContainsSubstring(why));
   };
+  refused([](auto& m) { m.first.resize((1 << 24) + 1); },
+          "mixed examples is 16777217, expected 2^24 at the most");
   refused([](auto& m) { m.second.pop_back(); }, "second of the mixed examples is 69");
   refused([](auto& m) { m.share.pop_back(); }, "share of the mixed examples is 69");
   refused([](auto& m) { m.first[3] = -1; }, "first[3] is -1");
@@ -690,6 +692,9 @@ TEST_CASE("Metrix of proxies: a row that is ignored may be anything", "") {
   x(3, 0) = std::numeric_limits<double>::quiet_NaN();
   CHECK(loss(x.view(), p.view(), labels, mixed, again.view(), other.view()) == value);
   CHECK((again.x == g.x && other.x == h.x));
+  const perdita::matrix_view<const double> many(p.x.data(), (1 << 24) + 1, 3);
+  CHECK_THROWS_WITH(loss(x.view(), many, labels, mixed),
+                    Catch::Matchers::ContainsSubstring("proxies is 16777217"));
 }
 
 TEST_CASE("Metrix: what is drawn", "") {
