@@ -62,7 +62,7 @@ struct amcl_options {
   /// Told ∂ℓ_i/∂t(i, j) of those pairs where gradients are asked for: of the anchor's own value,
   /// which the reduction has yet to weight.
   pair_callback<void, double> d_temperatures{};
-  amcl_form form = amcl_form::contrastive;
+  amcl_form form = amcl_form::contrastive;        ///< which loss is made adaptive
   bool normalise = true;                          ///< cosines, and not products
   perdita::reduction reduction = reduction::mean; ///< of the anchors that count
   double* d_temperature = nullptr; ///< where ∂value/∂t goes, of the temperature of every pair

@@ -133,9 +133,9 @@ template <class T = float> class auc_margin {
 public:
   using value_type = T;
   struct options {
-    double margin = 1;        ///< m, finite
-    double positive_rate = 0; ///< π in (0, 1), or 0: that of the batch
-    auc_average average = auc_average::batch;
+    double margin = 1;                        ///< m, finite
+    double positive_rate = 0;                 ///< π in (0, 1), or 0: that of the batch
+    auc_average average = auc_average::batch; ///< what c₊, c₋ and κ are
   };
   static constexpr const char* name = "auc_margin";
 

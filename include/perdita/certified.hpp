@@ -436,8 +436,7 @@ template <class T = float> class certified_linear : public row_loss<certified_li
 public:
   using value_type = T;
   struct options {
-    double crown_share =
-        0; ///< f in [0, 1]: of the chords' bound; the rest is that of the intervals
+    double crown_share = 0; ///< f in [0, 1]: of the chords' bound; the rest: the intervals'
     std::int64_t ignore_index = -100;
     perdita::reduction reduction = perdita::reduction::mean;
   };

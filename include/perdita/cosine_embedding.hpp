@@ -264,7 +264,7 @@ public:
   struct options {
     T margin = 0;           ///< m, finite; −1 to 1 makes sense
     double epsilon = 1e-12; ///< ε > 0, added to the squares of both norms
-    binary_labels labels = binary_labels::signed_one;
+    binary_labels labels = binary_labels::signed_one; ///< how labels are written
     perdita::reduction reduction = perdita::reduction::mean;
     std::int64_t ignore_index = -100; ///< without effect: there are no classes
   };

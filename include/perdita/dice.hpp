@@ -596,9 +596,9 @@ template <class T = float> class tversky : public overlap_loss<tversky<T>, T> {
 public:
   struct options {
     T alpha = T(0.7); ///< α in [0, 1]: weight of false negatives; false positives have 1 − α
-    T exponent = T(0.75); ///< γ > 0; 1 is the Tversky loss
-    T smoothing = 1;      ///< s ≥ 0
-    bool over_batch = false;
+    T exponent = T(0.75);    ///< γ > 0; 1 is the Tversky loss
+    T smoothing = 1;         ///< s ≥ 0
+    bool over_batch = false; ///< one value for all rows
     perdita::reduction reduction = perdita::reduction::mean;
     std::int64_t ignore_index = -100; ///< of label maps
   };
@@ -640,10 +640,10 @@ public:
   struct options {
     index depth = 1, height = 1, width = 1; ///< of a volume; its columns in row-major order
     int axis = 0;                           ///< 0 the depth, 1 the height, 2 the width
-    T alpha = T(0.7);
-    T exponent = T(0.75);
-    T smoothing = 1;
-    bool over_batch = false;
+    T alpha = T(0.7);                       ///< α in [0, 1]: weight of false negatives
+    T exponent = T(0.75);                   ///< γ > 0
+    T smoothing = 1;                        ///< s ≥ 0
+    bool over_batch = false;                ///< one value for all rows
     perdita::reduction reduction = perdita::reduction::mean;
     std::int64_t ignore_index = -100; ///< without effect: there are no labels
   };

@@ -75,10 +75,10 @@ template <class T = float> class effective_entropy {
 public:
   using value_type = T;
   struct options {
-    double entropy = 10;   ///< e
-    double covariance = 1; ///< c
-    squash by = squash::sigmoid;
-    double epsilon = 1e-7; ///< ε > 0, in the logarithm
+    double entropy = 10;         ///< e
+    double covariance = 1;       ///< c
+    squash by = squash::sigmoid; ///< what takes x into (0, 1)
+    double epsilon = 1e-7;       ///< ε > 0, in the logarithm
   };
   static constexpr const char* name = "effective_entropy";
 

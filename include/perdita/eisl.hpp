@@ -252,12 +252,12 @@ template <class T = float> class eisl {
 public:
   using value_type = T;
   struct options {
-    std::vector<index> sizes = {2};
-    std::vector<T> weights = {}; ///< none: equal, of sum 1
-    T temperature = 1;
-    T floor = -20;
-    bool log_probabilities = false;
-    core::eisl_noise noise = {};
+    std::vector<index> sizes = {2}; ///< n, one at least; 0 and less: from the target's length
+    std::vector<T> weights = {};    ///< none: equal, of sum 1
+    T temperature = 1;              ///< of q, above 0
+    T floor = -20;                  ///< below 0: log-probabilities count for no less
+    bool log_probabilities = false; ///< the scores are log p
+    core::eisl_noise noise = {};    ///< added to t in q; none: the expected positions
     perdita::reduction reduction = perdita::reduction::mean;
   };
   static constexpr const char* name = "eisl";

@@ -657,9 +657,9 @@ private:
 template <class T = float> class poisson_nll : public element_loss<poisson_nll<T>, T> {
 public:
   struct options {
-    bool log_input = true;
-    bool full = false;
-    T eps = T(1e-8); ///< ε ≥ 0, where log_input is false
+    bool log_input = true; ///< x is the log of the mean, else the mean
+    bool full = false;     ///< adds Stirling's log t! for t > 1
+    T eps = T(1e-8);       ///< ε ≥ 0, where log_input is false
     perdita::reduction reduction = perdita::reduction::mean;
   };
   static constexpr const char* name = "poisson_nll";
@@ -766,8 +766,8 @@ private:
 template <class T = float> class gaussian_nll : public element_loss<gaussian_nll<T>, T> {
 public:
   struct options {
-    bool full = false;
-    T eps = T(1e-6); ///< ε > 0
+    bool full = false; ///< adds ½ log 2π
+    T eps = T(1e-6);   ///< ε > 0
     perdita::reduction reduction = perdita::reduction::mean;
   };
   static constexpr const char* name = "gaussian_nll";

@@ -183,10 +183,10 @@ template <class T = float> class ens_loss : private element_loss<ens_loss<T>, T>
 public:
   using value_type = T;
   struct options {
-    std::uint64_t seed = 0;
+    std::uint64_t seed = 0;   ///< of all that is drawn
     double lambda = 0;        ///< of the Box-Cox transform, in [−1, 1]; without a period
     std::uint64_t period = 0; ///< steps from one draw of λ to the next; 0: λ is as given
-    binary_labels labels = binary_labels::signed_one;
+    binary_labels labels = binary_labels::signed_one; ///< how labels are written
     perdita::reduction reduction = perdita::reduction::mean;
   };
   static constexpr const char* name = "ens_loss";

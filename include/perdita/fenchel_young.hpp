@@ -69,7 +69,7 @@ template <class T = float, core::prediction_map Prediction = prediction::softmax
 class fenchel_young_loss : public row_loss<fenchel_young_loss<T, Prediction>, T> {
 public:
   struct options {
-    Prediction prediction{};
+    Prediction prediction{}; ///< the map, with its α or B
     std::int64_t ignore_index = -100;
     perdita::reduction reduction = perdita::reduction::mean;
   };

@@ -47,20 +47,21 @@ struct gamma_schedule {
 };
 
 struct global_contrastive_options {
-  gamma_schedule gamma{};
+  gamma_schedule gamma{};         ///< γ, in (0, 1]
   bool learn_temperature = false; ///< false: SogCLR; true: iSogCLR, the descent on RGCL
   double rho = 0.3;               ///< ρ; the rest, too, matters for learnt temperatures only
   double rate = 0.01;             ///< η
   double beta = 0.9;              ///< weight of the new ∂/∂τ
   double most_slope = std::numeric_limits<double>::infinity(); ///< ∂/∂τ is cut to ± this
-  double least_temperature = 0.05, most_temperature = 0.7;
+  double least_temperature = 0.05;                ///< above 0: the least of learnt ones
+  double most_temperature = 0.7;                  ///< and the largest
   bool normalise = true;                          ///< cosines, and not products
   perdita::reduction reduction = reduction::mean; ///< of the 2b anchors of a batch
 };
 
 /// Everything that changes a call but not the mathematics, and the epoch of gamma_schedule.
 template <class T> struct global_contrastive_call {
-  index epoch = 0;
+  index epoch = 0;             ///< for gamma_schedule, from 0 on
   double* objective = nullptr; ///< where the estimate of the true objective goes
   T scale = 1;                 ///< multiplies the gradients only
   bool accumulate = false;     ///< adds to the gradients instead of overwriting them

@@ -273,8 +273,8 @@ public:
 template <class T = float> class mmd : public core::sample_loss<mmd<T>, T> {
 public:
   struct options {
-    double bandwidth = 1; ///< σ > 0
-    bool unbiased = false;
+    double bandwidth = 1;  ///< σ > 0
+    bool unbiased = false; ///< without the pairs of a point and itself
   };
   static constexpr const char* name = "mmd";
 
@@ -454,7 +454,7 @@ public:
   struct options {
     double bandwidth = 1;       ///< σ > 0 of the first sample's kernel
     double other_bandwidth = 1; ///< of the second's
-    bool normalised = false;
+    bool normalised = false;    ///< over √(ℓ(x, x) ℓ(y, y))
   };
   static constexpr const char* name = "cs_qmi";
 

@@ -576,7 +576,7 @@ private:
 template <class T = float> class listnet : public core::list_loss<listnet<T>, T> {
 public:
   struct options {
-    list_target target = list_target::relevances;
+    list_target target = list_target::relevances; ///< what the targets are
     perdita::reduction reduction = perdita::reduction::mean;
   };
   static constexpr const char* name = "listnet";
@@ -662,10 +662,10 @@ private:
 template <class T = float> class lambda_loss : public core::list_loss<lambda_loss<T>, T> {
 public:
   struct options {
-    lambda_weights weights = lambda_weights::lambda_rank;
-    double sigma = 1;     ///< σ > 0: how steep
-    double mu = 10;       ///< μ ≥ 0, of ndcg_loss2_plus
-    index truncation = 0; ///< k ≥ 0; 0: all places
+    lambda_weights weights = lambda_weights::lambda_rank; ///< w, of pairs
+    double sigma = 1;                                     ///< σ > 0: how steep
+    double mu = 10;                                       ///< μ ≥ 0, of ndcg_loss2_plus
+    index truncation = 0;                                 ///< k ≥ 0; 0: all places
     perdita::reduction reduction = perdita::reduction::mean;
   };
   static constexpr const char* name = "lambda_loss";

@@ -30,7 +30,7 @@ namespace perdita::inline PERDITA_ABI {
 enum class binary_labels { signed_one, zero_one };
 
 struct margin_options {
-  binary_labels labels = binary_labels::signed_one;
+  binary_labels labels = binary_labels::signed_one; ///< how labels are written
   perdita::reduction reduction = perdita::reduction::mean;
 };
 

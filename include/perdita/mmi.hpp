@@ -197,9 +197,9 @@ template <class T = float> class mmi_anti_lm {
 public:
   using value_type = T;
   struct options {
-    T penalty = T(0.5);
+    T penalty = T(0.5);                                  ///< λ ≥ 0
     index penalised = std::numeric_limits<index>::max(); ///< tokens from the first on
-    T length_reward = 0;
+    T length_reward = 0;                                 ///< r, of each token; finite
     std::int64_t ignore_index = -100;
     perdita::reduction reduction = perdita::reduction::mean;
   };
@@ -280,7 +280,7 @@ public:
   using value_type = T;
   struct options {
     T backward = T(0.5); ///< share of the backward model
-    T length_reward = 0;
+    T length_reward = 0; ///< r, of each token of the target; finite
     std::int64_t ignore_index = -100;
     perdita::reduction reduction = perdita::reduction::mean;
   };

@@ -264,7 +264,7 @@ public:
     double epsilon = 0.05;    ///< ε > 0, in units of the cost
     double tolerance = 1e-6;  ///< ≥ 0, of the marginals
     index iterations = 10000; ///< at most, at least 1
-    bool debiased = true;
+    bool debiased = true;     ///< else OT(x, y) alone
   };
   static constexpr const char* name = "sinkhorn_divergence";
 

@@ -188,9 +188,9 @@ template <class T = float> class proto_triplet {
 public:
   using value_type = T;
   struct options {
-    double margin = 0.5;   ///< m, finite
-    double epsilon = 1e-6; ///< ε ≥ 0, added to squared distances
-    std::int64_t ignore_index = -100;
+    double margin = 0.5;              ///< m, finite
+    double epsilon = 1e-6;            ///< ε ≥ 0, added to squared distances
+    std::int64_t ignore_index = -100; ///< label of a query that does not count
   };
   static constexpr const char* name = "proto_triplet";
 

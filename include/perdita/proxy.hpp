@@ -69,9 +69,9 @@ struct proxy_nca_formula : row_formula {
 template <class T = float> class proxy_nca : public row_loss<proxy_nca<T>, T> {
 public:
   struct options {
-    T scale = 1;              ///< κ, of squared distances
-    bool all_proxies = false; ///< the label's own is in the denominator
-    std::int64_t ignore_index = -100;
+    T scale = 1;                      ///< κ, of squared distances
+    bool all_proxies = false;         ///< the label's own is in the denominator
+    std::int64_t ignore_index = -100; ///< label of a row that does not count
     perdita::reduction reduction = perdita::reduction::mean;
   };
   static constexpr const char* name = "proxy_nca";
@@ -325,9 +325,9 @@ template <class T = float> class proxy_anchor {
 public:
   using value_type = T;
   struct options {
-    double alpha = 32;   ///< α, above 0
-    double margin = 0.1; ///< δ, finite
-    std::int64_t ignore_index = -100;
+    double alpha = 32;                ///< α, above 0
+    double margin = 0.1;              ///< δ, finite
+    std::int64_t ignore_index = -100; ///< label of a sample that does not count
   };
   static constexpr const char* name = "proxy_anchor";
 

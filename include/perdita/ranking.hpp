@@ -66,8 +66,8 @@ template <class T> struct hinge_embedding_formula : element_formula {
 template <class T = float> class margin_ranking : public element_loss<margin_ranking<T>, T> {
 public:
   struct options {
-    T margin = 0; ///< c, finite
-    binary_labels labels = binary_labels::signed_one;
+    T margin = 0;                                     ///< c, finite
+    binary_labels labels = binary_labels::signed_one; ///< how labels are written
     perdita::reduction reduction = perdita::reduction::mean;
   };
   static constexpr const char* name = "margin_ranking";
@@ -138,8 +138,8 @@ private:
 template <class T = float> class hinge_embedding : public element_loss<hinge_embedding<T>, T> {
 public:
   struct options {
-    T margin = 1; ///< c, finite
-    binary_labels labels = binary_labels::signed_one;
+    T margin = 1;                                     ///< c, finite
+    binary_labels labels = binary_labels::signed_one; ///< how labels are written
     perdita::reduction reduction = perdita::reduction::mean;
   };
   static constexpr const char* name = "hinge_embedding";

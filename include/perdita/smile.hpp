@@ -201,9 +201,9 @@ template <class T = float> class smile {
 public:
   using value_type = T;
   struct options {
-    T likelihood = 0; ///< share of the plain cross-entropy, in [0, 1]
-    bool whole_first = true;
-    smile_set among = smile_set::own;
+    T likelihood = 0;                 ///< share of the plain cross-entropy, in [0, 1]
+    bool whole_first = true;          ///< a sequence's first token is compared with all classes
+    smile_set among = smile_set::own; ///< what A is, where no subsets are given
     std::int64_t ignore_index = -100;
     perdita::reduction reduction = perdita::reduction::mean;
   };

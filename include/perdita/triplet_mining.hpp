@@ -27,11 +27,11 @@ enum class triplet_penalty { hinge, softplus };
 enum class triplet_mean { triplets, nonzero };
 
 struct triplet_mining_options {
-  double margin = 0.2; ///< m, finite; of the measure
-  triplet_measure measure = triplet_measure::distance;
-  triplet_positives positives = triplet_positives::all;
-  triplet_negatives negatives = triplet_negatives::all;
-  triplet_penalty penalty = triplet_penalty::hinge;
+  double margin = 0.2;                                  ///< m, finite; of the measure
+  triplet_measure measure = triplet_measure::distance;  ///< u
+  triplet_positives positives = triplet_positives::all; ///< p, of each anchor
+  triplet_negatives negatives = triplet_negatives::all; ///< n, for each positive
+  triplet_penalty penalty = triplet_penalty::hinge;     ///< of m + u_p − u_n
   triplet_mean mean = triplet_mean::nonzero;
   bool swap = false;     ///< u_n is the smaller of those from the anchor and from the positive
   bool normalise = true; ///< distances of unit vectors
