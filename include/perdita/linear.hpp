@@ -48,7 +48,8 @@ struct linear_options {
   /// no row's error: a flat row may be dropped whole. Not together with drop_mass; both are refused
   /// where a loss's gradient is not a softmax's.
   double drop_below = 0;
-  /// Where given, the mass that drop_mass let go, of each row; 0 where nothing was dropped by it.
+  /// Where given, the mass that drop_mass let go at the most, of each row: pieces that keep all
+  /// entries count with what could have been dropped of them. 0 where nothing was dropped by it.
   vector_view<double> dropped{};
 };
 
