@@ -49,7 +49,8 @@ template <class T> struct gaussian_rows {
 /// normaliser, accumulate, run_on; no other by-products.
 /// Special values: λ = −inf (no variance) against the standard normal: +inf, slope −½; λ = +inf:
 /// +inf. NaN stays within its row's value, and its own slopes.
-/// Computed in double; threads do not matter. Throws std::invalid_argument.
+/// Computed in double; threads do not matter. Allocates a number per row, and rows per thread, in
+/// each call; call_options::memory is not used. Throws std::invalid_argument.
 /// Source: Kingma, Welling 2014; Alemi et al., "Deep variational information bottleneck", ICLR
 /// 2017.
 ///

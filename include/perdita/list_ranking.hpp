@@ -14,8 +14,9 @@
 /// An empty list is worth 0 and counts for the mean. The gradient may be the scores themselves,
 /// else it lies apart from both. Call options as for losses of rows, a query being a row; no
 /// by-products but `values`. All is computed in double; no bit depends on the number of threads.
-/// NaN or infinity, where a loss does not say what it means, makes its list NaN and no other.
-/// Throws std::invalid_argument.
+/// NaN or infinity, where a loss does not say what it means, makes its list NaN and no other. To
+/// check a given order a call allocates a number per item of the longest list, beside
+/// call_options::memory. Throws std::invalid_argument.
 
 #include <algorithm>
 #include <cmath>

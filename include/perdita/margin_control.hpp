@@ -37,7 +37,8 @@ struct squared_row {
 /// Call options: row_weights as above (0 removes a row); scale, accumulate and `values`, which has
 /// w_i S_i, or with per_row w_i log(1 + S_i), without λ. upstream and normaliser are refused.
 /// Accuracy: sums are in double; the slope of a row's largest score keeps its digits where p is
-/// almost 1. Threads do not matter. Cost: exponentials twice, if there is a gradient.
+/// almost 1. Threads do not matter. Cost: exponentials twice, if there is a gradient. Allocates
+/// three numbers per row, and a row per thread, in each call; call_options::memory is not used.
 /// Throws std::invalid_argument.
 /// Source: the margin control of FedLD, for federated learning (its code, with λ = 0.03 and the
 /// norm of the batch).

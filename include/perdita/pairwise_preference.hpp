@@ -260,8 +260,9 @@ private:
 /// Reductions, ignore_index and row weights: those of the wrapped loss; a pair is a row, and one
 /// whose label is ignored has no part in anything. Class weights of the loss are in its own terms
 /// and in the denominators of their means only. `values` has the pairs' values; no other
-/// by-products. Cost: two calls of the loss, and a pass. Threads do not matter. Throws
-/// std::invalid_argument.
+/// by-products. Cost: two calls of the loss, and a pass. Threads do not matter. Beside
+/// call_options::memory a call with gradients allocates a little, and one with `values` two numbers
+/// per pair. Throws std::invalid_argument.
 /// Source: Kim, Shin, Kang, "Prefer to classify: improving text classifiers via auxiliary
 /// preference learning", ICML 2023 (all weights 1).
 ///

@@ -41,8 +41,9 @@ struct entropy_row {
 /// 0); scale, accumulate and `values`, which has H(p_i) times the row's weight, as for losses of
 /// rows. upstream and normaliser are refused: p̄ belongs to the batch, and no reduction changes it.
 /// Accuracy: sums are in double; H keeps its digits where it is small, log K − H(p̄) is within a few
-/// 2^-53 log K. Threads do not matter. Cost: exponentials twice, if there is a gradient.
-/// Throws std::invalid_argument.
+/// 2^-53 log K. Threads do not matter. Cost: exponentials twice, if there is a gradient. Allocates
+/// four numbers per row, and a row per 128 rows and per thread, in each call; call_options::memory
+/// is not used. Throws std::invalid_argument.
 /// Source: Grandvalet, Bengio 2004 (a); Krause, Perona, Gomes 2010 (both); Assran et al. 2021
 /// (me-max; SimGCD takes τ = 0.1 and weight 2); Pereyra et al. 2017 (a < 0).
 ///

@@ -230,7 +230,8 @@ private:
 /// from the scores. Masked levels (-inf) have no share. A row with NaN, +inf or nothing but -inf
 /// makes its pair NaN, and so does G = NaN.
 /// Call options as for losses of rows, a pair being a row; no by-products but `values`. Threads do
-/// not matter. Throws std::invalid_argument.
+/// not matter. Allocates room for a pair per thread and call; call_options::memory holds the pairs'
+/// values alone. Throws std::invalid_argument.
 /// Source: Thurstone 1927; Tsai, Liu, Qin, Chen, Ma, "FRank", SIGIR 2007 (fidelity); You et al.,
 /// DeQA-Score, CVPR 2025.
 template <class T = float> class thurstone_fidelity {
