@@ -30,9 +30,6 @@ namespace perdita::inline PERDITA_ABI {
 
 namespace core {
 
-template <class T, bool Mutable = false, class E> extent bytes_of_numbers(const vector_view<E>& x) {
-  return bytes_of(matrix_data<T, Mutable>(matrix_view<E>(x.data, x.size, 1, x.stride, 1)));
-}
 /// Checks of numbers and their gradient, as matrices of one column.
 template <class T>
 void check_numbers(const char* name, const char* what, const vector_view<const T>& x,
@@ -43,7 +40,7 @@ void check_numbers(const char* name, const char* what, const vector_view<const T
     return;
   checks.size(std::string("size of the gradient of ") + what, gradient->size, x.size);
   checks.memory(std::string("gradient of ") + what, gradient->data, x.size);
-  const extent memory[] = {bytes_of_numbers<T, true>(*gradient), bytes_of_numbers<T>(x)};
+  const extent memory[] = {bytes_of(*gradient), bytes_of(x)};
   require_apart(name, memory, 1);
 }
 template <class T>
@@ -134,9 +131,9 @@ private:
     checks.batches(std::array<matrix_view<const T>, 1>{g}, d_g ? &to : nullptr);
     core::check_numbers(name, "f", f, d_f);
     if (d_g) {
-      const core::extent memory[] = {
-          core::bytes_of(core::matrix_data<T, true>(*d_g)), core::bytes_of_numbers<T, true>(*d_f),
-          core::bytes_of(core::matrix_data<T>(g)), core::bytes_of_numbers<T>(f)};
+      const core::extent memory[] = {core::bytes_of(core::matrix_data<T, true>(*d_g)),
+                                     core::bytes_of(*d_f), core::bytes_of(core::matrix_data<T>(g)),
+                                     core::bytes_of(f)};
       core::require_apart(name, memory, 2);
     }
     const index n = g.rows;

@@ -559,7 +559,7 @@ public:
     input.checks.size("gradient of the baselines", g.size, s.joints(), "one for each row");
     input.checks.memory("gradient of the baselines", g.data, g.size);
     const matrix_data<T, true> to(as_column(g));
-    const extent of_a = bytes_of(matrix_data<T>(as_column(a)));
+    const extent of_a = bytes_of(a);
     input.checks.apart({bytes_of(to)}, {of_a, bytes_of(s.product), bytes_of(s.d_product)});
     input.checks.apart({bytes_of(s.d_product)}, {of_a});
     return run(s, a, to, call);
