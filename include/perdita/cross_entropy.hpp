@@ -35,6 +35,7 @@ template <class T, class Statistic> struct cross_entropy_formula : row_formula {
   static constexpr bool general = std::is_same_v<Statistic, log_sum_exp_and_moments>;
   static constexpr bool proportional = !smoothed && !general;
   static constexpr bool has_side = general;
+  static constexpr bool slope_reads_raw = general;
 
   cross_entropy_parameters<T> p;
 
@@ -58,21 +59,21 @@ template <class T, class Statistic> struct cross_entropy_formula : row_formula {
     const V capped = tanh(x * V(static_cast<T>(1 / p.cap))) * V(static_cast<T>(p.cap));
     return select(x == masked, masked, capped * scale);
   }
-  /// temperature · ∂z/∂x at z
-  template <class V> PERDITA_INLINE V steepness(const V& z) const {
+  /// temperature · ∂z/∂x
+  template <class V> PERDITA_INLINE V steepness(const V& x) const {
     using S = typename V::value_type;
     if (p.cap == 0)
       return V(1);
-    const V t = z * V(static_cast<S>(1 / (p.inverse_temperature * p.cap)));
-    return select(z == V(-std::numeric_limits<S>::infinity()), V(1), fnma(t, t, V(1)));
+    return select(x == V(-std::numeric_limits<S>::infinity()), V(1),
+                  tanh_slope(x * V(static_cast<S>(1 / p.cap))));
   }
   bool slope_reads_score() const { return general && p.cap > 0; }
   template <class V>
-  PERDITA_INLINE V slope(const V& z, const V& share, const V& b, const V*) const {
+  PERDITA_INLINE V slope(const V& x, const V& share, const V& b, const V*) const {
     const V pull = b * V(static_cast<T>(p.spread * p.inverse_temperature));
     if constexpr (smoothed)
       return share - pull;
-    return select(b == V(0), share, share - pull) * steepness(z);
+    return select(b == V(0), share, share - pull) * steepness(x);
   }
 
   /// Out of line: rare, and long where everything around it is in registers.
@@ -126,7 +127,7 @@ template <class T, class Statistic> struct cross_entropy_formula : row_formula {
     if constexpr (general) {
       const W slower(p.inverse_temperature);
       out.image_scale = out.image_scale * slower;
-      out.target_gradient = target * slower * steepness(row.target);
+      out.target_gradient = target * slower * steepness(row.raw_target);
     }
     return out;
   }
@@ -223,7 +224,8 @@ template <class T, bool Product> struct cross_entropy_hessian : row_formula {
 /// Units: nats per row. `mean` divides by Σ w_y (times row weights) over the rows that count, and
 /// with soft targets by the number of rows (or Σ row weights), as PyTorch does; 0 if none counts.
 /// Accuracy: value within 2 ulp of max(value, |log Σ e^z| where it enters) in float; gradient
-/// entries within (4 + ½ max|z − max z|) ulp; entries below 2^-99 of a row's largest may be 0.
+/// entries within (4 + ½ max|z − max z|) ulp, with a softcap 4|x|/cap more; entries below 2^-99 of
+/// a row's largest may be 0.
 /// Cost: the scores are read once, the gradient written once. Throws std::invalid_argument.
 /// Source: label smoothing: Szegedy et al. 2016; focal: Lin et al. 2017; log-Z penalty: "z-loss"
 /// of Chowdhery et al. 2022 (PaLM); soft-cap: Gemma 2, 2024. Values agree with

@@ -160,9 +160,10 @@ public:
     std::vector<wide> z, steepness;
     for (const wide& x : row.scores) {
       const bool masked = x == -infinity();
-      const wide t = capped && !masked ? wide(tanh(wide(x / cap))) : wide(0);
-      z.push_back(wide(capped && !masked ? wide(cap * t) : x) / temperature);
-      steepness.push_back((1 - t * t) / temperature);
+      const wide u = capped && !masked ? wide(x / cap) : wide(0);
+      const wide e = exp(wide(-2 * size_of(u)));
+      z.push_back(wide(capped && !masked ? wide(cap * tanh(u)) : x) / temperature);
+      steepness.push_back(4 * e / ((1 + e) * (1 + e)) / temperature);
     }
     const softmax_row s(z);
 
@@ -251,9 +252,11 @@ public:
                        weight[j] * slope_budget + (j == y ? static_cast<judged>(pull) * of_u : 0) +
                        2 * of_square * share[j] * of_lse;
       allowed *= static_cast<judged>(steepness[j]);
-      if (capped) // 1 - tanh² is a difference
-        allowed += std::abs(static_cast<judged>(g)) * 2 * static_cast<judged>(relative + 2) /
-                   static_cast<judged>(temperature);
+      if (capped) { // and its condition in |x|/cap
+        const auto u = std::abs(static_cast<judged>(row.scores[j] / cap));
+        if (std::isfinite(u))
+          allowed += std::abs(static_cast<judged>(g * steepness[j])) * 4 * (1 + u);
+      }
       e.gradient.push_back({g * steepness[j], allowed});
     }
 

@@ -434,6 +434,7 @@ private:
     row_summary<statistic> s;
     s.shift = half(shift_[p], h);
     s.target = half(formula_.score(raw_target_[p]), h);
+    s.raw_target = half(raw_target_[p], h);
     s.target_side = W::load(target_side_ + at);
     s.label_weight = W::load(label_weight_ + at);
     s.classes = W(static_cast<double>(cols_));
@@ -578,8 +579,8 @@ private:
       const V c[coefficients] = {coefficient_[0][p], coefficient_[1][p], coefficient_[2][p]};
       for (index k = 0; k < Columns; ++k) {
         prefetch(from.x[k] + from.ahead + p * width);
-        V g = slope_of(formula, formula.score(V::load(from.x[k] + p * width)), shift[p], factor_[p],
-                       cut_[p], from.side(k, p), gradient_scale_[p], c);
+        V g = slope_of(formula, V::load(from.x[k] + p * width), shift[p], factor_[p], cut_[p],
+                       from.side(k, p), gradient_scale_[p], c);
         if (marked(from.targets[k] | ignored, p)) [[unlikely]] {
           g = select(column_[p] == V(static_cast<T>(j + k * width)), target_gradient_[p], g);
           g = select(keep_[p] == V(0), V(0), g);

@@ -198,6 +198,7 @@ private:
       row_summary<statistic> s;
       static_cast<summary<statistic, W>&>(s) = merged_[p * parts + h];
       s.target = target[h];
+      s.raw_target = raw_target[h];
       s.target_side = W::load(target_side_ + at);
       s.label_weight = W::load(label_weight_ + at);
       s.classes = W(static_cast<double>(job_.scores.cols));

@@ -127,7 +127,7 @@ public:
         V b(0);
         if constexpr (Formula::has_side)
           b = side.at(j);
-        V g = slope_of(f, f.score(score_at(scores, bias, j)), s.shift, s.factor, s.cut, b, s.scale,
+        V g = slope_of(f, score_at(scores, bias, j), s.shift, s.factor, s.cut, b, s.scale,
                        s.coefficient);
         if (labelled) [[unlikely]]
           g = select(label == V(static_cast<T>(j)), s.target, g);

@@ -23,6 +23,7 @@ struct row_formula {
   static constexpr bool uses_share = true;      ///< slope() reads its second argument
   static constexpr bool has_side = false;       ///< side(first) gives a number per class
   static constexpr bool slope_reads_score() { return false; } ///< slope() reads z
+  static constexpr bool slope_reads_raw = false; ///< it takes what was before score() instead
   double label_weight(index) const { return 1; }
   template <class V> PERDITA_INLINE V score(const V& x) const { return x; }
 };
@@ -137,14 +138,16 @@ PERDITA_INLINE V slope_at(const Formula& formula, const V& z, const V& share, co
   else
     return formula.slope(z, share, side, c) * scale;
 }
-/// The same from z alone: `factor` takes its image to the share, and what is below `cut` to 0.
+/// The same from a raw score x: `factor` takes the image of its z to the share, and what is below
+/// `cut` to 0.
 template <class Formula, class V>
-PERDITA_INLINE V slope_of(const Formula& formula, const V& z, const V& shift, const V& factor,
+PERDITA_INLINE V slope_of(const Formula& formula, const V& x, const V& shift, const V& factor,
                           const V& cut, const V& side, const V& scale, const V* c) {
+  const V z = formula.score(x);
   V share(0);
   if constexpr (Formula::statistic::has_image && (Formula::uses_share || Formula::proportional))
     share = multiply_unless_less(exp_shifted(z - shift), cut, factor);
-  return slope_at(formula, z, share, side, scale, c);
+  return slope_at(formula, Formula::slope_reads_raw ? x : z, share, side, scale, c);
 }
 
 } // namespace perdita::inline PERDITA_ABI::core

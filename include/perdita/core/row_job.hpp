@@ -43,6 +43,7 @@ inline constexpr index prefetch_distance = prefetch_bytes / static_cast<index>(s
 /// is not in the sums.
 template <class Statistic, class W = pack<double>> struct row_summary : summary<Statistic, W> {
   W target;       ///< score of the target
+  W raw_target;   ///< the same before the formula's score()
   W target_side;  ///< side number of the target
   W label_weight; ///< class weight of the target
   W classes;

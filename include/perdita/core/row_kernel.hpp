@@ -531,8 +531,7 @@ private:
     if (uses_images(formula))
       return slope_at(formula, V(0), multiply_unless_less(read, e.cut, e.factor), side, e.scale,
                       e.coefficient);
-    return slope_of(formula, formula.score(read), e.shift, e.factor, e.cut, side, e.scale,
-                    e.coefficient);
+    return slope_of(formula, read, e.shift, e.factor, e.cut, side, e.scale, e.coefficient);
   }
 
   /// The same of pack number i.
@@ -983,6 +982,7 @@ private:
     row_summary<statistic> s;
     s.shift = of_rows([](const live_row& row) { return row.shift; });
     s.target = first_rows(formula_.score(to_lanes<V>(raw_target)));
+    s.raw_target = raw_target;
     s.target_side = W(0);
     if constexpr (Formula::has_side)
       s.target_side = of_rows([this](const live_row& row) {
