@@ -36,13 +36,18 @@ struct symmetric_cross_entropy_function {
   }
 };
 
-/// With m = 1 − p:  (b^q / q) ((1 ± m/b)^q − 1), so that a small m keeps its digits.
+/// With m = 1 − p, b = a ∓ 1:  (b^q / q) ((1 ± m/b)^q − 1), so that a small m keeps its digits.
 struct asymmetric_function {
-  double base, q, sign;
+  double a, q, sign;
 
   template <class Odds> auto operator()(const Odds& o) const {
     using W = std::remove_cvref_t<decltype(o.hit)>;
-    const W grown = log1p(W(sign / base) * o.miss); // log(1 ± m/b)
+    const double base = a - sign;
+    W grown = log1p(W(sign / base) * o.miss); // log(1 ± m/b)
+    if (sign < 0) {                           // Where a and p are small, they have the digits.
+      const W left = (W(a) + o.hit) / W(base);
+      grown = select(left < W(0.5), log(left), grown);
+    }
     return value_and_slope{W(sign * std::pow(base, q) / q) * expm1(W(q) * grown),
                            W(std::pow(base, q - 1)) * exp(W(q - 1) * grown) * o.hit};
   }
@@ -189,7 +194,7 @@ public:
 private:
   friend core::target_access;
   core::asymmetric_function function() const {
-    return {static_cast<double>(options_.a) + 1, static_cast<double>(options_.q), -1};
+    return {static_cast<double>(options_.a), static_cast<double>(options_.q), -1};
   }
   options options_;
 };
@@ -226,7 +231,7 @@ public:
 private:
   friend core::target_access;
   core::asymmetric_function function() const {
-    return {static_cast<double>(options_.a) - 1, static_cast<double>(options_.q), 1};
+    return {static_cast<double>(options_.a), static_cast<double>(options_.q), 1};
   }
   options options_;
 };

@@ -149,6 +149,49 @@ TEMPLATE_TEST_CASE("jensen_shannon: the row battery", "[robust]", float, double)
   check_row_loss(jensen_shannon_descriptor<TestType>());
 }
 
+namespace {
+
+/// Value and slope, of a label with a score of s against one rival with 0, to all digits: f(at)
+/// gives what they should be.
+template <class Loss, class F> void check_digits(const Loss& loss, F f) {
+  using T = typename Loss::value_type;
+  const std::vector<int> label{0};
+  for (const double s : {-25.0, -15.125, -8.0, -2.5, 0.0, 0.75, 3.0, 10.0}) {
+    const std::vector<T> x{in<T>(s), 0};
+    std::vector<T> g(2);
+    const T value = loss(perdita::matrix_view<const T>(x.data(), 1, 2), label,
+                         perdita::matrix_view<T>(g.data(), 1, 2));
+    const target_point at = target_point::at(softplus(-wide(s)));
+    const auto [expected, slope] = f(at);
+    const auto off = [](const wide& got, const wide& right) {
+      return static_cast<double>(size_of(wide(got / right - 1)));
+    };
+    const double epsilon = static_cast<double>(std::numeric_limits<T>::epsilon());
+    INFO("score " << s);
+    CHECK(off(value, expected) < 8 * epsilon);
+    CHECK(off(g[1], wide(slope * at.miss)) < 8 * epsilon);
+    CHECK(off(g[0], wide(-slope * at.miss)) < 8 * epsilon);
+  }
+}
+
+} // namespace
+
+TEMPLATE_TEST_CASE("asymmetric_gce: all digits for a small a and a large one", "[robust]", float,
+                   double) {
+  using T = TestType;
+  for (const double a : {1e-5, 1e-3, 0.5, 100.0, 1e4})
+    for (const double q : {0.5, 1.5}) {
+      INFO("a " << a << ", q " << q);
+      const wide base = in<T>(a), power = in<T>(q);
+      check_digits(perdita::asymmetric_gce<T>({.a = in<T>(a), .q = in<T>(q)}),
+                   [&](const target_point& at) {
+                     const wide top = pow(wide(base + 1), power), own = base + at.p;
+                     return std::pair(wide((top - pow(own, power)) / power),
+                                      wide(pow(own, wide(power - 1)) * at.p));
+                   });
+    }
+}
+
 TEMPLATE_TEST_CASE("robust losses: special rows", "[robust]", float, double) {
   using T = TestType;
   constexpr double inf = std::numeric_limits<double>::infinity();
