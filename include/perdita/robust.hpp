@@ -60,10 +60,12 @@ struct jensen_shannon_function {
   template <class Odds> auto operator()(const Odds& o) const {
     using W = std::remove_cvref_t<decltype(o.hit)>;
     const double rest = 1 - pi, most = -std::log1p(-pi); // −log(1 − π)
-    // The smaller of p and 1 − p has the digits.
-    const W log_m =
-        select(o.hit < W(0.5), log(fma(W(rest), o.hit, W(pi))), log1p(W(-rest) * o.miss));
-    const W ratio = weighted(o.hit, o.surprise + log_m); // −p log(p/m)
+    // The smaller of m and 1 − m has the digits.
+    const W m = fma(W(rest), o.hit, W(pi));
+    const W log_m = select(m < W(0.5), log(m), log1p(W(-rest) * o.miss));
+    // log(m/p), which is small for a small π.
+    const W lead = select(o.hit > W(pi), log1p(W(pi) * (o.miss / o.hit)), o.surprise + log_m);
+    const W ratio = weighted(o.hit, lead); // −p log(p/m)
     const W divergence = W(rest) * (W(most) * o.miss - ratio) - W(pi) * log_m;
     return value_and_slope{divergence * W(1 / (rest * most)),
                            (W(most) * o.hit + ratio) * W(1 / most)};

@@ -192,6 +192,19 @@ TEMPLATE_TEST_CASE("asymmetric_gce: all digits for a small a and a large one", "
     }
 }
 
+TEMPLATE_TEST_CASE("jensen_shannon: all digits for any π", "[robust]", float, double) {
+  using T = TestType;
+  for (const double share : {1e-8, 1e-6, 1e-4, 0.03, 0.5, 0.97, 0.9999}) {
+    INFO("pi " << share);
+    const wide pi = in<T>(share), rest = 1 - pi, most = -log1p(wide(-pi));
+    check_digits(perdita::jensen_shannon<T>({.pi = in<T>(share)}), [&](const target_point& at) {
+      const wide log_m = log1p(wide(-rest * at.miss)), ratio = at.p * wide(at.c + log_m);
+      return std::pair(wide((rest * (most * at.miss - ratio) - pi * log_m) / (rest * most)),
+                       wide(at.p + ratio / most));
+    });
+  }
+}
+
 TEMPLATE_TEST_CASE("robust losses: special rows", "[robust]", float, double) {
   using T = TestType;
   constexpr double inf = std::numeric_limits<double>::infinity();
