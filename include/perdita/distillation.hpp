@@ -186,28 +186,28 @@ struct distillation_formula : paired_scores {
       break;
     case divergence::jensen_shannon: {
       const W student(1 - beta), teacher(beta);
-      // log(m/q), log(p/m) and m
-      const auto mixed = [=](const W& a, const W& b, const W& l, W& m) {
-        m = fma(teacher, b, student * a);
-        return select(abs(l) <= W(0.5), log1p(student * expm1(l)), log(m / b));
+      const auto mixed = [=](const W& a, const W& b) { return fma(teacher, b, student * a); };
+      // log(1 + w (e^l − 1)), small for a small w too; `same` is 1 + w (e^l − 1), for where that is
+      // small or e^l too large.
+      const auto log_mix = [](const W& w, const W& l, const W& same) {
+        const W more = w * expm1(l);
+        return select((l <= W(600)) & (more > W(-0.5)), log1p(more), log(same));
       };
-      const auto own = [=](const W& a, const W& b, const W& l, W& m) {
-        const W of_teacher = mixed(a, b, l, m);
-        return select(abs(l) <= W(0.5), l - of_teacher, log(a / m));
+      const auto of_teacher = [=](const W& a, const W& b, const W& l) { // log(m/q)
+        return log_mix(student, l, mixed(a, b) / b);
+      };
+      const auto of_student = [=](const W& a, const W& b, const W& l) { // log(m/p)
+        return log_mix(teacher, -l, mixed(a, b) / a);
       };
       value = sum([&](const W& a, const W& b, const W& l) {
-        W m;
-        const W of_teacher = mixed(a, b, l, m), of_student = own(a, b, l, m);
-        return teacher * divergence_term(b, m, of_teacher) +
-               student * divergence_term(a, m, -of_student);
+        const W m = mixed(a, b);
+        return teacher * divergence_term(b, m, of_teacher(a, b, l)) +
+               student * divergence_term(a, m, of_student(a, b, l));
       });
-      mean = sum([&](const W& a, const W& b, const W& l) {
-        W m;
-        return shared(a, own(a, b, l, m));
-      });
+      mean =
+          sum([&](const W& a, const W& b, const W& l) { return shared(a, -of_student(a, b, l)); });
       slope([&](const W& a, const W& b, const W& l) {
-        W m;
-        return student * shared(a, own(a, b, l, m) - W(mean));
+        return student * shared(a, -of_student(a, b, l) - W(mean));
       });
       break;
     }

@@ -302,6 +302,45 @@ TEST_CASE("distillation: a student near its teacher", "[distillation]") {
     }
 }
 
+// All digits, in double, as either weight tends to 0.
+TEST_CASE("distillation: Jensen-Shannon with weights near 0 and 1", "[distillation]") {
+  random_numbers random(6);
+  for (const double beta : {1e-12, 1e-8, 1e-4, 0.5, 1 - 0x1p-14, 1 - 0x1p-30})
+    for (const double apart : {0.1, 1.0, 6.0}) {
+      constexpr std::size_t n = 40;
+      std::vector<double> x, t, g(n);
+      for (std::size_t k = 0; k < n; ++k) {
+        t.push_back(3 * random.normal());
+        x.push_back(t.back() + apart * random.normal());
+      }
+      const double value =
+          perdita::distillation<double>({.divergence = divergence::jensen_shannon, .beta = beta})(
+              perdita::matrix_view<const double>(x.data(), 1, n),
+              perdita::matrix_view<const double>(t.data(), 1, n),
+              perdita::matrix_view<double>(g.data(), 1, n));
+      const softmax_row p({x.begin(), x.end()}), q({t.begin(), t.end()});
+      const wide teacher = beta, student = 1 - teacher;
+      wide expected = 0, mean = 0, reach = 0;
+      std::vector<wide> r;
+      for (std::size_t k = 0; k < n; ++k) {
+        const wide l = (wide(x[k]) - p.log_sum_exp) - (wide(t[k]) - q.log_sum_exp);
+        r.push_back(-log1p(wide(teacher * expm1(wide(-l)))));
+        expected += teacher * q.p(k) * -log1p(wide(student * expm1(l))) + student * p.p(k) * r[k];
+        mean += p.p(k) * r[k];
+        reach += p.p(k) * size_of(r[k]);
+      }
+      INFO("beta " << beta << ", " << apart);
+      CHECK(std::abs(static_cast<double>((wide(value) - expected) / expected)) < 1e-14);
+      double worst = 0;
+      for (std::size_t k = 0; k < n; ++k) {
+        const wide size = student * p.p(k) * (size_of(r[k]) + reach);
+        const wide off = wide(g[k]) - student * p.p(k) * (r[k] - mean);
+        worst = worse(worst, static_cast<double>(size_of(off) / size));
+      }
+      CHECK(worst < 1e-14);
+    }
+}
+
 TEMPLATE_TEST_CASE("distillation: a student far above or below its teacher", "[distillation]",
                    float, double) {
   using T = TestType;
