@@ -62,6 +62,22 @@ TEMPLATE_TEST_CASE("orthogonal_gradient: what is left is orthogonal, and the res
                      {-1, errors.worst(), errors.share()});
 }
 
+TEMPLATE_TEST_CASE("orthogonal_gradient: a gradient nearly along the weights keeps its length",
+                   "[orthogonal]", float, double) {
+  using T = TestType;
+  const double epsilon = static_cast<double>(std::numeric_limits<T>::epsilon());
+  for (const double apart : {1e-2, 1e-4, 1e-6}) {
+    const auto w = wave<T>(100003, 0.37);
+    auto g = wave<T>(100003, 0.11);
+    for (std::size_t i = 0; i < g.size(); ++i)
+      g[i] = static_cast<T>(apart * static_cast<double>(g[i]) - static_cast<double>(w[i]));
+    auto stretched = g;
+    perdita::orthogonal_gradient(w, stretched, {.keep_length = true});
+    INFO(apart);
+    CHECK(std::abs(dot(stretched, stretched) / dot(g, g) - 1) <= 16 * epsilon);
+  }
+}
+
 TEST_CASE("orthogonal_gradient: nothing to project on, nothing left, not a number",
           "[orthogonal]") {
   const std::vector<double> zero(5, 0), w{1, 2, 3, 4, 5};

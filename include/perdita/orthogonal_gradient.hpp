@@ -50,6 +50,23 @@ public:
       sum = {sum.aa + p.aa, sum.ab + p.ab, sum.bb + p.bb};
     return sum;
   }
+  /// Σ (b − factor a)²; bb − factor ab has no digits where b lies nearly along a.
+  double squares_left(double factor) const {
+    double part[parts], sum = 0;
+    for_parts([&](index p, index first, index last) {
+      W squares(0);
+      for_blocks(first, last, [&](index, index, const double* x, const double* y) {
+        for (index i = 0; i < block; i += width) {
+          const W left = fnma(W(factor), W::load(x + i), W::load(y + i));
+          squares = fma(left, left, squares);
+        }
+      });
+      part[p] = sum_lanes(squares);
+    });
+    for (const double p : part)
+      sum += p;
+    return sum;
+  }
   /// b = (b − factor a) scale, rounded once.
   void subtract(double factor, double scale) const {
     for_parts([&](index, index first, index last) {
@@ -124,9 +141,8 @@ void orthogonal_gradient(W&& weights, G&& gradient,
   const double factor = before.ab / before.aa;
   if (!options.keep_length)
     return pair.subtract(factor, 1);
-  // What is left, by Pythagoras: not below what rounding leaves of nothing.
-  const double left = before.bb - factor * before.ab;
-  const double noise = 1e-14 * before.bb;
+  const double left = pair.squares_left(factor);
+  const double noise = 1e-14 * before.bb; // what rounding leaves of nothing
   pair.subtract(factor, left > noise ? std::sqrt(before.bb / left) : 1);
 }
 
