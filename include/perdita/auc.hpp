@@ -174,15 +174,16 @@ public:
     slopes = {-2 * m.off_a, -2 * m.off_b, 2 * (gap(m) - m.kappa * now.alpha)};
     return static_cast<T>(value(m, now));
   }
-  /// The state where L has its saddle for these scores; α not below 0.
+  /// The state where L has its saddle for these scores; α not below 0. Of a class that the batch
+  /// lacks, 0.
   template <core::batch_of<T> X, core::labels_like Y>
   auc_state best_state(X&& scores, Y&& labels) const {
     const auto batch = read(scores, labels);
     core::check_batch<T>(name, batch, nullptr, false);
     const moments m = measure(batch, {});
     auc_state best;
-    best.a = m.of_positive == 0 ? 0 : m.from + m.sum_positive / (m.of_positive * m.positives);
-    best.b = m.of_negative == 0 ? 0 : m.from + m.sum_negative / (m.of_negative * m.negatives);
+    best.a = m.positives == 0 ? 0 : m.from + m.above_positive / m.positives;
+    best.b = m.negatives == 0 ? 0 : m.from + m.above_negative / m.negatives;
     best.alpha = m.kappa == 0 ? 0 : std::max(gap(m) / m.kappa, 0.0);
     return best;
   }
@@ -192,6 +193,7 @@ private:
     double positives = 0, negatives = 0;
     double of_positive = 0, of_negative = 0, kappa = 0; ///< c₊, c₋, κ
     double from = 0;                                    ///< a score
+    double above_positive, above_negative;              ///< Σ (h − from)
     double sum_positive, sum_negative;                  ///< c Σ (h − from)
     double balance = 0; ///< c₋ n₋ − c₊ n₊, exactly 0 where each has its own mean
     double off_a, off_b, square_a, square_b; ///< c Σ (h − a), c Σ (h − a)²
@@ -230,8 +232,10 @@ private:
       m.kappa = rate * rest;
       m.balance = given > 0 ? (rate * m.negatives - rest * m.positives) / count : 0;
     }
-    m.sum_positive = m.of_positive * sums[1].value();
-    m.sum_negative = m.of_negative * sums[0].value();
+    m.above_positive = sums[1].value();
+    m.above_negative = sums[0].value();
+    m.sum_positive = m.of_positive * m.above_positive;
+    m.sum_negative = m.of_negative * m.above_negative;
     m.off_a = m.of_positive * offs[1].value();
     m.off_b = m.of_negative * offs[0].value();
     m.square_a = m.of_positive * squares[1].value();

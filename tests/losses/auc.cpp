@@ -220,6 +220,14 @@ TEST_CASE("auc_margin: one class, no scores, NaN, in place, added", "[auc]") {
   CHECK((slopes.a == 0 && slopes.b == 0 && slopes.alpha == 0));
   const auto nobody = classes.best_state(empty, none);
   CHECK((nobody.a == 0 && nobody.b == 0 && nobody.alpha == 0));
+  // Of one class, its mean is known, and nothing of the other.
+  const std::vector<double> three{1, 2, 6};
+  for (const auto& l : {loss, given, classes}) {
+    const auto negatives = l.best_state(three, std::vector<int>{0, 0, 0}),
+               positives = l.best_state(three, std::vector<int>{1, 1, 1});
+    CHECK((negatives.a == 0 && negatives.b == 3 && std::isfinite(negatives.alpha)));
+    CHECK((positives.a == 3 && positives.b == 0 && std::isfinite(positives.alpha)));
+  }
 
   const std::vector<double> spoilt{nan, 3};
   CHECK(std::isnan(loss(spoilt, both, s, g, slopes)));
