@@ -38,7 +38,7 @@ concept numbers_like =
 /// Shapes: one prediction per instance, bags one after another; one response per bag. The bags are
 /// equal groups of predictions, or given by `starts`: 0, where the second begins, …, and the number
 /// of predictions; no bag is empty. Predictions, responses and gradient are of T, starts of any
-/// integral type. The gradient may be the predictions themselves.
+/// integral type. The gradient may be the predictions themselves, or lies apart from all of these.
 /// Call options as for losses of rows, a bag being a row: row_weights, upstream and values have one
 /// number per bag, and `mean` divides by the number of bags (or the sum of their weights; 0 where
 /// there are none). No other by-products. Infinity or NaN stays within its bag.
@@ -96,10 +96,19 @@ public:
 private:
   struct start_list {
     core::integer_rows entries;
+    core::extent memory{0, 0};
     bool given = false;
   };
   template <class S> static start_list given(S& starts) {
-    return {core::integer_rows(core::as_vector(starts)), true};
+    const auto v = core::as_vector(starts);
+    return {core::integer_rows(v), bytes_of(v), true};
+  }
+  template <class I> static core::extent bytes_of(const vector_view<I>& v) {
+    if (v.size == 0)
+      return {0, 0};
+    const auto first = reinterpret_cast<std::uintptr_t>(v.data),
+               last = reinterpret_cast<std::uintptr_t>(v.data + (v.size - 1) * v.stride);
+    return {std::min(first, last), std::max(first, last) + sizeof(I)};
   }
   static constexpr core::sequence_checks<T> checks{name};
 
@@ -135,8 +144,11 @@ private:
       const auto column = [](auto v) {
         return matrix_view<std::remove_pointer_t<decltype(v.data)>>(v.data, v.size, 1, v.stride, 1);
       };
-      checks.gradient(core::matrix_data<T>(column(f)), core::matrix_data<T, true>(column(g)),
-                      call.accumulate);
+      const core::matrix_data<T, true> to(column(g));
+      checks.gradient(core::matrix_data<T>(column(f)), to, call.accumulate);
+      const core::extent memory[] = {core::bytes_of(to),
+                                     core::bytes_of(core::matrix_data<T>(column(y))), list.memory};
+      core::require_apart(name, memory, 1);
     }
     const double share = core::share_of(call, options_.reduction, bags);
     const double scale = static_cast<double>(call.scale) * share;

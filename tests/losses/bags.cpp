@@ -185,6 +185,19 @@ TEST_CASE("bag_squared: bad input is refused, and nothing written", "[bags]") {
   CHECK_THROWS_WITH(loss(f, three, short_g), ContainsSubstring("gradient rows is 5"));
   CHECK_THROWS_WITH(loss(f, three, g, {.values = values}), ContainsSubstring("values is 4"));
   CHECK_THROWS_WITH(loss(f, three, f, {.accumulate = true}), ContainsSubstring("accumulate"));
+  // Responses that the gradient of an earlier bag would overwrite
+  using view = perdita::vector_view<double>;
+  CHECK_THROWS_WITH(loss(f, view(g.data() + 1, 3), g), ContainsSubstring("overlaps"));
+  CHECK_THROWS_WITH(loss(f, view(g.data() + 5, 3, -2), g), ContainsSubstring("overlaps"));
+  CHECK_THROWS_WITH(loss(f, view(f.data(), 3), f), ContainsSubstring("overlaps"));
+  alignas(double) unsigned char shared[6 * sizeof(double)]{};
+  auto* const slopes = reinterpret_cast<double*>(shared);
+  auto* const begin = reinterpret_cast<std::int64_t*>(shared);
+  for (int b = 0; b < 4; ++b)
+    begin[b] = 2 * b;
+  CHECK_THROWS_WITH(
+      loss(f, three, perdita::vector_view<const std::int64_t>(begin, 4), view(slopes, 6)),
+      ContainsSubstring("overlaps"));
   CHECK_THROWS_WITH(loss(perdita::vector_view<const double>(nullptr, 6), three),
                     ContainsSubstring("predictions is null"));
   CHECK(g == std::vector<double>(6, 5));
