@@ -365,6 +365,18 @@ TEST_CASE("reweighted: bad input is refused, and nothing written", "[reweighting
   CHECK_THROWS_WITH(loss(scores, std::vector<int>{0, 2, 0}, good),
                     ContainsSubstring("labels[1] is 2"));
   CHECK_THROWS_WITH(perdita::loss_based_weights(x, lse), ContainsSubstring("size of weights is 3"));
+  std::vector<double> losses{1, 2, 3, 4, 5, 6};
+  const auto before = losses;
+  using view = perdita::vector_view<double>;
+  const auto overlap_refused = [&](view from, view to) {
+    CHECK_THROWS_WITH(perdita::loss_based_weights(from, to),
+                      ContainsSubstring("weights is memory of the losses"));
+    CHECK(losses == before);
+  };
+  overlap_refused({losses.data(), 3}, {losses.data() + 1, 3});
+  overlap_refused({losses.data(), 3, 2}, {losses.data(), 3});
+  overlap_refused({losses.data(), 3}, {losses.data() + 2, 3, -1});
+  CHECK_NOTHROW(perdita::loss_based_weights(view(losses.data(), 3), view(losses.data() + 3, 3)));
 }
 
 } // namespace perdita_tests
