@@ -42,9 +42,12 @@ public:
     outcome found{};
     if (weight != 0)
       found = find(r);
+    // Without weight, upstream does not matter, NaN neither.
+    const double scale =
+        weight == 0 ? 0 : weight * upstream_of(call, r) * static_cast<double>(call.scale);
     if (job_.gradients[0])
       for (int k = 0; k < 3; ++k)
-        emit(k, r, found, weight * upstream_of(call, r) * static_cast<double>(call.scale));
+        emit(k, r, found, scale);
     const double value = weight == 0 ? 0 : weight * found.value;
     if (call.values.data)
       call.values[r] = static_cast<T>(value);

@@ -272,8 +272,10 @@ TEST_CASE("triplet_margin: NaN, infinity, no triplets, weights", "[triplet]") {
         for (std::size_t i = 0; i < 27; ++i)
           CHECK((i / 9 == 1 ? std::isnan(g.part[m][i]) : g.part[m][i] == clean.part[m][i]));
       weights[1] = 0;
-      CHECK(std::abs(run(loss, x, g, {.row_weights = weights, .values = values}) -
-                     (good[0] + good[2]) / 2) < 1e-14);
+      const std::vector<double> upstream{1, bad, 1};
+      CHECK(std::abs(
+                run(loss, x, g, {.row_weights = weights, .upstream = upstream, .values = values}) -
+                (good[0] + good[2]) / 2) < 1e-14);
       for (int m = 0; m < 3; ++m)
         for (std::size_t i = 9; i < 18; ++i)
           CHECK(g.part[m][i] == 0);
