@@ -78,6 +78,7 @@ public:
     stretch_ = take(classes);
     across_ = take(classes);
     length_ = take(classes);
+    unit_ = take(classes);
     scratch_bytes_ = memory.used();
   }
   std::size_t scratch_bytes() const { return scratch_bytes_; }
@@ -162,9 +163,18 @@ private:
     return sum;
   }
 
-  /// p = tanh(√c ‖v‖) v/(√c ‖v‖), and so β = 1/cosh².
+  /// p = tanh(√c ‖v‖) v/(√c ‖v‖), and so β = 1/cosh². The normal, in which scores are linear but
+  /// for its length, is divided by a power of two, so that no square of it leaves the range.
   void prepare(index k) {
-    const double *v = v_ + k * dims_, *a = a_ + k * dims_;
+    const double* v = v_ + k * dims_;
+    double* a = a_ + k * dims_;
+    double largest = 0;
+    for (index j = 0; j < dims_; ++j)
+      largest = std::fmax(largest, std::fabs(a[j]));
+    const int power = largest > 0 && std::isfinite(largest) ? std::ilogb(largest) : 0;
+    for (index j = 0; j < dims_; ++j)
+      a[j] = std::scalbn(a[j], -power);
+    unit_[k] = std::scalbn(1.0, power);
     const double size = root_ * std::sqrt(dot(v, v)), cosh = std::cosh(size);
     stretch_[k] = size == 0 ? 1 : std::tanh(size) / size;
     beta_[k] = 1 / cosh / cosh;
@@ -176,7 +186,7 @@ private:
 
   struct pair {
     double logit, arc, s, h; ///< arc = asinh(s), h = 1/√(1 + s²)
-    double m, squares;       ///< M, ‖w‖²
+    double m, squares;       ///< M of the divided normal, ‖w‖²
   };
   pair pair_of(index r, index k) const {
     const double *x = x_ + r * dims_, *p = p_ + k * dims_, *a = a_ + k * dims_;
@@ -189,12 +199,12 @@ private:
     const double m = along - c_ * squares / beta_[k] * across_[k], length = length_[k];
     const double s = length == 0 ? 0 * near_x_[r] : 2 * root_ * m / (length * near_x_[r]);
     const double arc = std::asinh(s);
-    return {2 * length / root_ * arc, arc, s, 1 / std::hypot(1, s), m, squares};
+    return {2 * length / root_ * arc * unit_[k], arc, s, 1 / std::hypot(1, s), m, squares};
   }
   void add_to_point(index r, index k, double g, double* sum) const {
     const pair at = pair_of(r, k);
     const double *x = x_ + r * dims_, *p = p_ + k * dims_, *a = a_ + k * dims_;
-    const double near = near_x_[r], e = length_[k] == 0 ? 0 * near : 4 * g * at.h / near;
+    const double near = near_x_[r], e = length_[k] == 0 ? 0 * near : 4 * g * at.h / near * unit_[k];
     const double of_squares = -e * c_ * across_[k] / beta_[k];
     for (index j = 0; j < dims_; ++j)
       sum[j] += e * a[j] + 2 * of_squares * (x[j] - p[j]) + 2 * c_ * e * (at.m / near) * x[j];
@@ -210,7 +220,7 @@ private:
         length_[k] == 0 ? 0 : g * 2 / root_ * (at.arc - at.s * at.h) / length_[k];
     for (index j = 0; j < dims_; ++j) {
       const double w = x[j] - p[j];
-      of_p[j] += (of_across - e) * a[j] - 2 * of_squares * w - 2 * c_ * of_beta * p[j];
+      of_p[j] += ((of_across - e) * a[j] - 2 * of_squares * w - 2 * c_ * of_beta * p[j]) * unit_[k];
       of_a[j] += e * w + of_across * p[j] + of_length * a[j];
     }
   }
@@ -225,7 +235,7 @@ private:
 
   double c_, root_;
   index points_, classes_, dims_;
-  double *x_, *v_, *p_, *a_, *near_x_, *beta_, *stretch_, *across_, *length_;
+  double *x_, *v_, *p_, *a_, *near_x_, *beta_, *stretch_, *across_, *length_, *unit_;
   std::size_t scratch_bytes_ = 0;
 };
 

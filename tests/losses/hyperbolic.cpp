@@ -405,6 +405,42 @@ TEST_CASE("hyperbolic_logits: digits near a plane's point, limits, specials", "[
   }
 }
 
+TEST_CASE("hyperbolic_logits: normals whose squares leave the range", "[hyperbolic]") {
+  random_numbers random(44);
+  const planes<double> in(1, random);
+  std::vector<double> dz;
+  for (int i = 0; i < 35; ++i)
+    dz.push_back(random.normal());
+  struct results {
+    std::vector<double> z, dx, dv, da;
+  };
+  const auto run_all = [&](const std::vector<double>& normals) {
+    results to{std::vector<double>(35), std::vector<double>(42), std::vector<double>(30),
+               std::vector<double>(30)};
+    const perdita::hyperbolic_logits<double> loss;
+    loss(in.view(in.x), in.view(in.v), in.view(normals), matrix_view<double>(to.z.data(), 7, 5));
+    loss.backward(in.view(in.x), in.view(in.v), in.view(normals),
+                  matrix_view<const double>(dz.data(), 7, 5),
+                  matrix_view<double>(to.dx.data(), 7, 6), matrix_view<double>(to.dv.data(), 5, 6),
+                  matrix_view<double>(to.da.data(), 5, 6));
+    return to;
+  };
+  const auto scaled = [](std::vector<double> m, int power) {
+    for (double& s : m)
+      s = std::ldexp(s, power);
+    return m;
+  };
+  const results plain = run_all(in.a);
+  for (const int power : {-900, -532, 532, 1000}) {
+    INFO("normals by 2^" << power);
+    const results got = run_all(scaled(in.a, power));
+    CHECK(got.z == scaled(plain.z, power));
+    CHECK(got.dx == scaled(plain.dx, power));
+    CHECK(got.dv == scaled(plain.dv, power));
+    CHECK(got.da == plain.da);
+  }
+}
+
 TEST_CASE("hyperbolic_logits: threads, layouts, and what is refused", "[hyperbolic]") {
   using Catch::Matchers::ContainsSubstring;
   random_numbers random(36);
