@@ -101,14 +101,7 @@ private:
   };
   template <class S> static start_list given(S& starts) {
     const auto v = core::as_vector(starts);
-    return {core::integer_rows(v), bytes_of(v), true};
-  }
-  template <class I> static core::extent bytes_of(const vector_view<I>& v) {
-    if (v.size == 0)
-      return {0, 0};
-    const auto first = reinterpret_cast<std::uintptr_t>(v.data),
-               last = reinterpret_cast<std::uintptr_t>(v.data + (v.size - 1) * v.stride);
-    return {std::min(first, last), std::max(first, last) + sizeof(I)};
+    return {core::integer_rows(v), core::bytes_of(v), true};
   }
   static constexpr core::sequence_checks<T> checks{name};
 
@@ -146,8 +139,7 @@ private:
       };
       const core::matrix_data<T, true> to(column(g));
       checks.gradient(core::matrix_data<T>(column(f)), to, call.accumulate);
-      const core::extent memory[] = {core::bytes_of(to),
-                                     core::bytes_of(core::matrix_data<T>(column(y))), list.memory};
+      const core::extent memory[] = {core::bytes_of(to), core::bytes_of(y), list.memory};
       core::require_apart(name, memory, 1);
     }
     const double share = core::share_of(call, options_.reduction, bags);

@@ -137,11 +137,7 @@ void loss_based_weights(V&& losses, W&& weights, const reweighting_options& opti
   core::require(to.size == from.size, name, "size of weights", to.size, "the number of losses");
   core::require(to.size == 0 || (from.data && to.data), name, "memory", 0,
                 "pointers that are not null");
-  const auto bytes = [](const auto& v) {
-    return core::bytes_of(
-        core::matrix_data<T>(matrix_view<const T>(v.data, v.size, 1, v.stride, 1)));
-  };
-  const core::extent read = bytes(from), written = bytes(to);
+  const core::extent read = core::bytes_of(from), written = core::bytes_of(to);
   if (!(from.data == to.data && from.stride == to.stride) && written.begin < read.end &&
       read.begin < written.end)
     core::fail(name, "weights", "memory of the losses", "the same vector or memory apart");
