@@ -22,13 +22,14 @@ template <class T> struct cross_entropy_parameters {
   side_cursor<T> side;              // at class 0
   double spread = 1;                // what the side numbers are to be multiplied by
   bool soft = false;
+  bool tempered = false; // the inverse temperature is not 1
 };
 
 /// Cross-entropy as an algebra: value and slope are functions of target_odds. Where there is a soft
 /// target instead of a label, the class that it favours is the target. The statistic says what is
 /// added to a label's term: nothing (log_sum_exp); Σ_c b (log Σ e^z − z_c), label smoothing with
 /// the same b for all (…_and_total); or that with any b_c, for soft targets and for label smoothing
-/// with b_c = ε π_c w_c, and temperature, cap and entropy (…_and_moments).
+/// with b_c = ε π_c w_c, and cap and entropy (…_and_moments).
 template <class T, class Statistic> struct cross_entropy_formula : row_formula {
   using statistic = Statistic;
   static constexpr bool smoothed = std::is_same_v<Statistic, log_sum_exp_and_total>;
@@ -50,11 +51,12 @@ template <class T, class Statistic> struct cross_entropy_formula : row_formula {
 
   /// z = cap tanh(x / cap) / temperature; a masked score stays -inf.
   template <class V> PERDITA_INLINE V score(const V& x) const {
-    if constexpr (!general)
-      return x;
     const V scale(static_cast<T>(p.inverse_temperature));
-    if (p.cap == 0)
+    if (!general || p.cap == 0) {
+      if (!p.tempered) // a branch costs less than a multiplication
+        return x;
       return x * scale;
+    }
     const V masked(-std::numeric_limits<T>::infinity());
     const V capped = tanh(x * V(static_cast<T>(1 / p.cap))) * V(static_cast<T>(p.cap));
     return select(x == masked, masked, capped * scale);
@@ -124,11 +126,11 @@ template <class T, class Statistic> struct cross_entropy_formula : row_formula {
     out.value = value;
     out.image_scale = select(row.term[0] == zero, zero, rivals * o.per_rival);
     out.target_gradient = target;
-    if constexpr (general) {
-      const W slower(p.inverse_temperature);
-      out.image_scale = out.image_scale * slower;
-      out.target_gradient = target * slower * steepness(row.raw_target);
-    }
+    const W slower(p.inverse_temperature);
+    out.image_scale = out.image_scale * slower;
+    out.target_gradient = out.target_gradient * slower;
+    if constexpr (general)
+      out.target_gradient = out.target_gradient * steepness(row.raw_target);
     return out;
   }
 
@@ -362,6 +364,7 @@ private:
     p.log_z_penalty = static_cast<double>(options_.log_z_penalty);
     p.cap = static_cast<double>(options_.softcap);
     p.inverse_temperature = 1 / static_cast<double>(options_.temperature);
+    p.tempered = p.inverse_temperature != 1;
     p.class_weights = class_weights_.empty() ? nullptr : class_weights_.data();
     p.soft = job.has_soft_target() && !job.labels;
     // side number of class c: ε π_c w_c + (1 − ε) w_c q_c; for all of them the same, 1 ε/K
@@ -404,8 +407,7 @@ private:
   template <class F> void visit(const core::row_job<T>& job, F f) const {
     using namespace core;
     const auto p = parameters(job);
-    const bool special = p.soft || p.cap > 0 || options_.temperature != 1 ||
-                         job.report.entropy.data || !bias_.empty();
+    const bool special = p.soft || p.cap > 0 || job.report.entropy.data || !bias_.empty();
     if (special)
       f(cross_entropy_formula<T, log_sum_exp_and_moments>{{}, p});
     else if (p.smoothing > 0)

@@ -919,7 +919,7 @@ TEST_CASE("Pairs for relational reasoning", "") {
   CHECK_THROWS_WITH(perdita::relation_pairs(2, 1), ContainsSubstring("views is 1"));
   CHECK_THROWS_WITH(pairs.concatenate(x.view(), d_x.view()),
                     ContainsSubstring("rows of the pairs is 12"));
-  std::vector<double> both(pairs.size() * 2 * d + items * views * d);
+  std::vector<double> both(static_cast<std::size_t>(pairs.size() * 2 * d + items * views * d));
   const perdita::matrix_view out(both.data(), pairs.size(), 2 * d);
   const auto in = [&](index first) {
     return perdita::matrix_view<const double>(both.data() + first, items * views, d);
