@@ -139,6 +139,8 @@ void register_all(std::size_t most) {
   using perdita::comp_sum;
   add("cross_entropy(smoothing)", perdita::cross_entropy<float>({.label_smoothing = 0.1F}), most);
   add("cross_entropy(focal)", perdita::cross_entropy<float>({.focal_gamma = 2}), most);
+  add("cross_entropy(temperature)", perdita::cross_entropy<float>({.temperature = 0.5F}), most);
+  add("cross_entropy(softcap)", perdita::cross_entropy<float>({.softcap = 30}), most);
   add("ldr_kl", perdita::ldr_kl<float>({.lambda = 0.7F, .margin = 0.3F}), most);
   add("z_loss", perdita::z_loss<float>(), most);
   add("comp_sum(tau=1.7)", comp_sum<float>({.tau = 1.7F}), most);
