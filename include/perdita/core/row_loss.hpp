@@ -92,13 +92,16 @@ template <class T> extent bytes_of(const vector_view<T>& v) {
   return {std::min(first, last), std::max(first, last) + sizeof(T)};
 }
 
+[[noreturn]] PERDITA_NOINLINE inline void fail_apart(const char* name) {
+  fail(std::string("perdita::") + name +
+       ": a gradient overlaps an input or another gradient, expected memory apart");
+}
 /// That none of the first `written` pieces of memory shares a byte with any other.
 inline void require_apart(const char* name, std::span<const extent> memory, std::size_t written) {
   for (std::size_t i = 0; i < written; ++i)
     for (std::size_t j = i + 1; j < memory.size(); ++j)
-      if (memory[i].begin < memory[j].end && memory[j].begin < memory[i].end)
-        fail(std::string("perdita::") + name +
-             ": a gradient overlaps an input or another gradient, expected memory apart");
+      if (memory[i].begin < memory[j].end && memory[j].begin < memory[i].end) [[unlikely]]
+        fail_apart(name);
 }
 
 /// The gradient may be the scores or the target themselves (true), or memory apart from both.
