@@ -102,13 +102,13 @@ inline void validate(const gradient_check_options& options, std::size_t argument
                      std::size_t gradient) {
   if (gradient != arguments)
     refuse("gradient.size()", std::to_string(gradient), "x.size() = " + std::to_string(arguments));
-  const auto at_least_zero = [](double x) { return x >= 0 && std::isfinite(x); };
-  constexpr const char* expected = "a finite number >= 0";
-  require(at_least_zero(options.tolerance), "options.tolerance", options.tolerance, expected);
-  require(at_least_zero(options.floor), "options.floor", options.floor, expected);
-  require(at_least_zero(options.safety), "options.safety", options.safety, expected);
-  require(at_least_zero(options.step), "options.step", options.step, expected);
-  require(at_least_zero(options.noise), "options.noise", options.noise, expected);
+  const std::pair<const char*, double> numbers[] = {{"options.tolerance", options.tolerance},
+                                                    {"options.floor", options.floor},
+                                                    {"options.safety", options.safety},
+                                                    {"options.step", options.step},
+                                                    {"options.noise", options.noise}};
+  for (const auto& [name, x] : numbers)
+    require(x >= 0 && std::isfinite(x), name, x, "a finite number >= 0");
 }
 
 /// Machine epsilon of a binary number type, as seen from double. From its digits, since Eigen 3.4
@@ -506,25 +506,31 @@ template <class Value, class T, class G>
 } // namespace detail
 
 inline std::string gradient_report::message() const {
-  using detail::text;
-  const std::string unit = directional ? "direction" : "entry";
-  const std::string units = entries == 1 ? unit : directional ? "directions" : "entries";
   if (entries == 0)
     return "gradient ok: it has no entries";
-  std::string line = ok          ? "gradient ok"
-                     : wrong > 0 ? "gradient wrong in " + std::to_string(wrong)
-                                 : std::string("gradient not checked");
-  line += (wrong > 0 ? " of " : ": ") + std::to_string(entries) + " " + units;
+  const char* const unit = directional ? "direction" : "entry";
+  const char* const units = entries == 1 ? unit : directional ? "directions" : "entries";
+  std::array<char, 128> verdict{}, rest{};
+  std::array<char, 384> found{};
+  if (wrong > 0)
+    std::snprintf(verdict.data(), verdict.size(), "gradient wrong in %zu of %zu %s", wrong, entries,
+                  units);
+  else
+    std::snprintf(verdict.data(), verdict.size(), "gradient %s: %zu %s", ok ? "ok" : "not checked",
+                  entries, units);
   if (!std::isfinite(value))
-    return line + ": the value at x is " + text(value);
-  line += wrong > 0 ? ", worst at " : ", closest to the limit at ";
-  line += unit + " " + std::to_string(worst_index) + ": analytic " + text(analytic) + ", numeric " +
-          text(numeric) + " +- " + text(uncertainty, 2) + ", relative error " +
-          text(worst_error, 3) + " (tolerance " + text(tolerance, 3) + ")";
-  if (unresolved > 0)
-    line += "; unresolved (a kink, or too much noise): " + std::to_string(unresolved) +
-            ", the first at " + unit + " " + std::to_string(first_unresolved);
-  return line;
+    std::snprintf(found.data(), found.size(), ": the value at x is %.12g", value);
+  else
+    std::snprintf(found.data(), found.size(),
+                  ", %s %s %zu: analytic %.12g, numeric %.12g +- %.2g, relative error %.3g "
+                  "(tolerance %.3g)",
+                  wrong > 0 ? "worst at" : "closest to the limit at", unit, worst_index, analytic,
+                  numeric, uncertainty, worst_error, tolerance);
+  if (std::isfinite(value) && unresolved > 0)
+    std::snprintf(rest.data(), rest.size(),
+                  "; unresolved (a kink, or too much noise): %zu, the first at %s %zu", unresolved,
+                  unit, first_unresolved);
+  return std::string(verdict.data()) + found.data() + rest.data();
 }
 
 /// Checks every entry of a gradient against differences of values.
