@@ -58,7 +58,8 @@ void check(const std::string& name, const Neighbours& q, Logit logit, bool norma
         [&](const wide_comparisons& c) {
           const auto even = [&](index i, index j) { return wide(c.of(i, j) > 0 ? 1 : 0); };
           return i_con(c, logit, even, debias, divergence);
-        });
+        },
+        5);
   }
 }
 

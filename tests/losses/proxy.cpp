@@ -521,7 +521,7 @@ TEMPLATE_TEST_CASE("icnn", "[icnn]", float, double) {
   struct shape {
     index rows, targets, classes;
   };
-  for (const shape& n : {shape{6, 3, 2}, shape{5, 6, 2}, shape{20, 30, 3}, shape{20, 40, 8}})
+  for (const shape& n : {shape{6, 3, 2}, shape{5, 6, 2}, shape{10, 20, 3}, shape{12, 24, 8}})
     for (const icnn_setting& s : {icnn_setting{}, icnn_setting{2, 0, false}, icnn_setting{3, 12}}) {
       INFO(n.rows << ", " << n.targets << ", k " << s.k);
       const auto o = random_batch<T>(n.rows, 4, 3), t = random_batch<T>(n.targets, 4, 4);
