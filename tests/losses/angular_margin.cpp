@@ -805,4 +805,29 @@ TEST_CASE("angular margins: calls", "[angular_margin]") {
                     ContainsSubstring("norms is null"));
 }
 
+TEST_CASE("magface: norms, margins and a regulariser of one's own", "[angular_margin]") {
+  const perdita::magface_options<double> o{.scale = 8,
+                                           .least_norm = 2,
+                                           .most_norm = 6,
+                                           .least_margin = 0.1,
+                                           .most_margin = 0.5,
+                                           .regulariser = 3,
+                                           .easy_margin = true};
+  batch<double> c(1, 3), g(1, 3);
+  c.x = {0.6, -0.2, 0.3};
+  std::vector<double> norms{3}, d_norms(1);
+  const labels y{0};
+  const perdita::magface<double> loss(o);
+  const auto value = [&] { return loss(c.seen(), norms, y); };
+  // m(3) = 0.1 + 0.4 (3 − 2)/(6 − 2), and 3 (a/36 + 1/a)
+  const double own = 8 * std::cos(std::acos(0.6) + 0.2);
+  CHECK(near(value(),
+             std::log1p(std::exp(-1.6 - own) + std::exp(2.4 - own)) + 3 * (3.0 / 36 + 1.0 / 3),
+             1e-14));
+  loss(c.seen(), norms, y, g.view(), vector_view<double>(d_norms));
+  CHECK(perdita::testing::check_gradient(value, norms, d_norms).ok);
+  const perdita::norm_statistics start({.mean = 7, .deviation = 2});
+  CHECK((start.mean() == 7 && start.deviation() == 2));
+}
+
 } // namespace perdita_tests

@@ -400,4 +400,11 @@ TEST_CASE("Contrastive losses: what has a stated result", "") {
   CHECK_THROWS_WITH(perdita::uniformity<double>({.t = 0}), ContainsSubstring("t is 0"));
 }
 
+TEST_CASE("Weighted decoupled: another sigma", "") {
+  check_anchor_values<double>("weighted_decoupled",
+                              perdita::weighted_decoupled<double>({.temperature = 0.2, .sigma = 2}),
+                              {.value_budget = 32, .gradient_budget = 64},
+                              [](const wide_comparisons& c) { return decoupled(c, c, 0.2, 2); });
+}
+
 } // namespace perdita_tests

@@ -1084,4 +1084,15 @@ TEMPLATE_TEST_CASE("Supervised alignment is its definition", "[threads]", float,
                     ContainsSubstring("temperature is 0"));
 }
 
+TEST_CASE("Adaptive multi-head contrastive: bounds of temperatures, epsilon of Barlow Twins", "") {
+  const perdita::bounded_temperature bounded{.low = 0.25, .high = 0.75};
+  CHECK(bounded(0) == 0.5);
+  CHECK(bounded.slope(0.5) == 0.125); // (t − low)(high − t)/(high − low)
+  // One feature of variance 1 in both views, with ε = 3: C = 1/4 for 1
+  batch<double> x(2, 1), t(1, 1, 1.0);
+  x.x = {1, -1};
+  const perdita::amcl_barlow<double> loss({.beta = 0, .epsilon = 3});
+  CHECK(near(loss(x.seen(), x.seen(), t.seen()), 0.75 * 0.75, 1e-14));
+}
+
 } // namespace perdita_tests

@@ -305,4 +305,18 @@ TEST_CASE("feasible: bad input is refused, and nothing written", "[feasible]") {
   CHECK(lambda == std::vector<double>(3, 5));
 }
 
+TEST_CASE("feasible: slopes upstream, and added", "[feasible]") {
+  const batch<double> b;
+  constexpr std::size_t rows = batch<double>::rows, cols = batch<double>::cols;
+  const perdita::feasible loss(perdita::cross_entropy<double>{}, {.level = 0.4, .dual_rate = 0.5});
+  std::vector<double> g(rows * cols), h(rows * cols, 1), upstream;
+  for (std::size_t i = 0; i < rows; ++i)
+    upstream.push_back(0.5 * static_cast<double>(i) - 1);
+  auto multipliers = b.multipliers, others = b.multipliers;
+  loss(b.view(), b.labels, multipliers, b.writable(g));
+  loss(b.view(), b.labels, others, b.writable(h), {.upstream = upstream, .accumulate = true});
+  for (std::size_t k = 0; k < g.size(); ++k)
+    CHECK(std::abs(h[k] - 1 - upstream[k / cols] * g[k]) < 1e-15);
+}
+
 } // namespace perdita_tests

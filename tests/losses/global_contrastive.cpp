@@ -440,4 +440,18 @@ TEST_CASE("Global contrastive: refusals", "") {
   options_refused({.most_temperature = 0.01}, "most_temperature is 0.01");
 }
 
+TEST_CASE("Global contrastive: other bounds and averages of slopes", "") {
+  for (const bool views : {true, false}) {
+    steps<double> checked{views};
+    checked.check({.gamma = {0.5},
+                   .learn_temperature = true,
+                   .rho = -2,
+                   .rate = 0.2,
+                   .beta = 0.4,
+                   .least_temperature = 0.12,
+                   .most_temperature = 0.16},
+                  0.14);
+  }
+}
+
 } // namespace perdita_tests

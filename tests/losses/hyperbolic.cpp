@@ -706,4 +706,26 @@ TEST_CASE("hyp_oc: float, calls, threads, and what is refused", "[hyperbolic]") 
   CHECK(h == before);
 }
 
+TEST_CASE("hyp_oc: its map is exponential_map with its settings", "[hyperbolic]") {
+  random_numbers random(44);
+  planes<double> in(1, random);
+  in.rows = 6;
+  in.x.resize(36);
+  for (double& s : in.x)
+    s = random.normal();
+  const std::vector<int> labels{0, 1, 3, 4, 2, 1};
+  for (const auto& [clip, margin] : {std::pair{0.5, 1e-3}, {9.0, 0.5}}) {
+    const perdita::hyp_oc<double> loss(
+        {.curvature = 0.5, .clip = clip, .margin = margin, .confusion = 0});
+    std::vector<double> points(36), z(30);
+    perdita::exponential_map<double>({.curvature = 0.5, .clip = clip, .margin = margin})(
+        in.view(in.x), matrix_view<double>(points.data(), 6, 6));
+    const matrix_view<double> scores(z.data(), 6, 5);
+    perdita::hyperbolic_logits<double>({.curvature = 0.5})(
+        matrix_view<const double>(points.data(), 6, 6), in.view(in.v), in.view(in.a), scores);
+    CHECK(std::abs(loss(in.view(in.x), labels, in.view(in.v), in.view(in.a)) -
+                   perdita::cross_entropy<double>()(scores, labels)) < 1e-13);
+  }
+}
+
 } // namespace perdita_tests

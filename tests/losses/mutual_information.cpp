@@ -487,4 +487,23 @@ TEST_CASE("critic losses: what is refused", "[mutual_information]") {
   CHECK(d == std::vector<double>(3, 5));
 }
 
+TEST_CASE("tuba, interpolated_bound: scaled, added, on any threads",
+          "[mutual_information][threads]") {
+  auto s = draw<double>(900, 1, 12), a = draw<double>(30, 1, 13);
+  const auto check = [&](const auto& loss) {
+    std::vector<double> g(900), d(30), h(900), e(30);
+    const double value = loss(square(s, 30), a, square(g, 30), d, {.run_on = perdita::serial});
+    const threads_executor pool(3, task_order::shuffled);
+    CHECK(loss(square(s, 30), a, square(h, 30), e, {.run_on = pool}) == value);
+    CHECK((h == g && e == d));
+    loss(square(s, 30), a, square(h, 30), e, {.scale = 2, .accumulate = true});
+    for (std::size_t i = 0; i < 900; ++i)
+      REQUIRE(std::abs(h[i] - 3 * g[i]) <= 1e-14 * std::abs(g[i]));
+    for (std::size_t i = 0; i < 30; ++i)
+      REQUIRE(std::abs(e[i] - 3 * d[i]) <= 1e-13);
+  };
+  check(perdita::tuba<double>());
+  check(perdita::interpolated_bound<double>({.alpha = 0.25}));
+}
+
 } // namespace perdita_tests

@@ -582,4 +582,23 @@ TEMPLATE_TEST_CASE("icnn", "[icnn]", float, double) {
   report_accuracy<T>("icnn", "", in_epsilons, of_values, of_slopes);
 }
 
+TEST_CASE("proto_triplet, icnn: margin and epsilon; a gradient of means that is added", "") {
+  // Distances √(4 + 5) to its own prototype, √(11 + 5) to the other
+  batch<double> q(1, 2), p(2, 2);
+  q.x = {0, 0}, p.x = {2, 0, 1, std::sqrt(10.0)};
+  const perdita::proto_triplet<double> loss({.margin = 3, .epsilon = 5});
+  CHECK(near(loss(q.seen(), p.seen(), labels{0}), 3 - 4 + 3, 1e-14));
+
+  const auto x = random_batch<double>(12, 3, 5);
+  const labels y = some_labels(12, 3);
+  CHECK(perdita::icnn<double>({.epsilon = 1})(x.seen(), y, x.seen(), y) !=
+        perdita::icnn<double>()(x.seen(), y, x.seen(), y));
+
+  batch<double> weights(3, 2), d_x(3, 2, 1.0);
+  weights.x = {3, 5, 0, 0, 4.5, 7.5};
+  perdita::class_means_gradient<double>(weights.seen(), labels{2, 0, 2}, d_x.view(),
+                                        {.scale = 2, .accumulate = true});
+  CHECK(d_x.x == std::vector<double>{5.5, 8.5, 7, 11, 5.5, 8.5});
+}
+
 } // namespace perdita_tests

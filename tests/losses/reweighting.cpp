@@ -379,4 +379,17 @@ TEST_CASE("reweighted: bad input is refused, and nothing written", "[reweighting
   CHECK_NOTHROW(perdita::loss_based_weights(view(losses.data(), 3), view(losses.data() + 3, 3)));
 }
 
+TEST_CASE("reweighted: slopes upstream", "[reweighting]") {
+  const batch<double> b;
+  constexpr std::size_t rows = batch<double>::rows, cols = batch<double>::cols;
+  const perdita::reweighted loss(perdita::cross_entropy<double>{});
+  std::vector<double> g(rows * cols), h(rows * cols), upstream;
+  for (std::size_t i = 0; i < rows; ++i)
+    upstream.push_back(0.5 * static_cast<double>(i) - 1);
+  loss(b.view(), b.labels, b.writable(g));
+  loss(b.view(), b.labels, b.writable(h), {.upstream = upstream});
+  for (std::size_t k = 0; k < g.size(); ++k)
+    CHECK(std::abs(h[k] - upstream[k / cols] * g[k]) < 1e-15);
+}
+
 } // namespace perdita_tests

@@ -352,4 +352,26 @@ TEST_CASE("scoring: what is refused", "[scoring]") {
   CHECK(g == std::vector<double>(10, 7));
 }
 
+TEST_CASE("gaussian_levels: where two levels are enough", "[scoring]") {
+  const auto two = levels_of(4.25, 0.3, {.least_deviation = 0.5});
+  CHECK(two == std::vector<double>{.25, .75, 0, 0, 0});
+  CHECK(levels_of(4.25, 0.3) != two);
+}
+
+TEST_CASE("thurstone_fidelity: slopes upstream, and what the mean divides by", "[scoring]") {
+  const std::vector<double> a{.2, .5, -.1, .3, -.4, 1}, b{-.3, .1, .4, .2, 0, -1}, targets{.7, .2},
+      upstream{3, -2};
+  std::vector<double> da(6), db(6), ea(6), eb(6);
+  const auto view = [](auto& v) { return matrix_view(v.data(), 2, 3); };
+  const perdita::thurstone_fidelity<double> loss;
+  const double value = loss(view(a), view(b), targets, view(da), view(db));
+  CHECK(std::abs(loss(view(a), view(b), targets, view(ea), view(eb),
+                      {.upstream = upstream, .normaliser = 4}) -
+                 value / 2) < 1e-16);
+  for (std::size_t k = 0; k < 6; ++k) {
+    CHECK(std::abs(ea[k] - upstream[k / 3] * da[k] / 2) < 1e-16);
+    CHECK(std::abs(eb[k] - upstream[k / 3] * db[k] / 2) < 1e-16);
+  }
+}
+
 } // namespace perdita_tests

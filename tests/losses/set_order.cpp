@@ -306,4 +306,13 @@ TEST_CASE("set_order: bad input is refused, and nothing written", "[set_order]")
   CHECK(g == untouched);
 }
 
+TEST_CASE("order_search: slopes upstream, and what the mean divides by", "[set_order]") {
+  const std::vector<double> l{-1, -2, -3, -1}, upstream{3, -1};
+  std::vector<double> g(4);
+  CHECK(perdita::order_search<double>()(matrix_view(l.data(), 2, 2), matrix_view(g.data(), 2, 2),
+                                        {.upstream = upstream, .scale = 2, .normaliser = 4}) ==
+        0.5);
+  CHECK(g == std::vector<double>{-1.5, 0, 0, 0.5});
+}
+
 } // namespace perdita_tests

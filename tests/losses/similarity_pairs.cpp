@@ -728,4 +728,47 @@ TEST_CASE("Metrix: what is drawn", "") {
       Catch::Matchers::ContainsSubstring("labels is null"));
 }
 
+TEST_CASE("Multi-similarity: what is a duplicate", "") {
+  batch<double> x(3, 2);
+  x(0, 0) = x(2, 1) = 1, x(1, 0) = 0.8, x(1, 1) = 0.6; // cosines 0.8, 0.6 and 0
+  const std::vector<int> labels{0, 0, 1};
+  const perdita::multi_similarity<double> near_one({.mining = true, .margin = 1}),
+      near_most({.mining = true, .margin = 1, .duplicate = 0.3});
+  CHECK(near_one(x.view(), labels) > 0);
+  CHECK(near_most(x.view(), labels) == 0); // 0.8 is no positive then, and nothing is mined without
+}
+
+TEST_CASE("Metrix: sums, and seeds", "") {
+  const std::vector<int> labels{4, -2, 4, -2, 9, 4, -2, 9, 4};
+  const auto x = random_batch<double>(9, 3, 6);
+  const auto mixed = some_mixtures<double>();
+  const auto compare = [&](const auto& mean, const auto& sum) {
+    // All anchors count: a sum is the mean times what the sum of the clean loss is.
+    batch<double> g(9, 3), h(9, 3);
+    const double a = perdita::metrix(mean)(x.view(), labels, mixed, g.view(), {.normaliser = 1});
+    CHECK(near(perdita::metrix(sum)(x.view(), labels, mixed, h.view()), a, 1e-13));
+    for (std::size_t k = 0; k < g.x.size(); ++k)
+      CHECK(std::abs(g.x[k] - h.x[k]) < 1e-13);
+  };
+  const auto how = perdita::reduction::sum;
+  compare(perdita::multi_similarity<double>(),
+          perdita::multi_similarity<double>({.reduction = how}));
+  compare(perdita::pair_margin<double>(), perdita::pair_margin<double>({.reduction = how}));
+  const auto anchors = perdita::lifted_terms::anchors;
+  compare(perdita::lifted_structure<double>({.terms = anchors}),
+          perdita::lifted_structure<double>({.terms = anchors, .reduction = how}));
+  // As many examples as rows: both parts of a sum are 9 times those of the mean.
+  const std::vector<int> classes{0, 1, 0, 1, 2, 0, 1, 2, 0};
+  const auto proxies = random_batch<double>(4, 3, 7);
+  const auto nine = perdita::draw_mixed_examples<double>(classes, 9, 1);
+  CHECK(near(
+      perdita::metrix(perdita::proxy_nca<double>({.reduction = how}))(x.seen(), proxies.seen(),
+                                                                      classes, nine),
+      9 * perdita::metrix(perdita::proxy_nca<double>())(x.seen(), proxies.seen(), classes, nine),
+      1e-13));
+  const auto one = perdita::draw_mixed_examples<double>(labels, 20, 1),
+             other = perdita::draw_mixed_examples<double>(labels, 20, 2);
+  CHECK((one.first != other.first && one.share != other.share));
+}
+
 } // namespace perdita_tests

@@ -372,4 +372,40 @@ TEMPLATE_TEST_CASE("Structured losses: equal and zero vectors, and sets that are
                     Catch::Matchers::ContainsSubstring("terms is 2"));
 }
 
+TEST_CASE("Structured losses: settings that are not the defaults, sums, normalisers", "") {
+  const perdita::ranked_list_options o{.margin = 0.3, .boundary = 0.9};
+  check_anchor_values<double>(
+      "ranked_list", perdita::ranked_list<double>(o),
+      {.distances = true, .value_budget = 4, .gradient_budget = 40},
+      [&](const wide_comparisons& c) { return ranked_list(c, c, o); }, 8, 12, 3, 4);
+  const perdita::tcm_options factors{.negative_margin = 0.1, .negative_factor = 3};
+  check_anchor_values<double>(
+      "tcm", perdita::tcm<double>(factors), {.value_budget = 4, .gradient_budget = 8},
+      [&](const wide_comparisons& c) { return tcm(c, factors); }, 8, 12, 3, 4);
+  // Two positives ½ below their margin; others ½ above theirs six times, none of −1
+  batch<double> axes(4, 2);
+  axes(0, 0) = axes(1, 0) = 1, axes(2, 1) = 1, axes(3, 0) = -1;
+  CHECK(perdita::tcm<double>({.positive_margin = 1.5,
+                              .negative_margin = -0.5,
+                              .positive_factor = 2,
+                              .negative_factor = 4,
+                              .reduction = perdita::reduction::sum})(
+            axes.view(), std::vector<int>{0, 0, 1, 2}) == 2 * 1 + 4 * 3);
+
+  const auto x = random_batch<double>(5, 3, 1), y = random_batch<double>(5, 3, 2);
+  const std::vector<double> weights{1, 2, 0, 0.5, 1};
+  const perdita::n_pairs<double> mean({.length_weight = 0.05}),
+      sum({.length_weight = 0.05, .reduction = perdita::reduction::sum});
+  batch<double> g(5, 3), h(5, 3), of_sum(5, 3), other(5, 3);
+  const double value = mean(x.view(), y.view(), g.view(), h.view(), {.row_weights = weights});
+  CHECK(near(mean(x.view(), y.view(), {.row_weights = weights, .normaliser = 9}), value * 4.5 / 9,
+             1e-14));
+  CHECK(near(sum(x.view(), y.view(), of_sum.view(), other.view(), {.row_weights = weights}),
+             4.5 * value, 1e-14));
+  for (std::size_t k = 0; k < 15; ++k) {
+    CHECK(std::abs(of_sum.x[k] - 4.5 * g.x[k]) < 1e-14);
+    CHECK(std::abs(other.x[k] - 4.5 * h.x[k]) < 1e-14);
+  }
+}
+
 } // namespace perdita_tests
