@@ -472,15 +472,19 @@ tsallis_sums<double> sum_rivals(const Power& power, const tsallis_trial& t, cons
   return {powers.total(), sum_lanes(slopes), tails.total(), sum_lanes(size)};
 }
 
-/// Drops what is outside the support at a trial; fills the last pack up with -inf.
+/// Fills the last pack of n numbers up with -inf.
+inline void fill_pack(double* z, index n) {
+  for (; n % static_cast<index>(lanes<double>) != 0; ++n)
+    z[n] = -std::numeric_limits<double>::infinity();
+}
+/// Drops what is outside the support at a trial.
 inline index drop_outside(const tsallis_trial& t, double* z, index n) {
   index kept = 0;
   for (index j = 0; j < n; ++j) {
     z[kept] = z[j];
     kept += std::fma(t.rate, z[j], 1.0) > 0;
   }
-  for (index j = kept; j % static_cast<index>(lanes<double>) != 0; ++j)
-    z[j] = -std::numeric_limits<double>::infinity();
+  fill_pack(z, kept);
   return kept;
 }
 
@@ -489,21 +493,23 @@ struct tsallis_root {
   tsallis_trial at; ///< Σ p is 1 to rounding
   double low;       ///< a trial at which it is no less than 1, but for rounding
   double conjugate, size;
-  index rivals; ///< of z, those that are left
+  index rivals; ///< of z, those that were not dropped
 };
 
 /// Steps from a trial with Σ p ≥ 1, and bisection where it leaves the bracket (it may for
-/// α > 2) or takes its time, on the rivals z, which are dropped as they leave the support.
+/// α > 2) or takes its time, on the rivals z. Those that have left the support add 0; they are
+/// dropped where they are many, as that takes longer than to sum them.
 template <class Power>
 tsallis_root find_root(const Power& power, tsallis_trial t, double* z, index count) {
   double low = t.at, high = power.most(static_cast<double>(count + 1));
-  count = drop_outside(t, z, count);
+  fill_pack(z, count);
   for (int round = 0;; ++round) {
     const tsallis_sums<double> s = sum_rivals(power, t, z, count);
     const double excess = std::fma(t.top, s.powers, -t.rest); // Σ p − 1
     if (excess > 0) { // p₁ is too large, and the support here as well
       low = t.at;
-      count = drop_outside(t, z, count);
+      if (4 * s.size < 3 * static_cast<double>(count))
+        count = drop_outside(t, z, count);
     } else {
       high = t.at;
     }
@@ -532,7 +538,7 @@ template <class T> index gather_rivals(const row_maxima<T>& maxima, double rate,
 }
 
 /// A row whose largest score is a number. `room` is for n numbers and a pack, and holds the rivals
-/// in the support in the end. A long row begins with some of its largest scores alone: their Σ p is
+/// in the support in the end, among others. A long row begins with some of its largest scores alone: their Σ p is
 /// less, so that what is outside the support that it gives is outside for good.
 template <class Power, class T>
 tsallis_root find_threshold(const Power& power, const row_maxima<T>& maxima, double* room) {
