@@ -58,11 +58,15 @@ private:
 
 } // namespace
 
+bool reporting() {
+  static const bool wanted = std::getenv("PERDITA_TEST_REPORT") != nullptr;
+  return wanted;
+}
+
 void report_accuracy(const std::string& loss, const std::string& detail, const char* in,
                      const accuracy& found, bool in_float) {
-  static const bool wanted = std::getenv("PERDITA_TEST_REPORT") != nullptr;
   static accuracy_table table;
-  if (wanted)
+  if (reporting())
     table.add(loss, detail, in, found, in_float);
 }
 

@@ -12,6 +12,9 @@
 
 namespace perdita_tests {
 
+/// Whether reports are wanted.
+bool reporting();
+
 // What errors are given in.
 inline constexpr const char* in_ulp = "ulp";
 inline constexpr const char* in_ulp_of_rows = "ulp, ordinary rows";

@@ -538,8 +538,8 @@ template <class T> index gather_rivals(const row_maxima<T>& maxima, double rate,
 }
 
 /// A row whose largest score is a number. `room` is for n numbers and a pack, and holds the rivals
-/// in the support in the end, among others. A long row begins with some of its largest scores alone: their Σ p is
-/// less, so that what is outside the support that it gives is outside for good.
+/// in the support in the end, among others. A long row begins with some of its largest scores
+/// alone: their Σ p is less, so that what is outside the support that it gives is outside for good.
 template <class Power, class T>
 tsallis_root find_threshold(const Power& power, const row_maxima<T>& maxima, double* room) {
   constexpr index some = row_maxima<T>::block;
