@@ -11,6 +11,7 @@
 #include "core/anchor_kernel.hpp"
 #include "core/anchor_sums.hpp"
 #include "core/embeddings.hpp"
+#include "core/weighted.hpp"
 
 namespace perdita::inline PERDITA_ABI {
 
@@ -222,13 +223,12 @@ private:
     const auto pull = [&](index i, index k) {
       return static_cast<double>(d_seen[static_cast<std::size_t>(i * anchors.d + k)]);
     };
-    const auto times = [](double slope, double by) { return slope == 0 ? 0 : slope * by; };
     const auto gate = [&](index i, index k) { return static_cast<double>(x.gates(i, k)); };
     anchors.store(
         gradients->anchors,
-        [&](index i, index k) { return times(pull(i, k), gate(i, k) * gate(i, k)); }, call);
+        [&](index i, index k) { return core::times(pull(i, k), gate(i, k) * gate(i, k)); }, call);
     core::store_slopes(gradients->gates, call, [&](index i, index k) {
-      return times(pull(i, k), 2 * gate(i, k) * anchors.at(i, k));
+      return core::times(pull(i, k), 2 * gate(i, k) * anchors.at(i, k));
     });
     keys.store(
         gradients->keys,

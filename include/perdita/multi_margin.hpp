@@ -14,6 +14,7 @@
 #include "core/row_loss.hpp"
 #include "core/solved_row.hpp"
 #include "core/traits.hpp"
+#include "core/weighted.hpp"
 #include "weston_watkins.hpp"
 
 namespace perdita::inline PERDITA_ABI {
@@ -52,7 +53,6 @@ template <class T> struct multi_margin_formula : weston_watkins_formula<T> {
     const double sum = total + (label == label ? 0 : label), lost = sum == sum ? 0 : sum;
     const double weight = class_weights ? static_cast<double>(class_weights[y]) : 1;
     const double share = weight / static_cast<double>(n), factor = squared ? 2 * share : share;
-    const auto times = [](double w, double a) { return w == 0 ? 0 : w * a; };
     return solution(times(share, sum) + lost, lost - times(factor, steps.total()), label, lost,
                     factor);
   }

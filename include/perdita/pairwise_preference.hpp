@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "core/row_loss.hpp"
+#include "core/weighted.hpp"
 
 namespace perdita::inline PERDITA_ABI {
 
@@ -91,7 +92,6 @@ private:
     const double e = std::exp(-std::fabs(z));
     return (z >= 0 ? 1 : e) / (1 + e);
   }
-  static double times(double weight, double x) { return weight == 0 ? 0 : weight * x; }
 
   /// The heads' part: binary cross-entropies of z = s1 − s2.
   double judge_scores(index r, std::int64_t preferred) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "row_job.hpp"
+#include "weighted.hpp"
 
 namespace perdita::inline PERDITA_ABI::core {
 
@@ -107,11 +108,6 @@ template <class Row> auto log_odds_against(const Row& row) {
   using W = std::remove_cvref_t<decltype(row.target)>;
   const W inf(std::numeric_limits<double>::infinity());
   return select(row.target == -inf, inf + row.term[0], (row.shift - row.target) + log(row.term[0]));
-}
-
-/// weight * x, where nothing infinite counts with weight 0.
-template <class W> PERDITA_INLINE W weighted(const W& weight, const W& x) {
-  return select(weight == W(0), W(0), weight * x);
 }
 
 /// numerator / Σ of the rivals' images; 0 where every rival is masked.

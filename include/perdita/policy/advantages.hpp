@@ -214,7 +214,7 @@ struct token_views {
   }
   template <class L, class Q> static double penalty_of(const kl_penalty& p, L l, Q q) {
     const double x = static_cast<double>(l) - static_cast<double>(q);
-    return core::times(p.weight, core::estimate_kl(p.estimator, x, 0).value);
+    return core::times_or_nan(p.weight, core::estimate_kl(p.estimator, x, 0).value);
   }
 };
 /// Of tokens that count: more(i, t) less the penalty, and the score in the last; 0 in the others.

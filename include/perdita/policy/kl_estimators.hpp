@@ -65,8 +65,8 @@ inline policy::kl_part estimate_kl(policy::kl_estimator estimator, double x, dou
   const double ratio = std::exp(log_ratio);
   // Far down, ρ is too small and e^{−x} too large for a product.
   const double value = x < -1 ? std::exp(log_ratio - x) * (1 + (x - 1) * std::exp(x))
-                              : times(exp_above_tangent(-x), ratio);
-  return {value, times(x, ratio)};
+                              : times_or_nan(exp_above_tangent(-x), ratio);
+  return {value, times_or_nan(x, ratio)};
 }
 
 } // namespace perdita::inline PERDITA_ABI::core

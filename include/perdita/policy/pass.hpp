@@ -269,8 +269,8 @@ private:
         weight = 0;
         part = {0, 0};
       }
-      value.add(times(weight, part.value));
-      const double slope = times(weight, part.slope);
+      value.add(times_or_nan(weight, part.value));
+      const double slope = times_or_nan(weight, part.slope);
       if (shared)
         through.add(slope);
       else
@@ -281,7 +281,7 @@ private:
         add_kl(t, own_ratio, value, kls);
       if (job_.in[entropies]) {
         entropy.add(at(entropies, t));
-        value.add(-times(options_.entropy_weight, at(entropies, t)));
+        value.add(-times_or_nan(options_.entropy_weight, at(entropies, t)));
       }
     }
     if (shared)

@@ -105,7 +105,7 @@ target_distance distance_to_target(P&& log_target, Q&& log_proposal, L&& log_pol
   for (index i = 0; i < drawn.size(); ++i) {
     const double w = std::exp(drawn.log_weight(i) - log_z);
     if (w != 0) // what both rule out is no difference
-      kl.add(core::times(w, drawn.of(drawn.target, i) - drawn.of(drawn.policy, i)));
+      kl.add(core::times_or_nan(w, drawn.of(drawn.target, i) - drawn.of(drawn.policy, i)));
     variation.add(std::fabs(std::exp(drawn.log_ratio(i)) - w));
   }
   result.kl = kl.value() / n - log_z;

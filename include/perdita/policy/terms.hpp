@@ -33,7 +33,7 @@ struct reinforce {
   static constexpr bool direct = true;
   void check(const char*) const {}
   part operator()(const point& p) const {
-    return {core::times(-p.advantage, p.log_probability), -p.advantage};
+    return {core::times_or_nan(-p.advantage, p.log_probability), -p.advantage};
   }
 };
 
@@ -57,9 +57,10 @@ struct clip {
   part operator()(const point& p) const {
     const double a = -p.advantage, floor = 1 - low, cap = 1 + high;
     const int side = a < 0 && p.ratio > cap ? 1 : a > 0 && p.ratio < floor ? -1 : 0;
-    part result{core::times(a, std::min(p.ratio, delta)),
-                p.ratio > delta ? 0 : core::times(a, p.ratio), side};
-    if (const double held = core::times(a, std::clamp(p.ratio, floor, cap)); held > result.value)
+    part result{core::times_or_nan(a, std::min(p.ratio, delta)),
+                p.ratio > delta ? 0 : core::times_or_nan(a, p.ratio), side};
+    if (const double held = core::times_or_nan(a, std::clamp(p.ratio, floor, cap));
+        held > result.value)
       result = {held, 0, side};
     if (a > 0 && result.value > a * dual)
       result = {a * dual, 0, side};
@@ -80,11 +81,11 @@ struct cispo {
     core::require(cap >= floor && cap > 0, name, "cap", cap, "a number above 0, floor or more");
   }
   part operator()(const point& p) const {
-    const double slope = core::times(-p.advantage, std::clamp(p.ratio, floor, cap));
+    const double slope = core::times_or_nan(-p.advantage, std::clamp(p.ratio, floor, cap));
     const int side = p.advantage > 0 && p.ratio > cap     ? 1
                      : p.advantage < 0 && p.ratio < floor ? -1
                                                           : 0;
-    return {core::times(slope, p.log_probability), slope, side};
+    return {core::times_or_nan(slope, p.log_probability), slope, side};
   }
 };
 
@@ -102,8 +103,8 @@ struct sapo {
     const double tau = p.advantage > 0 ? gain : loss, z = tau * (p.ratio - 1);
     const double e = std::exp(-std::fabs(z)), near = 1 / (1 + e), far = e / (1 + e);
     const double q = z >= 0 ? near : far, rest = z >= 0 ? far : near;
-    const double gate = core::times(4 * q * rest, p.ratio);
-    return {core::times(-4 / tau * q, p.advantage), core::times(-gate, p.advantage)};
+    const double gate = core::times_or_nan(4 * q * rest, p.ratio);
+    return {core::times_or_nan(-4 / tau * q, p.advantage), core::times_or_nan(-gate, p.advantage)};
   }
 };
 
@@ -125,8 +126,8 @@ struct vespo {
     const double x = std::clamp(p.log_ratio, -limit, limit);
     const double exponent =
         (gains ? k : k_loss) * x - (gains ? lambda : lambda_loss) * std::expm1(x);
-    const double slope = core::times(-p.advantage, std::exp(exponent));
-    return {core::times(slope, p.log_probability), slope};
+    const double slope = core::times_or_nan(-p.advantage, std::exp(exponent));
+    return {core::times_or_nan(slope, p.log_probability), slope};
   }
 };
 
@@ -138,7 +139,8 @@ struct dro {
   static constexpr bool only_of_tokens = true;
   void check(const char* name) const { core::not_negative(name, "beta", beta); }
   part operator()(const point& p) const {
-    return {core::times(-p.advantage, p.log_probability) + beta / 2 * p.log_ratio * p.log_ratio,
+    return {core::times_or_nan(-p.advantage, p.log_probability) +
+                beta / 2 * p.log_ratio * p.log_ratio,
             beta * p.log_ratio - p.advantage};
   }
 };
@@ -159,7 +161,7 @@ struct gmpo {
     return advantage > 0 && log_ratio > high ? 1 : advantage < 0 && log_ratio < -low ? -1 : 0;
   }
   part operator()(const point& p) const {
-    const double value = core::times(-p.advantage, p.ratio);
+    const double value = core::times_or_nan(-p.advantage, p.ratio);
     return {value, value};
   }
 };

@@ -9,6 +9,7 @@
 #include <limits>
 
 #include "../core/sequences.hpp"
+#include "../core/weighted.hpp"
 
 namespace perdita::inline PERDITA_ABI::policy {
 
@@ -30,9 +31,6 @@ struct sequence_lengths : core::integer_rows {
 } // namespace perdita::inline PERDITA_ABI::policy
 
 namespace perdita::inline PERDITA_ABI::core {
-
-/// 0 · x = 0 for an infinite x too, but not for NaN.
-inline double times(double weight, double x) { return weight == 0 && x == x ? 0 : weight * x; }
 
 /// The tokens of `rows` sequences of at most `cols` tokens that count: by a mask, by lengths, or
 /// all of them.

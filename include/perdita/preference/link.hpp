@@ -14,6 +14,7 @@
 #include <numbers>
 
 #include "../core/errors.hpp"
+#include "../core/weighted.hpp"
 
 namespace perdita::inline PERDITA_ABI::links {
 
@@ -28,8 +29,7 @@ inline double sigmoid(double x) {
 inline double log1mexp(double a) {
   return a > -std::numbers::ln2 ? std::log(-std::expm1(a)) : std::log1p(-std::exp(a));
 }
-/// 0 where the factor is, whatever x is.
-inline double times(double factor, double x) { return factor == 0 ? 0 : factor * x; }
+using core::times;
 
 struct outcome {
   double value, slope;

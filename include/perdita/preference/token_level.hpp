@@ -45,7 +45,7 @@ struct tgdpo_options {
   static constexpr bool has_guide = true, has_divergence = false;
   /// Weight of a token whose log-ratio of guide and reference is r.
   double weight(bool chosen, double r) const {
-    const double f = 1 + core::times((chosen ? alpha : -alpha) * beta, r);
+    const double f = 1 + core::times_or_nan((chosen ? alpha : -alpha) * beta, r);
     return f < floor ? floor : f;
   }
   double of_divergence() const { return 0; }
@@ -205,11 +205,12 @@ private:
           continue;
         const double x =
             static_cast<double>(in.policy(r, t)) - static_cast<double>(in.reference(r, t));
-        ratios.add(core::times(weight(in, r, t, chosen), x));
+        ratios.add(core::times_or_nan(weight(in, r, t, chosen), x));
         if constexpr (Options::has_divergence)
           divergences.add(static_cast<double>(in.divergence(r, t)));
       }
-      scores[!chosen] = ratios.value() + core::times(options_.of_divergence(), divergences.value());
+      scores[!chosen] =
+          ratios.value() + core::times_or_nan(options_.of_divergence(), divergences.value());
       pair.rewards[!chosen] = options_.beta * (ratios.value() + divergences.value());
     }
     const double z = options_.beta * (scores[0] - scores[1]), e = std::exp(-std::fabs(z));
@@ -232,7 +233,7 @@ private:
     for (index t = 0; t < tokens.cols; ++t) {
       const bool counted = counts[t] != 0 && !removed;
       if (out.gradient.data)
-        put(out.gradient(r, t), counted ? core::times(own, weight(in, r, t, chosen)) : 0);
+        put(out.gradient(r, t), counted ? core::times_or_nan(own, weight(in, r, t, chosen)) : 0);
       if (out.divergence_gradient.data)
         put(out.divergence_gradient(r, t), counted ? of_divergence : 0);
     }
