@@ -324,6 +324,49 @@ TEST_CASE("unpaired losses: bad input", "[preference]") {
                     ContainsSubstring("win_probabilities[0] is -1"));
 }
 
+TEST_CASE("unpaired losses: what is removed is not looked at", "[preference]") {
+  const std::vector<double> p{-1, nan, -3}, r{-2, -inf, -2}, wins{1, 2, 0}, w{1, -1, 1}, x{-1, -3},
+      y{-2, -2}, present{1, 0, 1};
+  const std::vector<int> labels{1, 7, 0}, lengths{1, 0, 1}, wrong{1, -3, 1}, two{1, 0};
+  std::vector<double> g(3), h(2);
+  const perdita::kto<double> kto;
+  const double value = kto({.policy = x, .reference = y}, two, 0.25, h);
+  CHECK(kto({.policy = p, .reference = r, .lengths = wrong, .weights = w}, labels, 0.25, g,
+            {.row_weights = present}) == value);
+  CHECK(g == std::vector<double>{h[0], 0, h[1]});
+  const std::vector<int> all{1, 1, 0};
+  CHECK(kto({.policy = p, .reference = r, .lengths = lengths}, all, 0.25, g) == value);
+  CHECK(g == std::vector<double>{h[0], 0, h[1]});
+  CHECK(perdita::sppo_points<double>()({.policy = p, .reference = r}, wins, g,
+                                       {.row_weights = present}) ==
+        perdita::sppo_points<double>()({.policy = x, .reference = y}, std::vector<double>{1, 0}));
+  CHECK(perdita::kto_baseline<double>({.policy = p, .reference = r, .lengths = lengths}) == 0);
+}
+
+TEST_CASE("unpaired and list losses: lengths that are nowhere", "[preference]") {
+  const std::vector<double> p{-1, -2};
+  const std::vector<int> labels{1, 0};
+  const perdita::vector_view<const int> nowhere(nullptr, 2);
+  const perdita::sequence_scores<double> in{.policy = p, .reference = p, .lengths = nowhere};
+  CHECK_THROWS_WITH(perdita::kto<double>()(in, labels, 0), ContainsSubstring("lengths is null"));
+  CHECK_THROWS_WITH(perdita::kto_baseline(in), ContainsSubstring("lengths is null"));
+  const matrix_view<const double> m(p.data(), 1, 2);
+  CHECK_THROWS_WITH(
+      perdita::rrhf<double>()({.policy = m, .lengths = matrix_view<const int>(nullptr, 1, 2)}, m),
+      ContainsSubstring("lengths is null"));
+}
+
+TEST_CASE("bco: one bad batch does not ruin the running mean", "[preference]") {
+  const std::vector<double> p{-inf, -2, nan, inf}, r{0, -1, 0, 0}, bad{-inf};
+  perdita::bco_state state;
+  state.update<double>({.policy = p, .reference = r}, 0.5);
+  CHECK(state == perdita::bco_state{.delta = -0.5, .count = 1});
+  state.update<double>({.policy = bad, .reference = std::vector<double>{0}}, 0.5);
+  state.update_mean(inf, 2);
+  state.update_mean(nan, 1);
+  CHECK(state == perdita::bco_state{.delta = -0.5, .count = 1});
+}
+
 // --- Lists ---------------------------------------------------------------------------------------
 
 using row = std::vector<wide>;
@@ -704,6 +747,41 @@ TEST_CASE("list losses: NaN, infinity and nothing stay in their list", "[prefere
             {.policy = {zero.data(), 3, 2}, .reference = {zero.data(), 3, 2}}, {none.data(), 3, 2},
             d) == 0);
   CHECK(g == none);
+}
+
+TEST_CASE("list losses: what does not count is not looked at", "[preference]") {
+  const std::vector<double> p{-3, -4, 0, -1, -2, 0}, q(6, -3), y{1, 0, 9, 7, nan, -2},
+      present{1, 0}, impossible{-3, -3, -inf, -inf, -3, nan};
+  const std::vector<int> n{2, 3, 0, 0, -1, 0}, none(6);
+  const std::vector<std::int64_t> first{2, 3};
+  std::vector<double> g(6, 5);
+  const auto lists = [](const auto& v, index rows, index cols) {
+    return matrix_view(v.data(), rows, cols);
+  };
+  const matrix_view<double> d(g.data(), 2, 3);
+  const perdita::rrhf<double> rrhf;
+  CHECK(rrhf({.policy = lists(p, 2, 3), .lengths = lists(n, 2, 3), .candidates = first},
+             lists(y, 2, 3), d, {.row_weights = present}) ==
+        rrhf({.policy = lists(p, 1, 2), .lengths = lists(n, 1, 2)}, lists(y, 1, 2)));
+  CHECK(std::equal(g.begin() + 2, g.end(), std::vector<double>(4).begin()));
+  const perdita::lipo<double> lipo;
+  const perdita::list_scores<double> whole{.policy = lists(p, 1, 2), .reference = lists(q, 1, 2)};
+  CHECK(lipo({.policy = lists(p, 2, 3),
+              .reference = lists(impossible, 2, 3),
+              .lengths = lists(none, 2, 3),
+              .candidates = first},
+             lists(y, 2, 3), d, {.row_weights = present}) == lipo(whole, lists(y, 1, 2)));
+}
+
+TEST_CASE("exo_list: rewards whose quotients overflow", "[preference]") {
+  const std::vector<double> p{-1, -2, -3}, q(3), r{3e307, 3e307, 3e307}, zero(3);
+  std::vector<double> g(3), h(3);
+  const perdita::exo_list<double> loss;
+  const auto list = [](const auto& v) { return matrix_view(v.data(), 1, 3); };
+  const perdita::list_scores<double> in{.policy = list(p), .reference = list(q)};
+  CHECK(loss(in, list(r), matrix_view<double>(g.data(), 1, 3)) ==
+        loss(in, list(zero), matrix_view<double>(h.data(), 1, 3)));
+  CHECK(g == h);
 }
 
 TEST_CASE("list losses: bad input", "[preference]") {

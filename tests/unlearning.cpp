@@ -526,8 +526,50 @@ TEST_CASE("retain_multiplier: rises while the retain loss is too high", "[unlear
   CHECK(mu.update(0.5, 0.25, 0.5) == 0.375);
   CHECK(mu.update(-4, 0.25, 0.5) == 0);
   CHECK(mu.update(nan, 0.25, 0.5) == 0);
+  CHECK(mu.update(inf, 0.25, 0.5) == 0);
   CHECK_THROWS_WITH(mu.update(1, nan, 0.5), ContainsSubstring("level"));
   CHECK_THROWS_WITH(mu.update(1, 1, -1), ContainsSubstring("step is -1"));
+}
+
+TEST_CASE("unlearning: NaN shows in the gradient of its sequence", "[unlearning]") {
+  const std::vector<double> p{nan, -2}, one{-1};
+  const std::vector<int> n{3, 4}, single{1};
+  const perdita::sequence_scores<double> in{.policy = p, .lengths = n};
+  std::vector<double> g(2);
+  const auto shows = [&](double value) {
+    return std::isnan(value) && std::isnan(g[0]) && std::isfinite(g[1]) && g[1] != 0;
+  };
+  CHECK(shows(perdita::sequence_nll<double>()(in, g)));
+  CHECK(shows(perdita::gradient_ascent<double>()(in, g)));
+  const perdita::sequence_scores<double> other{.policy = one, .lengths = single};
+  CHECK(shows(perdita::c_advul<double>()({in, other, other}, {g, {}, {}})));
+}
+
+TEST_CASE("unlearning: gradients of what is left out are checked", "[unlearning]") {
+  const std::vector<double> f{-4, -6}, k{-3, -2}, kl{0.5, 0.25};
+  const std::vector<int> n{2, 3};
+  std::vector<double> df(2, 7), dk(2, 7), w{1, 2};
+  const perdita::vector_view<double> nowhere(nullptr, 2);
+  const perdita::sequence_scores<double> forget{.policy = f, .lengths = n},
+      keep{.policy = k, .lengths = n};
+  using ascent = perdita::gradient_ascent<double>;
+  const perdita::retaining loss(ascent{}), away(ascent{}, {.forget_weight = 0}),
+      alone(ascent{}, {.retain_weight = 0});
+  CHECK_THROWS_WITH(loss(forget, {.sequences = keep}, {df, dk, nowhere}),
+                    ContainsSubstring("gradient of the kl is null"));
+  CHECK_THROWS_WITH(away(forget, {.sequences = keep}, {nowhere, dk, {}}),
+                    ContainsSubstring("forgotten is null"));
+  CHECK_THROWS_WITH(alone(forget, {.sequences = keep}, {df, nowhere, {}}),
+                    ContainsSubstring("kept is null"));
+  const perdita::c_advul<double> plain({.away_weight = 0, .toward_weight = 0}), all;
+  CHECK_THROWS_WITH(plain({.utility = keep}, {nowhere, {}, df}),
+                    ContainsSubstring("gradient of away is null"));
+  // The weights of one term are not the gradient of another.
+  const perdita::sequence_scores<double> weighted{.policy = k, .lengths = n, .weights = w};
+  CHECK_THROWS_WITH(loss(forget, {.sequences = weighted}, {df, w, {}}),
+                    ContainsSubstring("overlaps"));
+  CHECK_THROWS_WITH(all({forget, keep, weighted}, {df, dk, w}), ContainsSubstring("overlaps"));
+  CHECK((df == std::vector<double>(2, 7) && dk == df));
 }
 
 TEST_CASE("c_advul: pieces and their cutoffs", "[unlearning]") {
@@ -629,6 +671,13 @@ TEMPLATE_TEST_CASE("c_advipo: tokens beyond the cutoffs count in the length alon
   CHECK_THROWS_WITH(loss(chosen, rejected, dw, dw), ContainsSubstring("gradient of the rejected"));
   CHECK(dw == before);
   CHECK_THROWS_WITH(perdita::c_advipo<T>({.beta = 0}), ContainsSubstring("beta is 0"));
+  // No pairs; and a pair that is removed may have any reference.
+  CHECK(loss({}, {}) == 0);
+  const std::vector<T> two{-1, -2}, impossible{-1, -std::numeric_limits<T>::infinity()},
+      present{1, 0};
+  const std::vector<std::int64_t> each{0, 1, 2}, first{0, 1};
+  CHECK(loss({two, each, impossible}, {two, each, two}, {}, {}, {.row_weights = present}) ==
+        loss({{two.data(), 1}, first, {two.data(), 1}}, {{two.data(), 1}, first, {two.data(), 1}}));
 }
 
 TEST_CASE("unlearning: bad input", "[unlearning]") {

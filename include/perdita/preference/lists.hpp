@@ -9,8 +9,9 @@
 ///   over tokens, it says so
 ///
 /// Shapes: matrices are lists × candidates. Lists of different sizes: `candidates`, how many of
-/// each row count; what follows is not looked at, and its gradient is 0. A list of none, or without
-/// two different ratings where pairs are wanted, is worth 0 and counts for the mean. Calls:
+/// each row count; what follows is not looked at, nor is a list of row weight 0, and its gradient
+/// is 0. A list of none, or without two different ratings where pairs are wanted, is worth 0 and
+/// counts for the mean. Calls:
 ///
 ///   loss(scores, ratings);   loss(scores, ratings, gradient, call, report)
 ///
@@ -109,7 +110,8 @@ public:
     shape("gradient", gradient, false);
     shape("reference", in.reference, rule.reference != 0);
     shape("previous", in.previous, rule.previous != 0);
-    checks_.lengths(in.lengths, lists, most, rule.power != 0, 1);
+    const bool divides =
+        checks_.lengths(in.lengths, lists, most, rule.power != 0) && rule.power != 0;
     checks_.optional("candidates", in.candidates, lists);
     for (index q = 0; q < in.candidates.size; ++q)
       if (in.candidates[q] < 0 || in.candidates[q] > most)
@@ -119,6 +121,8 @@ public:
     each([&](index q, index k) {
       refuse_infinite("reference", in.reference, q, k);
       refuse_infinite("previous", in.previous, q, k);
+      if (divides)
+        checks_.length(q * most + k, in.lengths.entries.at(q, k), 1);
     });
     checks_.apart({bytes_of(gradient), bytes_of(call.values), bytes_of(report.rewards)},
                   {bytes_of(in.policy), bytes_of(in.reference), bytes_of(in.previous),
@@ -178,9 +182,10 @@ private:
     return in_.candidates.data ? static_cast<index>(in_.candidates[q]) : in_.policy.cols;
   }
   double weight(index q) const { return weight_of(call_, q); }
+  /// All that counts.
   template <class F> void each(F f) const {
     for (index q = 0; q < in_.policy.rows; ++q)
-      for (index k = 0; k < size(q); ++k)
+      for (index k = 0; weight(q) != 0 && k < size(q); ++k)
         f(q, k);
   }
   template <class V> void shape(const char* what, const matrix_view<V>& m, bool needed) const {
@@ -506,8 +511,9 @@ struct exo_formula {
   double operator()(list_row& row) const {
     if (!all_finite(row))
       return std::numeric_limits<double>::quiet_NaN();
-    for (index i = 0; i < row.size; ++i)
-      row.targets[i] *= factor;
+    const double top = *std::max_element(row.targets, row.targets + row.size);
+    for (index i = 0; i < row.size; ++i) // the maximum off first: large rewards have no product
+      row.targets[i] = (row.targets[i] - top) * factor;
     double *const log_p = row.spare[0], *const log_t = row.spare[1];
     log_softmax(row.scores, row.size, log_p);
     log_softmax(row.targets, row.size, log_t);

@@ -16,8 +16,9 @@
 ///
 /// An infinite x gives the limit of the link, NaN makes NaN of its sequence, of the reduced value,
 /// and of no other gradient. An infinite reference is refused: what it holds for impossible has no
-/// ratio. Where lengths are given, a sequence of length 0 has no part in anything. Nothing left
-/// gives 0. Throws std::invalid_argument, before anything is written.
+/// ratio. Where lengths are given, a sequence of length 0 has no part in anything, nor has one of
+/// row weight 0; what stands there is not looked at. Nothing left gives 0. Throws
+/// std::invalid_argument, before anything is written.
 
 #include <algorithm>
 #include <cmath>
@@ -91,36 +92,53 @@ template <class T> struct score_checks {
     if (v.data || v.size > 0)
       size(what, v, expected);
   }
-  template <class V>
-  void reference(const char* what, const vector_view<V>& v, index expected) const {
+  /// That holds(v[i]) for each i that counts.
+  template <class V, class Counts, class Holds>
+  void each(const char* what, const vector_view<V>& v, const char* expected, Counts counts,
+            Holds holds) const {
+    for (index i = 0; v.data && i < v.size; ++i)
+      if (counts(i) && !holds(v[i]))
+        fail_at(name, what, i, to_text(v[i]), expected);
+  }
+  template <class V, class Counts>
+  void reference(const char* what, const vector_view<V>& v, index expected, Counts counts) const {
     if (v.size == 0 && expected > 0)
       fail(name, what, "missing", "log-probabilities of that model, one for each sequence");
     size(what, v, expected);
-    for (index i = 0; i < v.size; ++i)
-      if (std::isinf(v[i]))
-        fail_at(name, what, i, to_text(v[i]), "a finite number");
+    each(what, v, "a finite number", counts, [](auto x) { return !std::isinf(x); });
   }
-  void lengths(const token_counts& v, index lists, index each, bool needed,
-               std::int64_t least) const {
+  /// The shape of token counts; false where there are none.
+  bool lengths(const token_counts& v, index lists, index each, bool needed) const {
     if (!v.given()) {
       if (needed && lists * each > 0)
         fail(name, "lengths", "missing", "how many tokens each sequence has");
-      return;
+      return false;
     }
     if (v.entries.rows != lists || v.entries.cols != each)
       fail(name, "lengths", to_text(v.entries.rows) + " × " + to_text(v.entries.cols),
            to_text(lists) + " × " + to_text(each) + " (one for each sequence)");
-    for (index q = 0; q < lists; ++q)
-      for (index i = 0; i < each; ++i)
-        if (const std::int64_t n = v.entries.at(q, i); n < least)
-          fail_at(name, "lengths", q * each + i, to_text(n), to_text(least) + " or more");
+    require_memory(name, "lengths", v.entries.data, lists * each);
+    return true;
+  }
+  void length(index i, std::int64_t n, std::int64_t least) const {
+    if (n < least)
+      fail_at(name, "lengths", i, to_text(n), to_text(least) + " or more");
+  }
+  /// Of points, those that count.
+  template <class Counts>
+  void lengths(const token_counts& v, index sequences, bool needed, Counts counts) const {
+    if (lengths(v, 1, sequences, needed))
+      for (index i = 0; i < sequences; ++i)
+        if (counts(i))
+          length(i, v.entries.at(0, i), 0);
   }
   void call(const call_options<T>& c, index count, const vector_view<const T>& weights) const {
     sequence_checks<T>{name}.call(c, count, false);
     optional("weights", weights, count);
-    for (index i = 0; i < weights.size; ++i)
-      if (!(weights[i] >= 0 && std::isfinite(weights[i])))
-        fail_at(name, "weights", i, to_text(weights[i]), "a finite number, 0 or more");
+    each(
+        "weights", weights, "a finite number, 0 or more",
+        [&](index i) { return weight_of(c, i) != 0; },
+        [](T w) { return w >= 0 && std::isfinite(w); });
   }
   /// Outputs against each other and against the inputs.
   void apart(std::initializer_list<extent> outputs, std::initializer_list<extent> inputs) const {
@@ -163,23 +181,30 @@ private:
   index count_[2] = {};
 };
 
-/// Mean of log π − log π_ref over the sequences that are not empty; 0 where there are none.
+/// Mean of log π − log π_ref over the sequences that are not empty, or of them those with a finite
+/// one; 0 where there are none.
 struct log_ratio_mean {
   double mean = 0;
   index count = 0;
 };
-template <class T> log_ratio_mean mean_log_ratio(const char* name, const sequence_scores<T>& in) {
+template <class T>
+log_ratio_mean mean_log_ratio(const char* name, const sequence_scores<T>& in,
+                              bool finite_alone = false) {
   const index n = in.policy.size;
   const score_checks<T> checks{name};
   checks.size("policy", in.policy, n);
-  checks.reference("reference", in.reference, n);
-  checks.lengths(in.lengths, 1, n, false, 0);
+  checks.lengths(in.lengths, n, false, [](index) { return true; });
+  const auto counts = [&](index i) { return !in.lengths.given() || in.lengths.of(i) != 0; };
+  checks.reference("reference", in.reference, n, counts);
   log_ratio_mean result;
   exact_sum sum;
   for (index i = 0; i < n; ++i) {
-    if (in.lengths.given() && in.lengths.of(i) == 0)
+    if (!counts(i))
       continue;
-    sum.add(static_cast<double>(in.policy[i]) - static_cast<double>(in.reference[i]));
+    const double x = static_cast<double>(in.policy[i]) - static_cast<double>(in.reference[i]);
+    if (finite_alone && !std::isfinite(x))
+      continue;
+    sum.add(x);
     ++result.count;
   }
   if (result.count > 0)
@@ -202,18 +227,19 @@ T reduce_points(const char* name, const sequence_scores<T>& in, const score_rule
   const index n = in.policy.size;
   const score_checks<T> checks{name};
   checks.size("policy", in.policy, n);
-  if (rule.has_reference)
-    checks.reference("reference", in.reference, n);
-  checks.lengths(in.lengths, 1, n, rule.power != 0 || rule.per_token, 0);
-  checks.optional("gradient", gradient, n);
   checks.call(call, n, in.weights);
+  checks.lengths(in.lengths, n, rule.power != 0 || rule.per_token,
+                 [&](index i) { return weight_of(call, i) != 0; });
+  const auto length = [&](index i) { return in.lengths.given() ? in.lengths.of(i) : 1.0; };
+  const auto weight = [&](index i) { return length(i) == 0 ? 0 : weight_of(call, i); };
+  if (rule.has_reference)
+    checks.reference("reference", in.reference, n, [&](index i) { return weight(i) != 0; });
+  checks.optional("gradient", gradient, n);
   checks.optional("rewards", report.rewards, n);
   checks.apart({bytes_of(gradient), bytes_of(call.values), bytes_of(report.rewards)},
                {bytes_of(in.policy), bytes_of(in.reference), bytes_of(in.weights),
                 bytes_of(call.row_weights), bytes_of(call.upstream)});
 
-  const auto length = [&](index i) { return in.lengths.given() ? in.lengths.of(i) : 1.0; };
-  const auto weight = [&](index i) { return length(i) == 0 ? 0 : weight_of(call, i); };
   double share = 1;
   if (how == reduction::mean) {
     exact_sum all;
@@ -237,7 +263,7 @@ T reduce_points(const char* name, const sequence_scores<T>& in, const score_rule
       const double factor = in.weights.data ? w * static_cast<double>(in.weights[i]) : w;
       const links::outcome at = link(i, x);
       value = links::times(factor, at.value);
-      slope = links::times(factor, at.slope) / per;
+      slope = links::times(factor, at.value == at.value ? at.slope : at.value) / per;
       reward = rule.beta * x;
       means.add(chosen(i), reward, s);
     }

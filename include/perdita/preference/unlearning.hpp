@@ -528,8 +528,8 @@ struct row_unlearning_options {
 ///
 /// whose gradient is bounded, and is that of `unlikelihood`. It is not the derivative of the value,
 /// in which q moves too. The authors leave out the first token of an answer: ignore its row.
-/// Special values, shapes, reductions, errors: as unlikelihood. Source: Yang, "CE-U: cross entropy
-/// unlearning", 2025.
+/// Special values, shapes, reductions, errors: as unlikelihood, but a masked label costs H(q).
+/// Source: Yang, "CE-U: cross entropy unlearning", 2025.
 template <class T = float> class ce_u : public row_loss<ce_u<T>, T> {
 public:
   using options = row_unlearning_options;
@@ -683,13 +683,13 @@ private:
 struct retain_multiplier {
   double value = 0;
 
-  /// Returns the new value. A loss of NaN leaves it.
+  /// Returns the new value. A loss that is not finite leaves it.
   double update(double retain_loss, double level, double step) {
     core::finite("retain_multiplier", "level", level);
     core::not_negative("retain_multiplier", "step", step);
     core::require(value >= 0, "retain_multiplier", "value", value, "0 or more");
     const double next = value + step * (retain_loss - level);
-    if (next == next)
+    if (std::isfinite(next))
       value = std::max(0.0, next);
     return value;
   }
@@ -754,9 +754,14 @@ public:
     const core::score_checks<T> checks{name};
     checks.apart({core::bytes_of(to.forget), core::bytes_of(to.retain), core::bytes_of(to.kl)},
                  {core::bytes_of(forget.policy), core::bytes_of(forget.reference),
-                  core::bytes_of(keep.sequences.policy), core::bytes_of(keep.kl),
-                  core::bytes_of(keep.kl_weights)});
-    // What a later term would find wrong must be found before the first writes.
+                  core::bytes_of(forget.weights), core::bytes_of(keep.sequences.policy),
+                  core::bytes_of(keep.sequences.reference), core::bytes_of(keep.sequences.weights),
+                  core::bytes_of(keep.kl), core::bytes_of(keep.kl_weights)});
+    // What a later term would find wrong must be found before the first writes; and the gradient of
+    // a term that is left out is written too.
+    core::require_memory(name, "gradient of what is forgotten", to.forget.data, to.forget.size);
+    core::require_memory(name, "gradient of what is kept", to.retain.data, to.retain.size);
+    core::require_memory(name, "gradient of the kl", to.kl.data, to.kl.size);
     if (options_.forget_weight != 0)
       checks.optional("gradient of what is forgotten", to.forget, forget.policy.size);
     if (options_.retain_weight != 0) {
@@ -861,9 +866,13 @@ public:
   T operator()(const pieces& in, const gradients& to = {}) const {
     const core::score_checks<T> checks{name};
     checks.apart({core::bytes_of(to.away), core::bytes_of(to.toward), core::bytes_of(to.utility)},
-                 {core::bytes_of(in.away.policy), core::bytes_of(in.toward.policy),
-                  core::bytes_of(in.utility.policy)});
+                 {core::bytes_of(in.away.policy), core::bytes_of(in.away.reference),
+                  core::bytes_of(in.away.weights), core::bytes_of(in.toward.policy),
+                  core::bytes_of(in.toward.reference), core::bytes_of(in.toward.weights),
+                  core::bytes_of(in.utility.policy), core::bytes_of(in.utility.reference),
+                  core::bytes_of(in.utility.weights)});
     const auto check = [&](const char* what, double weight, const auto& gradient, const auto& of) {
+      core::require_memory(name, what, gradient.data, gradient.size);
       if (weight != 0)
         checks.optional(what, gradient, of.policy.size);
     };
@@ -905,7 +914,7 @@ private:
 /// Sequences of tokens one after another: sequence i has the tokens [starts[i], starts[i + 1]).
 template <class T> struct token_scores {
   vector_view<const T> tokens;            ///< log-probabilities of the policy
-  vector_view<const std::int64_t> starts; ///< 0, …, and the number of tokens
+  vector_view<const std::int64_t> starts; ///< 0, …, and the number of tokens; or none of all
   vector_view<const T> reference_means;   ///< of the reference, one average per sequence; finite
 };
 
@@ -945,10 +954,10 @@ public:
                vector_view<T> d_chosen = {}, vector_view<T> d_rejected = {},
                const call_options<T>& call = {}) const {
     const index pairs = std::max(index{0}, chosen.starts.size - 1);
-    check("chosen", chosen, d_chosen, pairs);
-    check("rejected", rejected, d_rejected, pairs);
     const core::score_checks<T> checks{name};
     checks.call(call, pairs, {});
+    check("chosen", chosen, d_chosen, pairs);
+    check("rejected", rejected, d_rejected, pairs);
     checks.apart(
         {core::bytes_of(d_chosen), core::bytes_of(d_rejected), core::bytes_of(call.values)},
         {core::bytes_of(chosen.tokens), core::bytes_of(rejected.tokens),
@@ -958,6 +967,9 @@ public:
     const auto weight = [&](index i) {
       return size(chosen, i) == 0 || size(rejected, i) == 0 ? 0 : core::weight_of(call, i);
     };
+    const auto counts = [&](index i) { return weight(i) != 0; };
+    checks.reference("reference_means of the chosen", chosen.reference_means, pairs, counts);
+    checks.reference("reference_means of the rejected", rejected.reference_means, pairs, counts);
     double share = 1;
     if (options_.reduction == reduction::mean) {
       core::exact_sum all;
@@ -1016,11 +1028,11 @@ private:
              index pairs) const {
     const std::string of = std::string(" of the ") + side;
     const core::score_checks<T> checks{name};
-    checks.size(("starts" + of).c_str(), in.starts, pairs + 1);
+    if (pairs > 0 || in.starts.size > 0 || in.tokens.size > 0)
+      checks.size(("starts" + of).c_str(), in.starts, pairs + 1);
     checks.size(("tokens" + of).c_str(), in.tokens, in.tokens.size);
-    checks.reference(("reference_means" + of).c_str(), in.reference_means, pairs);
     checks.optional(("gradient" + of).c_str(), gradient, in.tokens.size);
-    for (index i = 0; i <= pairs; ++i) {
+    for (index i = 0; i < in.starts.size; ++i) {
       const std::int64_t low = i == 0 ? 0 : in.starts[i - 1],
                          high = i == 0 ? 0 : static_cast<std::int64_t>(in.tokens.size);
       if (in.starts[i] < low || in.starts[i] > high ||

@@ -36,8 +36,10 @@ T reduce_labelled(const char* name, const sequence_scores<T>& in, const vector_v
   score_checks<T>{name}.size("labels", labels, in.policy.size);
   score_checks<T>{name}.apart({bytes_of(gradient), bytes_of(call.values), bytes_of(report.rewards)},
                               {bytes_of(labels)});
+  score_checks<T>{name}.call(call, labels.size, in.weights);
   for (index i = 0; i < labels.size; ++i)
-    read_label(name, i, static_cast<std::int64_t>(labels[i]));
+    if (weight_of(call, i) != 0)
+      read_label(name, i, static_cast<std::int64_t>(labels[i]));
   const auto desirable = [&](index i) { return labels[i] != 0; };
   return reduce_points(
       name, in, {.beta = beta}, how, gradient, call, report, desirable, [&](index i, double x) {
@@ -152,18 +154,22 @@ struct bco_state {
   double count = 0; ///< of how many
 
   /// Takes a batch in: before the loss of that batch, and only in training. Sequences of length 0
-  /// have no part; none left: no change.
+  /// have no part, nor have log-ratios that are not finite: no batch ruins the mean. None left: no
+  /// change.
   template <class T> void update(const sequence_scores<T>& scores, double beta) {
     const char* const name = "bco_state";
     core::positive(name, "beta", beta);
-    const auto seen = core::mean_log_ratio(name, scores);
+    const auto seen = core::mean_log_ratio(name, scores, true);
     if (seen.count > 0)
       update_mean(beta * seen.mean, static_cast<double>(seen.count));
   }
-  /// A mean over n rewards, gathered from several machines say.
+  /// A mean over n rewards, gathered from several machines say; no change if it is not finite.
   void update_mean(double mean, double n) {
+    const double next = delta + (mean - delta) * (n / (count + n));
+    if (!std::isfinite(next))
+      return;
     count += n;
-    delta += n == 0 ? 0 : (mean - delta) * (n / count);
+    delta = next;
   }
   bool operator==(const bco_state&) const = default;
 };
@@ -272,10 +278,11 @@ public:
     checks.apart(
         {core::bytes_of(gradient), core::bytes_of(call.values), core::bytes_of(report.rewards)},
         {core::bytes_of(win_probabilities)});
-    for (index i = 0; i < win_probabilities.size; ++i)
-      if (!(win_probabilities[i] >= 0 && win_probabilities[i] <= 1))
-        core::fail_at(name, "win_probabilities", i, core::to_text(win_probabilities[i]),
-                      "a number in [0, 1]");
+    checks.call(call, scores.policy.size, scores.weights);
+    checks.each(
+        "win_probabilities", win_probabilities, "a number in [0, 1]",
+        [&](index i) { return core::weight_of(call, i) != 0; },
+        [](T p) { return p >= 0 && p <= 1; });
     return core::reduce_points(
         name, scores, {.beta = options_.beta}, options_.reduction, gradient, call, report,
         [&](index i) { return win_probabilities[i] > T(0.5); },
