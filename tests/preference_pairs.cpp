@@ -823,6 +823,37 @@ TEST_CASE("preference pairs: calls", "[preference]") {
     CHECK((both[2 * i] == apart.d_chosen[i] && both[2 * i + 1] == apart.d_rejected[i]));
 }
 
+TEST_CASE("preference pairs: outputs in one another's memory", "[preference]") {
+  using Catch::Matchers::ContainsSubstring;
+  auto data = random_pairs(2, 6);
+  const perdita::dpo<double> loss;
+  std::vector<double> to(4, 7), g(2, 7);
+  const auto untouched = to;
+  const perdita::vector_view<double> first(to.data(), 2), second(to.data() + 1, 2);
+  const auto refused = ContainsSubstring("same memory");
+  CHECK_THROWS_WITH(loss(data.view(), first, second), refused);
+  CHECK_THROWS_WITH(loss(data.view(), first, g, {.values = first}), refused);
+  CHECK_THROWS_WITH(loss(data.view(), first, g, {}, {.chosen_rewards = second}), refused);
+  CHECK_THROWS_WITH(loss(data.view(), {.values = g}, {.margins = g}), refused);
+  CHECK_THROWS_WITH(loss.with_gold(data.view(), first, g, second), refused);
+  // of different strides; of the same, but not between the elements
+  const perdita::vector_view<double> apart(to.data(), 2, 2), backwards(to.data() + 3, 2, -2);
+  CHECK_THROWS_WITH(loss(data.view(), apart, second), refused);
+  CHECK_THROWS_WITH(loss(data.view(), apart, {to.data() + 2, 2, 2}), refused);
+  CHECK_THROWS_WITH(loss(data.view(), apart, backwards), refused);
+  const auto chosen = data.chosen;
+  CHECK_THROWS_WITH(loss(data.view(), data.chosen, g, {.accumulate = true}),
+                    ContainsSubstring("accumulate"));
+  CHECK_THROWS_WITH(loss(data.view(), g, {data.chosen.data() + 1, 2}, {.accumulate = true}),
+                    ContainsSubstring("accumulate"));
+  CHECK((to == untouched && g == std::vector<double>(2, 7) && data.chosen == chosen));
+  // What lies between is apart.
+  const double value = loss(data.view(), data.d_chosen, data.d_rejected);
+  CHECK(loss(data.view(), apart, {to.data() + 1, 2, 2}) == value);
+  CHECK(to == std::vector<double>{data.d_chosen[0], data.d_rejected[0], data.d_chosen[1],
+                                  data.d_rejected[1]});
+}
+
 TEST_CASE("preference pairs: by-products", "[preference]") {
   auto data = golden_pair<double>();
   data.add(-1, -2, -1.5, -4, 2, 2);
@@ -864,6 +895,8 @@ TEST_CASE("preference pairs: limits", "[preference]") {
   CHECK(run(plain, -1000, 0) == three{1000, -1, 1});
   CHECK(run(plain, inf, 0) == three{0, 0, 0});
   CHECK(run(plain, -inf, 0) == three{inf, -1, 1});
+  // Without a penalty dpop is dpo.
+  CHECK(run(perdita::dpop<double>({.beta = 1, .lambda = 0}), -inf, 0) == three{inf, -1, 1});
   CHECK_THAT(run(exo, -1000, 0)[0], close(-std::log(1e-3), 1e-15));
   CHECK_THAT(run(exo, -inf, 0)[0], close(-std::log(1e-3), 1e-15));
   CHECK(run(exo, -inf, 0)[1] == 0);
@@ -923,6 +956,29 @@ TEST_CASE("preference pairs: limits", "[preference]") {
   CHECK(std::isnan(data.values[2]));
   data.run(of_type<double>(dpo_type::kto_pair), {.values = data.values});
   CHECK(std::isnan(data.values[2]));
+}
+
+TEST_CASE("xpo: what the reference says is impossible", "[preference]") {
+  const std::vector<double> w{-2}, never{-inf}, q{-1}, p{0.75}, certain{1};
+  std::vector<double> dw(1), dl(1);
+  const auto run = [&](const perdita::xpo<double>::options& o, const std::vector<double>& target) {
+    return perdita::xpo<double>(o)({.chosen = w,
+                                    .rejected = never,
+                                    .chosen_reference = q,
+                                    .rejected_reference = q,
+                                    .targets = target},
+                                   dw, dl);
+  };
+  CHECK(run({.beta = 0.5, .alpha = 0.0625}, p) == inf); // (1 − p) β = 1/8 is steeper
+  CHECK((dw[0] == 0.125 && dl[0] == -0.0625));
+  CHECK(run({.beta = 0.5, .alpha = 0.25}, p) == -inf);
+  CHECK((dw[0] == 0.125 && dl[0] == 0.125));
+  CHECK(run({.beta = 0.5, .alpha = 0}, p) == inf);
+  CHECK(run({.beta = 0.5, .alpha = 0.25}, certain) == -inf);
+  CHECK((dw[0] == 0 && dl[0] == 0.25));
+  CHECK(run({.beta = 0.5, .alpha = 0}, certain) == 0);
+  CHECK(run({.beta = 0.5, .alpha = 0.25, .ipo = true}, p) == inf); // a square outgrows a line
+  CHECK((dw[0] == inf && dl[0] == -inf));
 }
 
 TEST_CASE("preference pairs: a batch's beta where margins are infinite", "[preference]") {
@@ -1073,6 +1129,8 @@ TEST_CASE("preference pairs: statistics over batches", "[preference]") {
   CHECK(mean.update(std::vector<double>{1, 3}) == 2);
   CHECK(mean.update(std::vector<double>{8}) == 4);
   CHECK(mean.update(std::vector<double>{}) == 4);
+  CHECK(mean.update(std::vector<double>{-inf, nan, 4}) == 4); // finite numbers alone
+  CHECK(mean.update(std::vector<double>{9}) == 5);
 
   pair_data<double> data; // d = 4, 1, −2, 9
   for (const double d : {4.0, 1.0, -2.0, 9.0})
@@ -1087,6 +1145,17 @@ TEST_CASE("preference pairs: statistics over batches", "[preference]") {
   data.chosen[0] += 40;
   statistics.update(data.view());
   CHECK_THAT(statistics.mean(), close(0.9 * 3 + 0.1 * 13, 1e-15));
+  // Margins that are not finite have no part.
+  pair_data<double> some;
+  for (const double w : {4.0, -inf, 2.0, nan})
+    some.add(w, 0, 0, 0, 1, 1);
+  perdita::margin_statistics finite;
+  finite.update(some.view());
+  CHECK(finite.mean() == 3);
+  CHECK_THAT(finite.deviation(), close(std::sqrt(2.0), 1e-15));
+  some.chosen = {inf, -inf, nan, nan};
+  finite.update(some.view());
+  CHECK(finite.mean() == 3);
   // β of the batch: 0.1 (1 + 0.6 (13 − 5))
   data.baseline = 5;
   std::vector<double> arguments(4);

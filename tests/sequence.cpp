@@ -1196,7 +1196,22 @@ TEST_CASE("spo: a loss of pairs and a classifier of degrees", "[sequence]") {
   CHECK_THROWS_WITH(loss(pairs, scores, degrees, e_w, {}, e), ContainsSubstring("d_rejected is 0"));
   const std::vector<int> wrong{0, 3, 1, 1};
   CHECK_THROWS_WITH(loss(pairs, scores, wrong, e_w, e_l, e), ContainsSubstring("labels[1] is 3"));
+  std::vector<double> few(1, 7), values(2, 7);
+  CHECK_THROWS_WITH(loss(pairs, scores, degrees, e_w, e_l, e, {.values = few}),
+                    ContainsSubstring("values is 1"));
+  CHECK_THROWS_WITH(loss(pairs, scores, degrees, e_w, e_w, e), ContainsSubstring("same memory"));
+  CHECK_THROWS_WITH(loss(pairs, scores, degrees, {e_z.data() + 3, 2}, e_l, e),
+                    ContainsSubstring("overlaps"));
+  auto in_place = pairs;
+  in_place.chosen = {e_z.data(), 2};
+  CHECK_THROWS_WITH(loss(in_place, scores, degrees, e_w, e_l, e), ContainsSubstring("overlaps"));
   CHECK(e_z == before);
+  CHECK_THROWS_WITH(loss(pairs, scores, wrong, {.values = values}),
+                    ContainsSubstring("labels[1] is 3"));
+  CHECK(values == std::vector<double>(2, 7));
+  const std::vector<double> masked{-std::numeric_limits<double>::infinity(), 0};
+  CHECK(perdita::spo(dpo, {.gamma = 0})(pairs, matrix_view<const double>(masked.data(), 1, 2),
+                                        std::vector<int>{0}, call) == of_pairs);
   CHECK_THROWS_WITH(perdita::spo(dpo, {.gamma = -1}), ContainsSubstring("gamma is -1"));
 }
 

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <utility>
+#include <vector>
 
 #include "../cross_entropy.hpp"
 #include "pairs.hpp"
@@ -53,7 +54,9 @@ public:
   requires core::scores_like<X, T> T operator()(const preference_pairs<T>& pairs, X&& scores,
                                                 Y&& degrees, const call_options<T>& call = {},
                                                 spo_terms* terms = nullptr) const {
-    return sum(pairs_(pairs, call), degrees_(scores, degrees, of_degrees(call)), terms);
+    // The degrees first: they have nothing to write, and may be wrong.
+    const T of_degrees_value = degrees_(scores, degrees, of_degrees(call));
+    return sum(pairs_(pairs, call), of_degrees_value, terms);
   }
   template <class X, core::labels_like Y, class G>
   requires core::scores_like<X, T> && core::gradient_like<G, T>
@@ -64,6 +67,16 @@ public:
     const core::sequence_checks<T> checks{name};
     checks.entries("d_chosen", d_chosen, pairs.chosen.size, "as many as there are chosen");
     checks.entries("d_rejected", d_rejected, pairs.chosen.size, "as many as there are chosen");
+    checks.call(call, pairs.chosen.size, false, "as many as there are chosen");
+    core::check_pair_outputs(name, pairs, {d_chosen, d_rejected, {}}, call, {});
+    const auto to = core::as_matrix(d_scores);
+    core::require_memory(name, "d_scores", to.data, to.rows * to.cols);
+    std::vector<core::extent> memory{core::bytes_of(core::matrix_data<T, true>(to)),
+                                     core::bytes_of(d_chosen), core::bytes_of(d_rejected),
+                                     core::bytes_of(call.values)};
+    for (const auto& input : core::pair_inputs(pairs, call))
+      memory.push_back(core::bytes_of(input));
+    core::require_apart(name, memory, 1);
     call_options<T> silent = call;
     silent.values = {};
     pairs_(pairs, silent);
@@ -84,7 +97,7 @@ private:
     if (terms)
       *terms = {static_cast<double>(pairs), static_cast<double>(degrees)};
     return static_cast<T>(static_cast<double>(pairs) +
-                          options_.gamma * static_cast<double>(degrees));
+                          links::times(options_.gamma, static_cast<double>(degrees)));
   }
 
   Pairs pairs_;

@@ -180,18 +180,24 @@ inline preference_term old_kto_term(double beta) {
 
 } // namespace core
 
-/// Mean of numbers that come in batches, each with the weight of all before: the δ of bco.
+/// Mean of numbers that come in batches, each with the weight of all before: the δ of bco. Those
+/// that are not finite have no part: no batch ruins the mean.
 class running_mean {
 public:
   /// Takes the batch in and returns the mean.
   template <core::vector_like V> double update(V&& numbers) {
     const auto view = core::as_vector(numbers);
+    core::require_memory("running_mean", "numbers", view.data, view.size);
     core::exact_sum sum;
+    double count = 0;
     for (index i = 0; i < view.size; ++i)
-      sum.add(static_cast<double>(view[i]));
-    count_ += static_cast<double>(view.size);
-    if (view.size > 0)
-      mean_ += (sum.value() - mean_ * static_cast<double>(view.size)) / count_;
+      if (const auto x = static_cast<double>(view[i]); std::isfinite(x)) {
+        sum.add(x);
+        ++count;
+      }
+    count_ += count;
+    if (count > 0)
+      mean_ += (sum.value() - mean_ * count) / count_;
     return mean_;
   }
   double value() const { return mean_; }

@@ -33,7 +33,7 @@ struct penalised {
   double lambda;
   outcome operator()(const preference_side& s) const {
     const double r = s.log_ratio();
-    return r < 0 ? outcome{r + lambda * r, 1 + lambda} : outcome{r, 1};
+    return r < 0 ? outcome{(1 + lambda) * r, 1 + lambda} : outcome{r, 1};
   }
 };
 /// f (log π − log ref)
@@ -197,13 +197,10 @@ private:
 namespace core {
 
 /// p log(1 + e^−t) + (1 − p) log(1 + e^t), t = β d − margin, p the pair's target.
-inline preference_term target_term(double beta) {
-  const auto of_pair = [beta](const preference_pair& p) -> pair_outcome {
-    const double t = beta * (p.chosen.log_ratio() - p.rejected.log_ratio()) - p.margin;
-    const links::outcome o = links::cross_entropy(p.target, 1 - p.target, t);
-    return {o.value, beta * o.slope, -beta * o.slope, t, true};
-  };
-  return pairwise_term(of_pair, needs_reference | needs_targets);
+inline pair_outcome judge_by_target(const preference_pair& p, double beta) {
+  const double t = beta * (p.chosen.log_ratio() - p.rejected.log_ratio()) - p.margin;
+  const links::outcome o = links::cross_entropy(p.target, 1 - p.target, t);
+  return {o.value, beta * o.slope, -beta * o.slope, t, true};
 }
 
 } // namespace core
@@ -223,12 +220,16 @@ public:
 
   dno() : dno(options{}) {}
   explicit(false) dno(const options& o)
-      : preference_loss<T>(name, {core::target_term(core::positive(name, "eta", o.eta))},
+      : preference_loss<T>(name, {term(core::positive(name, "eta", o.eta))},
                            core::ratio_reward(o.eta), o.reduction),
         options_(o) {}
   const options& settings() const { return options_; }
 
 private:
+  static preference_term term(double eta) {
+    return pairwise_term([eta](const preference_pair& p) { return core::judge_by_target(p, eta); },
+                         needs_reference | needs_targets);
+  }
   options options_;
 };
 
@@ -238,10 +239,10 @@ private:
 ///
 ///   p log(1 + e^−βd) + (1 − p) log(1 + e^βd), or with `ipo` (d − (2p − 1)/(2β))²;   + α log π(y′)
 ///
-/// so that what the reference says is unlearnt. α = 0, of two samples of the model: online DPO. The
-/// report's margins are those of the model's over the reference's sample.
-/// Source: Xie et al., "Exploratory preference optimization: harnessing implicit Q*-approximation
-/// for sample-efficient RLHF", ICLR 2025; TRL, and its α.
+/// so that what the reference says is unlearnt. Where that is −inf the steeper part wins. α = 0, of
+/// two samples of the model: online DPO. The report's margins are those of the model's over the
+/// reference's sample. Source: Xie et al., "Exploratory preference optimization: harnessing
+/// implicit Q*-approximation for sample-efficient RLHF", ICLR 2025; TRL, and its α.
 template <class T = float> class xpo : public preference_loss<T> {
 public:
   struct options {
@@ -254,23 +255,30 @@ public:
 
   xpo() : xpo(options{}) {}
   explicit(false) xpo(const options& o)
-      : preference_loss<T>(name, terms(o), core::ratio_reward(o.beta), o.reduction), options_(o) {}
+      : preference_loss<T>(name, {term(o)}, core::ratio_reward(o.beta), o.reduction), options_(o) {}
   const options& settings() const { return options_; }
 
 private:
-  static std::vector<preference_term> terms(const options& o) {
+  static pair_outcome square(const preference_pair& p, double beta) {
+    const double d = p.chosen.log_ratio() - p.rejected.log_ratio();
+    const double off = d - p.margin - (2 * p.target - 1) / (2 * beta);
+    return {off * off, 2 * off, -2 * off, d - p.margin, true};
+  }
+  static preference_term term(const options& o) {
     const double beta = core::positive(name, "beta", o.beta);
-    const auto square = [beta](const preference_pair& p) -> pair_outcome {
-      const double d = p.chosen.log_ratio() - p.rejected.log_ratio();
-      const double off = d - p.margin - (2 * p.target - 1) / (2 * beta);
-      return {off * off, 2 * off, -2 * off, d - p.margin, true};
+    const double alpha = core::not_negative(name, "alpha", o.alpha);
+    const auto of_pair = [beta, alpha, ipo = o.ipo](const preference_pair& p) -> pair_outcome {
+      pair_outcome out = ipo ? square(p, beta) : core::judge_by_target(p, beta);
+      const double said = p.rejected.log_probability;
+      // Where `said` is −inf the comparison grows by −slope · said, and that without end with ipo.
+      if (out.value == -core::no_score && said == core::no_score)
+        out.value = (ipo ? out.rejected : out.rejected + alpha) * said;
+      else
+        out.value += links::times(alpha, said);
+      out.rejected += alpha;
+      return out;
     };
-    const auto unlearn = [](const preference_pair& p) -> pair_outcome {
-      return {p.rejected.log_probability, 0, 1};
-    };
-    return {o.ipo ? pairwise_term(square, needs_reference | needs_targets)
-                  : core::target_term(beta),
-            core::not_negative(name, "alpha", o.alpha) * pairwise_term(unlearn, needs_nothing)};
+    return pairwise_term(of_pair, needs_reference | needs_targets);
   }
   options options_;
 };
@@ -354,7 +362,8 @@ private:
 };
 
 /// Exponential averages of mean and standard deviation (n − 1) of the margins d = u − v of batches,
-/// and which pairs of a batch β-DPO keeps. The first batch is taken whole.
+/// and which pairs of a batch β-DPO keeps. The first batch is taken whole. Margins that are not
+/// finite have no part in the averages: no batch ruins them.
 class margin_statistics {
 public:
   explicit margin_statistics(double decay = 0.9) : decay_(decay) {
@@ -365,7 +374,8 @@ public:
   double deviation() const { return deviation_; }
 
   template <class T> void update(const preference_pairs<T>& pairs) {
-    const std::vector<double> d = margins(pairs);
+    std::vector<double> d = margins(pairs);
+    std::erase_if(d, [](double x) { return !std::isfinite(x); });
     if (d.empty())
       return;
     const auto n = static_cast<double>(d.size());
@@ -376,6 +386,8 @@ public:
     for (const double x : d)
       squares.add((x - mean) * (x - mean));
     const double deviation = d.size() > 1 ? std::sqrt(squares.value() / (n - 1)) : 0;
+    if (!std::isfinite(deviation))
+      return;
     const double keep = started_ ? decay_ : 0;
     mean_ = keep * mean_ + (1 - keep) * mean;
     deviation_ = keep * deviation_ + (1 - keep) * deviation;

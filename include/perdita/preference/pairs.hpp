@@ -5,9 +5,13 @@
 /// the two (or each by itself), a link function, and the mean. A published loss is a constructor
 /// that puts these together; put together others as you like.
 
+#include <array>
 #include <cmath>
 #include <cstddef>
+#include <cstdint>
+#include <cstdlib>
 #include <functional>
+#include <iterator>
 #include <limits>
 #include <span>
 #include <string>
@@ -73,6 +77,71 @@ struct pair_outcome {
   bool has_argument = false;
   double gold = 0; ///< slope
 };
+
+namespace core {
+
+/// That two vectors have an element in common. Of equal strides, one may lie between the elements
+/// of the other.
+template <class T> bool meet(const vector_view<const T>& a, const vector_view<const T>& b) {
+  const extent x = bytes_of(a), y = bytes_of(b);
+  if (x.begin >= y.end || y.begin >= x.end)
+    return false;
+  const auto step = static_cast<std::uintptr_t>(std::abs(a.stride)) * sizeof(T);
+  const std::uintptr_t offset = x.begin > y.begin ? x.begin - y.begin : y.begin - x.begin;
+  return a.stride != b.stride || step == 0 || offset % step == 0;
+}
+
+/// All the numbers of T that are read.
+template <class T>
+std::array<vector_view<const T>, 13> pair_inputs(const preference_pairs<T>& in,
+                                                 const call_options<T>& call) {
+  return {in.chosen,
+          in.rejected,
+          in.chosen_reference,
+          in.rejected_reference,
+          in.chosen_previous,
+          in.rejected_previous,
+          in.gold,
+          in.margins,
+          in.weights,
+          in.targets,
+          in.rejected_targets,
+          call.row_weights,
+          call.upstream};
+}
+
+/// That all that is written about pairs lies apart. What is read is read before that, so that it
+/// may be the same memory, but not that of a gradient which is added to what is there.
+template <class T>
+void check_pair_outputs(const char* name, const preference_pairs<T>& in,
+                        const vector_view<T> (&gradients)[3], const call_options<T>& call,
+                        const preference_report<T>& report) {
+  const vector_view<const T> outputs[] = {gradients[0],
+                                          gradients[1],
+                                          gradients[2],
+                                          call.values,
+                                          report.chosen_rewards,
+                                          report.rejected_rewards,
+                                          report.margins,
+                                          report.accuracies,
+                                          report.chosen_log_ratios,
+                                          report.rejected_log_ratios,
+                                          report.arguments};
+  for (std::size_t i = 0; i < std::size(outputs); ++i)
+    for (std::size_t j = 0; j < i; ++j)
+      if (meet(outputs[i], outputs[j]))
+        fail(std::string("perdita::") + name +
+             ": two gradients or by-products are the same memory, expected memory apart");
+  if (!call.accumulate)
+    return;
+  for (const auto& gradient : gradients)
+    for (const auto& input : pair_inputs(in, call))
+      if (meet<T>(gradient, input))
+        fail(std::string("perdita::") + name +
+             ": accumulate is true, expected false where a gradient overwrites an input");
+}
+
+} // namespace core
 
 /// What must be given, as a set of bits.
 enum preference_inputs : unsigned {
@@ -246,9 +315,10 @@ inline preference_term likelihood_term(likelihood_share share = likelihood_share
 ///
 /// Shapes: one number per pair in every view. Log-probabilities, gradients and by-products are of
 /// T, lengths integers of any type. Arithmetic is in double. The memory of gradients may be that of
-/// the inputs, but not one for two. A NaN makes NaN of its pair's value and all its slopes, and
-/// no other pair's; ±inf of the model gives the limit, or NaN where the two have none. References
-/// must be no infinity; a length of 0 is refused by losses that divide by it.
+/// the inputs (but not with accumulate), and no two outputs share memory. A NaN makes NaN of its
+/// pair's value and all its slopes, and no other pair's; ±inf of the model gives the limit, or NaN
+/// where the two have none. References must be no infinity; a length of 0 is refused by losses that
+/// divide by it.
 ///
 /// Call options as for losses of rows, a pair being a row: row_weights (0 removes a pair from
 /// everything), upstream and values; `mean` divides by the number of pairs (or the sum of their row
@@ -390,10 +460,6 @@ private:
     check_view("d_chosen", to.chosen, count, true);
     check_view("d_rejected", to.rejected, count, true);
     check_view("d_gold", to.gold, count, false);
-    if (count > 0 && (to.chosen.data == to.rejected.data || to.gold.data == to.chosen.data ||
-                      to.gold.data == to.rejected.data))
-      core::fail("perdita::" + name_ +
-                 ": two gradients are the same memory, expected memory apart");
   }
 
   static double number(const vector_view<const T>& v, index i, double otherwise) {
@@ -476,6 +542,8 @@ private:
     const index count = pairs.chosen.size;
     if (has_gradient)
       check_gradients(gradients, count);
+    core::check_pair_outputs(name_.c_str(), pairs,
+                             {gradients.chosen, gradients.rejected, gradients.gold}, call, report);
     // All that is read is read before anything is written.
     const double share = core::share_of(call, reduction_, count);
     std::vector<preference_pair> present;
