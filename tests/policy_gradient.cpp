@@ -631,6 +631,33 @@ TEST_CASE("policy_gradient: ratios beyond the largest number, impossible tokens"
   CHECK((kl(kl_estimator::k3, inf) == inf && g[0] == 1));
   CHECK((kl(kl_estimator::k3_corrected, inf) == inf && g[0] == inf));
   CHECK((kl(kl_estimator::k3_plus, inf) == inf && g[0] == inf));
+  // What is impossible now, and was not when it was drawn, with the limits' values.
+  const auto impossible = [&](const auto& loss, double advantage) {
+    l = {-inf}, old = {-2}, ref = {-3}, a = {advantage};
+    policy::batch<double> in;
+    in.policy = at(l);
+    in.old = at(old);
+    in.reference = at(ref);
+    in.advantages = a;
+    return loss(in, {.gradient = at(g)});
+  };
+  const auto with = [](kl_estimator k) {
+    return perdita::reinforce<double>({}, {.kl = k, .kl_weight = 0.5});
+  };
+  CHECK((close(impossible(with(kl_estimator::k3_corrected), 0), 0.5 * std::exp(-1)) && g[0] == 0));
+  CHECK((impossible(with(kl_estimator::k2), -0.25) == inf && g[0] == -inf));
+  CHECK(impossible(with(kl_estimator::k3), -0.25) == inf);
+  CHECK((impossible(with(kl_estimator::k1), 1) == inf && g[0] == -0.5));
+  CHECK((impossible(with(kl_estimator::k1), 0.25) == -inf && g[0] == 0.25));
+  CHECK((impossible(perdita::nash_md<double>(0.5), -0.25) == inf && g[0] == -inf));
+  CHECK((impossible(perdita::dro<double>({.beta = 2}), -1) == inf && g[0] == -inf));
+  CHECK((impossible(perdita::dro<double>({.beta = 0}), -1) == -inf && g[0] == 1));
+  l = {-inf}, ref = {-3}, a = {0}; // ρ = 1
+  policy::batch<double> alone;
+  alone.policy = at(l);
+  alone.reference = at(ref);
+  alone.advantages = a;
+  CHECK((with(kl_estimator::k3_corrected)(alone, {.gradient = at(g)}) == inf && g[0] == -inf));
   // with all of its digits near 0
   CHECK(close(kl(kl_estimator::k3, 0x1p-20) * 0x1p41, 1 - 0x1p-20 / 3, 1e-11));
 }
@@ -743,6 +770,15 @@ TEST_CASE("policy_gradient: what is refused", "[policy_gradient]") {
   bad = in;
   bad.policy = data.view(data.g);
   refused(bad, "overlaps");
+  for (double* const at : {data.g.data(), data.g.data() + 4}) {
+    const perdita::vector_view<double> two(at, 2);
+    bad = in;
+    bad.advantages = two;
+    refused(bad, "overlaps");
+    refused(in, "overlaps", {}, {.row_weights = two});
+    refused(in, "overlaps", {}, {.upstream = two});
+    refused(in, "overlaps", {}, {.values = two});
+  }
   refused(in, "row_weights", {}, {.row_weights = three});
   refused(in, "normaliser", {}, {.normaliser = -1});
   CHECK(data.g == std::vector<double>(6, 5));
@@ -770,6 +806,7 @@ TEST_CASE("policy_gradient: what is refused", "[policy_gradient]") {
   CHECK_THROWS_WITH(perdita::sapo({.gain = 0}), ContainsSubstring("gain"));
   CHECK_THROWS_WITH(perdita::vespo({.limit = 1e3}), ContainsSubstring("limit"));
   CHECK_THROWS_WITH(perdita::dro({.beta = -1}), ContainsSubstring("beta"));
+  CHECK_THROWS_WITH(perdita::nash_md<double>(0), ContainsSubstring("nash_md: beta is 0"));
   CHECK_THROWS_WITH(perdita::ppo_value({.width = -1}), ContainsSubstring("width"));
   CHECK_THROWS_WITH((perdita::policy_gradient<policy::dro>({}, {.level = level::sequence})),
                     ContainsSubstring("level"));
@@ -932,6 +969,11 @@ TEST_CASE("policy_gradient: towards a target distribution", "[policy_gradient]")
   CHECK(policy::fit_moments(matrix_view(features.data(), 4, 2), moments, lambda, {.most_steps = 1})
             .steps == 1);
   CHECK(close(lambda[0], 0.5 * 0.3));
+  lambda = {0, 0};
+  CHECK_THROWS_AS(policy::fit_moments(matrix_view(features.data(), 4, 2),
+                                      std::vector<double>{nan, 0.25}, lambda),
+                  std::invalid_argument);
+  CHECK(lambda == std::vector<double>{0, 0});
   CHECK_THROWS_AS(policy::target_advantages(log_p, from, own, a), std::invalid_argument);
   CHECK_THROWS_AS(policy::distance_to_target(log_p, from, pi.log_p), std::invalid_argument);
   CHECK_THROWS_AS(policy::fit_moments(matrix_view(features.data(), 4, 2), from, lambda),
@@ -1034,6 +1076,30 @@ TEST_CASE("policy: rewards of tokens, generalised advantages, whitening", "[poli
   const double through = 0 + gamma * -.2 - .5 + c * last;
   CHECK(near(a, {1 + gamma * .5 - .3 + c * through, 0, last, a[3], a[4], a[5]}));
   CHECK((a[1] == 0 && g[1] == 0));
+
+  // In place, but not beside it
+  std::vector<double> one_place = r, other_place = v;
+  policy::generalised_advantages(view(one_place), view(other_place), view(other_place),
+                                 view(one_place), {gamma, lambda, false}, tokens);
+  CHECK((one_place == g && other_place == a));
+  std::vector<double> eight(8);
+  const matrix_view<double> left(eight.data(), 2, 3), right(eight.data() + 2, 2, 3);
+  CHECK_THROWS_AS(policy::generalised_advantages(left, view(v), right, view(g)),
+                  std::invalid_argument);
+  CHECK_THROWS_AS(policy::generalised_advantages(view(r), left, view(a), right),
+                  std::invalid_argument);
+  CHECK_THROWS_AS(policy::generalised_advantages(view(r), view(v), left, left),
+                  std::invalid_argument);
+  CHECK_THROWS_AS(policy::token_rewards(left, view(data.ref), scores, right),
+                  std::invalid_argument);
+  CHECK_THROWS_AS(policy::token_rewards(view(data.old), left, scores, right),
+                  std::invalid_argument);
+  CHECK_THROWS_AS(policy::token_rewards(view(data.old), view(data.ref),
+                                        perdita::vector_view<double>(eight.data() + 3, 2), left),
+                  std::invalid_argument);
+  CHECK_THROWS_AS(policy::sequence_rewards(left, view(data.ref), scores,
+                                           perdita::vector_view<double>(eight.data() + 3, 2)),
+                  std::invalid_argument);
 
   std::vector<double> x{1, nan, 2, 3, 4, 5};
   policy::whiten(view(x), {.epsilon = 0}, tokens);

@@ -273,6 +273,11 @@ TEST_CASE("bco: the running mean, and the weights of prompts", "[preference]") {
   const std::vector<float> wrong{0.1F, 1.5F, 0, 0, 0};
   CHECK_THROWS_WITH(perdita::udm_weights<float>(wrong, labels, weights),
                     ContainsSubstring("probabilities[1] is 1.5"));
+  std::vector<float> in_place = chance, beside(6);
+  perdita::udm_weights<float>(in_place, labels, in_place);
+  CHECK(in_place == weights);
+  CHECK_THROWS_WITH(perdita::udm_weights<float>({beside.data(), 5}, labels, {beside.data() + 1, 5}),
+                    ContainsSubstring("overlaps"));
 }
 
 TEST_CASE("unpaired losses: bad input", "[preference]") {

@@ -135,7 +135,7 @@ template <class T, class O> void compare(judges<T>& judge, const O& o, T before)
                         .scale = 2,
                         .accumulate = before != 0,
                         .values = data.values});
-  wide share = 0, total = 0, total_size = 0, right = 0;
+  wide share = 0, total = 0, total_size = 0, right = 0, counted = 0;
   for (const T w : data.weights)
     share += w;
   share = o.reduction == perdita::reduction::mean ? wide(1 / share) : wide(1);
@@ -149,11 +149,14 @@ template <class T, class O> void compare(judges<T>& judge, const O& o, T before)
     total_size += w * scale;
     CHECK(judge.values.within(size_of(wide(data.values[i] - w * pair.value)), 2,
                               epsilon * w * scale + least));
+    const wide there = w == 0 ? 0 : 1; // by-products are of the pairs that count
     for (const auto& [got, wanted] :
          {std::pair(data.chosen[i], pair.chosen), std::pair(data.rejected[i], pair.rejected),
           std::pair(data.gaps[i], wide(pair.chosen - pair.rejected))})
-      CHECK(judge.values.within(size_of(wide(got - wanted)), 2, epsilon * pair.size));
-    right += pair.chosen > pair.rejected ? 1 : 0;
+      CHECK(
+          judge.values.within(size_of(wide(got - there * wanted)), 2, there * epsilon * pair.size));
+    counted += there;
+    right += pair.chosen > pair.rejected ? there : wide(0);
     for (const std::size_t r : {i, count + i})
       for (std::size_t t = 0; t < width; ++t) {
         const std::size_t k = r * width + t;
@@ -182,7 +185,7 @@ template <class T, class O> void compare(judges<T>& judge, const O& o, T before)
       }
   }
   CHECK(judge.values.within(size_of(wide(value - share * total)), 2, epsilon * share * total_size));
-  CHECK(accuracy == static_cast<double>(wide(right / 11)));
+  CHECK(accuracy == static_cast<double>(wide(right / counted)));
   CHECK(loss(data.pairs(), {}, {.row_weights = data.weights}) == value);
 }
 
@@ -298,6 +301,25 @@ TEST_CASE("token_level: special values, threads", "[token_level]") {
   CHECK(data.g == std::vector<float>(data.g.size(), 0));
 }
 
+TEST_CASE("token_level: pairs of row weight 0 are not looked at", "[token_level]") {
+  const std::vector<double> l{-1, nan, -1, -3, -1, -4}, q(6, -2), d(6), weights{2, 0, 1};
+  std::vector<double> values(3, 7), chosen(3, 7), rejected(3, 7), gaps(3, 7), g(6, 7);
+  const auto column = [](const auto& x) { return matrix_view(x.data(), 6, 1); };
+  double accuracy = 7;
+  const perdita::tdpo<double> loss;
+  const double value = loss({.policy = column(l), .reference = column(q), .divergence = column(d)},
+                            {.gradient = matrix_view<double>(g.data(), 6, 1),
+                             .chosen_rewards = chosen,
+                             .rejected_rewards = rejected,
+                             .margins = gaps,
+                             .accuracy = &accuracy},
+                            {.row_weights = weights, .values = values});
+  CHECK(std::isfinite(value));
+  CHECK(accuracy == 1);
+  CHECK((chosen[1] == 0 && rejected[1] == 0 && gaps[1] == 0 && values[1] == 0));
+  CHECK((g[1] == 0 && g[4] == 0 && chosen[0] == 0.1 && gaps[2] > 0));
+}
+
 TEST_CASE("token_level: rewards of RTO", "[token_level]") {
   std::vector<double> l{-1, -2, -3, -1, -1, nan}, q{-1.5, -2, -1, -2, -1.25, nan},
       guide{-1, -4, -1, -2.5, -1.75, nan}, scores{25, -3}, out(6, 7);
@@ -319,6 +341,16 @@ TEST_CASE("token_level: rewards of RTO", "[token_level]") {
   refused({.clip = -1}, "clip is -1");
   refused({.kl_weight = -1}, "weight is -1");
   refused({.score_clip = nan}, "score_clip");
+  CHECK_THROWS_WITH(perdita::rto_rewards(view(l), view(q), view(guide),
+                                         perdita::vector_view<const double>(nullptr, 2), view(out)),
+                    ContainsSubstring("scores is null"));
+  std::vector<double> eight(8, 7);
+  const matrix_view<double> first(eight.data(), 2, 3), second(eight.data() + 1, 2, 3);
+  CHECK_THROWS_WITH(perdita::rto_rewards(view(l), view(q), first, scores, second),
+                    ContainsSubstring("overlaps"));
+  CHECK_THROWS_WITH(perdita::rto_rewards(first, view(q), view(guide), scores, second),
+                    ContainsSubstring("overlaps"));
+  CHECK(eight == std::vector<double>(8, 7));
   CHECK_THROWS_WITH(perdita::rto_rewards(view(l), view(q), matrix_view<double>(guide.data(), 3, 2),
                                          scores, view(out)),
                     ContainsSubstring("expected"));
@@ -361,6 +393,11 @@ TEST_CASE("token_level: weights of tokens (LD-DPO) and of pairs (WPO)", "[token_
   CHECK_THROWS_WITH(perdita::ld_weights(weights, 1, {}, std::vector<int>(4, 5)),
                     ContainsSubstring("lengths[0] is 5"));
   CHECK(w == before);
+  std::vector<double> mine = squares;
+  CHECK_THROWS_WITH(perdita::wpo_weights(policy, matrix_view<double>(mine.data(), 4, 4),
+                                         perdita::vector_view<double>(mine.data() + 8, 2)),
+                    ContainsSubstring("overlaps"));
+  CHECK(mine == squares);
   CHECK_THROWS_WITH(perdita::wpo_weights(policy, of_squares, c, 0), ContainsSubstring("cap is 0"));
   CHECK_THROWS_WITH(perdita::wpo_weights(policy, of_squares, w),
                     ContainsSubstring("weights is 16"));
@@ -397,6 +434,12 @@ TEST_CASE("token_level: what is refused", "[token_level]") {
   bad = data.pairs();
   bad.policy = data.view(data.g);
   refused(tdpo, bad, "overlaps");
+  const perdita::vector_view<double> in_gradient(data.g.data() + 3, 11);
+  refused(tdpo, data.pairs(), "overlaps", {.row_weights = in_gradient});
+  refused(tdpo, data.pairs(), "overlaps", {.upstream = in_gradient});
+  refused(tdpo, data.pairs(), "overlaps", {.values = in_gradient});
+  CHECK_THROWS_WITH(tdpo(data.pairs(), {.gradient = data.view(data.g), .margins = in_gradient}),
+                    ContainsSubstring("overlaps"));
   bad = data.pairs();
   const std::vector<int> lengths(11);
   bad.lengths = lengths;

@@ -209,12 +209,12 @@ template <class T = float> auto gmpo(const policy::gmpo& term = {}, const policy
                               policy::level::sequence_mean);
 }
 /// Munos et al., "Nash learning from human feedback", ICML 2024 (Nash-MD), of the sequences' sums:
-/// slopes β (l − ref) − (P − ½), P − ½ the advantages, P the probability that the sequence is
-/// preferred to one of a mixture of policy and reference. (TRL's value has β (l − ref) l, with a
+/// slopes β (l − ref) − (P − ½), β > 0, P − ½ the advantages, P the probability that the sequence
+/// is preferred to one of a mixture of policy and reference. (TRL's value has β (l − ref) l, with a
 /// constant ratio, where this has ½ β (l − ref)².)
 template <class T = float> auto nash_md(double beta = 0.1, policy::options o = {}) {
   o.kl = policy::kl_estimator::k2;
-  o.kl_weight = beta;
+  o.kl_weight = core::positive("nash_md", "beta", beta);
   return core::policy_loss<T>(policy::reinforce{}, o, policy::reducer::sequence_sum);
 }
 /// See policy::dro; of the sequences' sums.

@@ -83,6 +83,9 @@ template <class T, bool M> extent bytes_of(const matrix_data<T, M>& m) {
   return {base + static_cast<std::uintptr_t>(low * m.width),
           base + static_cast<std::uintptr_t>((high + 1) * m.width)};
 }
+template <class T> extent bytes_of(const matrix_view<T>& m) {
+  return m.data ? bytes_of(matrix_data<std::remove_const_t<T>>(m)) : extent{0, 0};
+}
 /// The same of a vector.
 template <class T> extent bytes_of(const vector_view<T>& v) {
   if (v.size == 0 || !v.data)

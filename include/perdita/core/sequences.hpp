@@ -235,6 +235,19 @@ struct integer_rows {
   }
 };
 
+/// That an output is an input itself, element by element, or memory apart from it.
+template <class To, class From>
+void require_same_or_apart(const char* name, const matrix_view<To>& to,
+                           const matrix_view<From>& from) {
+  const bool same = static_cast<const void*>(to.data) == static_cast<const void*>(from.data) &&
+                    sizeof(To) == sizeof(From) && to.row_stride == from.row_stride &&
+                    to.col_stride == from.col_stride && to.plane_rows == from.plane_rows &&
+                    to.plane_stride == from.plane_stride;
+  const extent memory[] = {bytes_of(to), bytes_of(from)};
+  if (!same)
+    require_apart(name, memory, 1);
+}
+
 template <class M>
 concept label_rows = matrix_like<M> && label_type<typename element_of<M>::type>;
 

@@ -214,7 +214,7 @@ struct token_views {
   }
   template <class L, class Q> static double penalty_of(const kl_penalty& p, L l, Q q) {
     const double x = static_cast<double>(l) - static_cast<double>(q);
-    return core::times_or_nan(p.weight, core::estimate_kl(p.estimator, x, 0).value);
+    return core::times_or_nan(p.weight, core::estimate_kl(p.estimator, x, 0, -x).value);
   }
 };
 /// Of tokens that count: more(i, t) less the penalty, and the score in the last; 0 in the others.
@@ -229,6 +229,9 @@ void write_rewards(const char* name, const L& l, const Q& q, const S& scores, co
   penalty.check(name);
   const core::sequence_checks<double> checks{name};
   checks.entries("scores", scores, l.rows, "as many as there are sequences");
+  core::require_same_or_apart(name, rewards, l);
+  core::require_same_or_apart(name, rewards, q);
+  core::require_same_or_apart(name, rewards, core::as_column(scores));
   for (index i = 0; i < l.rows; ++i) {
     views.tokens.read(i, views.counts.data());
     double last = static_cast<double>(scores[i]);
@@ -244,9 +247,9 @@ void write_rewards(const char* name, const L& l, const Q& q, const S& scores, co
 }
 } // namespace detail
 
-/// The rewards of PPO's tokens: −weight · k(old − ref) for each, and the sequence's score at its
-/// last token that counts (that of a sequence without tokens is lost); 0 where none counts. As a
-/// reward, k1 has the right expected gradient.
+/// The rewards of PPO's tokens, which may be in place of `old` or `reference`: −weight · k(old −
+/// ref) for each, and the sequence's score at its last token that counts (that of a sequence
+/// without tokens is lost); 0 where none counts. As a reward, k1 has the right expected gradient.
 template <core::real_matrix O, core::real_matrix F, core::real_vector S, core::real_output_matrix R>
 void token_rewards(O&& old, F&& reference, S&& scores, R&& rewards, const kl_penalty& penalty = {},
                    const token_mask& mask = {}, const sequence_lengths& lengths = {}) {
@@ -273,6 +276,9 @@ void sequence_rewards(O&& old, F&& reference, S&& scores, R&& rewards,
   const core::sequence_checks<double> checks{name};
   checks.entries("scores", score, l.rows, "as many as there are sequences");
   checks.entries("rewards", out, l.rows, "as many as there are sequences");
+  core::require_same_or_apart(name, core::as_column(out), core::as_column(score));
+  core::require_same_or_apart(name, core::as_column(out), l);
+  core::require_same_or_apart(name, core::as_column(out), q);
   for (index i = 0; i < l.rows; ++i) {
     views.tokens.read(i, views.counts.data());
     core::exact_sum kl;
@@ -294,7 +300,8 @@ struct gae_options {
 ///
 ///   δ_t = r_t + γ V_{t+1} − V_t,   A_t = δ_t + γ λ A_{t+1},   returns = A + V
 ///
-/// both 0 where a token does not count. Source: Schulman et al., GAE, 2016.
+/// both 0 where a token does not count. Each may be in place of rewards or values. Source: Schulman
+/// et al., GAE, 2016.
 template <core::real_matrix R, core::real_matrix V, core::real_output_matrix A,
           core::real_output_matrix G>
 void generalised_advantages(R&& rewards, V&& values, A&& advantages, G&& returns,
@@ -310,6 +317,12 @@ void generalised_advantages(R&& rewards, V&& values, A&& advantages, G&& returns
   views.same("values", v);
   views.same("advantages", a);
   views.same("returns", g);
+  const core::extent outputs[] = {core::bytes_of(a), core::bytes_of(g)};
+  core::require_apart(name, outputs, 1);
+  core::require_same_or_apart(name, a, r);
+  core::require_same_or_apart(name, a, v);
+  core::require_same_or_apart(name, g, r);
+  core::require_same_or_apart(name, g, v);
   core::require(o.gamma >= 0 && o.gamma <= 1, name, "gamma", o.gamma, "a number in [0, 1]");
   core::require(o.lambda >= 0 && o.lambda <= 1, name, "lambda", o.lambda, "a number in [0, 1]");
   for (index i = 0; i < r.rows; ++i) {

@@ -22,10 +22,11 @@ namespace perdita::inline PERDITA_ABI::policy {
 ///   k3_plus       e^{−x} − 1 + x       x          the value of k3 with the gradient of k2, not
 ///                                                 its derivative
 ///
-/// Where the reference rules a token out (ref = −inf): +inf, with slopes 1 (k1, k3) or +inf. Where
-/// e^{−x} is beyond the largest number (x < −709), k3 is +inf and its slope −inf.
-/// Source: Schulman, "Approximating KL divergence", 2020; k3_corrected: DeepSeek-V3.2, 2025;
-/// k3_plus: verl.
+/// Where π rules a token out that an older policy drew (l = −inf): e^{ref − old} with slope 0
+/// (k3_corrected), else the limits. Where the reference rules a token out (ref = −inf): +inf, with
+/// slopes 1 (k1, k3) or +inf. Where e^{−x} is beyond the largest number (x < −709), k3 is +inf and
+/// its slope −inf. Source: Schulman, "Approximating KL divergence", 2020; k3_corrected:
+/// DeepSeek-V3.2, 2025; k3_plus: verl.
 enum class kl_estimator { k1, k2, k3, k3_corrected, k3_plus };
 
 struct kl_part {
@@ -47,8 +48,10 @@ inline double exp_above_tangent(double y) {
   return y > std::numeric_limits<double>::max() ? y : std::expm1(y) - y;
 }
 
-/// Of the log-ratios of a token: to the reference, and to the policy that drew it.
-inline policy::kl_part estimate_kl(policy::kl_estimator estimator, double x, double log_ratio) {
+/// Of the log-ratios of a token: to the reference, and to the policy that drew it; `apart` is
+/// log_ratio − x, which is finite where these are not.
+inline policy::kl_part estimate_kl(policy::kl_estimator estimator, double x, double log_ratio,
+                                   double apart) {
   using enum policy::kl_estimator;
   switch (estimator) {
   case k1:
@@ -64,9 +67,9 @@ inline policy::kl_part estimate_kl(policy::kl_estimator estimator, double x, dou
   }
   const double ratio = std::exp(log_ratio);
   // Far down, ρ is too small and e^{−x} too large for a product.
-  const double value = x < -1 ? std::exp(log_ratio - x) * (1 + (x - 1) * std::exp(x))
+  const double value = x < -1 ? std::exp(apart) * (1 + times(std::exp(x), x - 1))
                               : times_or_nan(exp_above_tangent(-x), ratio);
-  return {value, times_or_nan(x, ratio)};
+  return {value, ratio == 0 ? times_or_nan(ratio, x) : times_or_nan(x, ratio)};
 }
 
 } // namespace perdita::inline PERDITA_ABI::core

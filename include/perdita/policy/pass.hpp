@@ -79,6 +79,7 @@ policy_job<T> check_policy_call(const char* name, const policy::options& options
   };
   view("gradient", job.gradient, out.gradient);
   view("entropy_gradient", job.entropy_gradient, out.entropy_gradient);
+  memory.push_back(bytes_of(call.values));
   const std::size_t written = memory.size();
   const matrix_view<const T>* const given[] = {
       &in.policy, &in.old, &in.reference, &in.sampler, &in.token_advantages, &in.entropies};
@@ -86,7 +87,6 @@ policy_job<T> check_policy_call(const char* name, const policy::options& options
                                "token_advantages", "entropies"};
   for (index k = 0; k < job.inputs; ++k)
     view(names[k], job.in[k], *given[k]);
-  require_apart(name, memory, written);
   job.tokens.check(name);
 
   const bool some = in.policy.rows * in.policy.cols > 0;
@@ -103,6 +103,9 @@ policy_job<T> check_policy_call(const char* name, const policy::options& options
   if (some && options.entropy_weight > 0 && !in.entropies.data)
     fail(name, "entropies", "missing", "entropies, as entropy_weight is above 0");
   checks.call(call, in.policy.rows, false);
+  for (const auto& v : {in.advantages, call.row_weights, call.upstream})
+    memory.push_back(bytes_of(v));
+  require_apart(name, memory, written);
   job.share = policy_share(options, job.tokens, call);
   return job;
 }
@@ -269,7 +272,7 @@ private:
         weight = 0;
         part = {0, 0};
       }
-      value.add(times_or_nan(weight, part.value));
+      double own_value = times_or_nan(weight, part.value);
       const double slope = times_or_nan(weight, part.slope);
       if (shared)
         through.add(slope);
@@ -277,8 +280,19 @@ private:
         slopes_[t] += slope;
       ratios.add(std::expm1(held));
       squares.add(own_ratio * own_ratio / 2);
-      if (job_.in[reference])
-        add_kl(t, own_ratio, value, kls);
+      double estimate = 0;
+      if (job_.in[reference]) {
+        estimate = add_kl(t, own_ratio, kls);
+        // Of an impossible token the steeper part wins: the estimates but k1, a line as the term
+        // is.
+        if (std::isinf(estimate) && own_value == -estimate) {
+          own_value = 0;
+          if (options_.kl == policy::kl_estimator::k1)
+            estimate *= (slope + options_.kl_weight) / options_.kl_weight;
+        }
+      }
+      value.add(own_value);
+      value.add(estimate);
       if (job_.in[entropies]) {
         entropy.add(at(entropies, t));
         value.add(-times_or_nan(options_.entropy_weight, at(entropies, t)));
@@ -297,15 +311,20 @@ private:
     sums.dropped = dropped;
   }
 
-  void add_kl(index t, double own_ratio, exact_sum& value, exact_sum& kls) {
+  /// Its part of the value.
+  double add_kl(index t, double own_ratio, exact_sum& kls) {
     const double x = at(own, t) - at(reference, t), limit = options_.kl_limit;
-    const policy::kl_part kl = estimate_kl(options_.kl, std::clamp(x, -limit, limit), own_ratio);
+    const double held = std::clamp(x, -limit, limit);
+    // log(ref/old), which l has no part in, but where x is held
+    const double apart =
+        std::isinf(own_ratio) && held == x ? at(reference, t) - at(old, t) : own_ratio - held;
+    const policy::kl_part kl = estimate_kl(options_.kl, held, own_ratio, apart);
     kls.add(kl.value);
     if (options_.kl_weight == 0)
-      return;
-    value.add(options_.kl_weight * kl.value);
+      return 0;
     if (!(std::fabs(x) > limit))
       slopes_[t] += options_.kl_weight * kl.slope;
+    return options_.kl_weight * kl.value;
   }
 
   /// Of the tokens that count; 0 for the others.

@@ -136,6 +136,8 @@ moment_report fit_moments(F&& features, M&& moments, std::vector<double>& lambda
   core::require(f.rows > 0, name, "samples", f.rows, "1 or more");
   checks.memory("features", f.data, f.rows * f.cols);
   checks.entries("moments", wanted, f.cols, "as many as features");
+  for (index k = 0; k < f.cols; ++k)
+    core::finite(name, "moments", wanted[k]);
   checks.size("lambda", static_cast<index>(lambda.size()), f.cols, "as many as features");
   core::positive(name, "step", o.step);
   core::require(o.tolerance > 0, name, "tolerance", o.tolerance, "a number above 0");

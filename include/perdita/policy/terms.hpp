@@ -131,7 +131,7 @@ struct vespo {
   }
 };
 
-/// −A l + ½ β x²: slope −A + β x. Source: Richemond et al., DRO, 2024.
+/// −A l + ½ β x²: slope −A + β x. l = −inf: +inf for β > 0. Source: Richemond et al., DRO, 2024.
 struct dro {
   double beta = 0.1;
 
@@ -139,9 +139,10 @@ struct dro {
   static constexpr bool only_of_tokens = true;
   void check(const char* name) const { core::not_negative(name, "beta", beta); }
   part operator()(const point& p) const {
-    return {core::times_or_nan(-p.advantage, p.log_probability) +
-                beta / 2 * p.log_ratio * p.log_ratio,
-            beta * p.log_ratio - p.advantage};
+    const double line = core::times_or_nan(-p.advantage, p.log_probability);
+    const double square = core::times_or_nan(beta / 2, p.log_ratio * p.log_ratio);
+    const bool outgrown = line == core::no_score && square == -line;
+    return {outgrown ? square : line + square, core::times_or_nan(beta, p.log_ratio) - p.advantage};
   }
 };
 

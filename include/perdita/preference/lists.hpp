@@ -48,19 +48,6 @@ template <class T> struct list_scores {
 
 namespace core {
 
-template <class T> extent bytes_of(const matrix_view<T>& m) {
-  if (m.rows * m.cols == 0 || !m.data)
-    return {0, 0};
-  extent all{std::numeric_limits<std::uintptr_t>::max(), 0};
-  for (index r : {index{0}, m.rows - 1})
-    for (index c : {index{0}, m.cols - 1}) {
-      const auto at = reinterpret_cast<std::uintptr_t>(m.row(r) + c * m.col_stride);
-      all.begin = std::min(all.begin, at);
-      all.end = std::max(all.end, at + sizeof(T));
-    }
-  return all;
-}
-
 /// What the score of a list's candidate is: s = β (log π − a log π_ref − b log π_previous)/n^power,
 /// b = 0 or 1 − a
 struct list_rule {

@@ -25,13 +25,14 @@ template <class T> struct token_pairs {
   policy::sequence_lengths lengths{}; ///< how many do, from the first on; else all do
 };
 
-/// What is wanted: gradients of the shape of token_pairs::policy, and one number per pair.
+/// What is wanted: gradients of the shape of token_pairs::policy, and one number per pair, 0 where
+/// the row weight is 0.
 template <class T> struct token_pair_outputs {
   matrix_view<T> gradient{};            ///< with respect to l
   matrix_view<T> divergence_gradient{}; ///< with respect to D
   vector_view<T> chosen_rewards{}, rejected_rewards{};
   vector_view<T> margins{};   ///< chosen − rejected reward
-  double* accuracy = nullptr; ///< fraction of the pairs with a margin above 0
+  double* accuracy = nullptr; ///< fraction of the pairs that count with a margin above 0
 };
 
 /// Settings of tgdpo.
@@ -130,11 +131,12 @@ public:
       std::vector<std::int64_t> counts(static_cast<std::size_t>(tokens.cols));
       return [&, counts](index i) mutable {
         auto& pair = numbers[static_cast<std::size_t>(i)];
-        pair = compare(in, tokens, i, counts.data());
         const double weight = core::weight_of(call, i);
+        if (weight != 0)
+          pair = compare(in, tokens, i, counts.data());
         const double factor =
             weight * share * static_cast<double>(call.scale) * core::upstream_of(call, i);
-        pair.value = weight == 0 ? 0 : weight * pair.value;
+        pair.value *= weight;
         for (const bool chosen : {true, false})
           write(in, out, tokens, chosen ? i : n + i, chosen, weight == 0, factor * pair.slope,
                 call.accumulate, counts.data());
@@ -167,12 +169,15 @@ private:
     };
     view("gradient", out.gradient, false);
     view("divergence_gradient", out.divergence_gradient, false);
+    for (const auto& v : {out.chosen_rewards, out.rejected_rewards, out.margins, call.values})
+      memory.push_back(core::bytes_of(v));
     const std::size_t written = memory.size();
     view("policy", in.policy, true);
     view("reference", in.reference, true);
     view("guide", in.guide, Options::has_guide);
     view("divergence", in.divergence, Options::has_divergence);
-    core::require_apart(name, memory, written);
+    memory.push_back(core::bytes_of(call.row_weights));
+    memory.push_back(core::bytes_of(call.upstream));
     if (!Options::has_divergence && out.divergence_gradient.data)
       core::fail(name, "divergence_gradient", "given", "none: the loss has no divergence");
     for (const auto& v : {out.chosen_rewards, out.rejected_rewards, out.margins})
@@ -181,6 +186,7 @@ private:
     const core::counted_tokens tokens{in.mask, in.lengths, rows, in.policy.cols};
     tokens.check(name);
     checks.call(call, rows / 2, false, "as many as there are pairs");
+    core::require_apart(name, memory, written);
     return tokens;
   }
 
@@ -242,7 +248,7 @@ private:
   static T report(const std::vector<pair_numbers>& numbers, const outputs& out,
                   const call_options<T>& call, double share) {
     core::exact_sum total;
-    index right = 0;
+    index right = 0, counted = 0;
     const auto put = [](const vector_view<T>& to, index i, double x) {
       if (to.data)
         to[i] = static_cast<T>(x);
@@ -254,11 +260,11 @@ private:
       put(out.chosen_rewards, i, pair.rewards[0]);
       put(out.rejected_rewards, i, pair.rewards[1]);
       put(out.margins, i, pair.rewards[0] - pair.rewards[1]);
+      counted += core::weight_of(call, i) != 0;
       right += pair.rewards[0] > pair.rewards[1];
     }
     if (out.accuracy)
-      *out.accuracy =
-          numbers.empty() ? 0 : static_cast<double>(right) / static_cast<double>(numbers.size());
+      *out.accuracy = counted == 0 ? 0 : static_cast<double>(right) / static_cast<double>(counted);
     return static_cast<T>(share == 0 ? 0 : total.value() * share);
   }
 
@@ -334,6 +340,8 @@ void wpo_weights(L&& policy, P&& log_squares, W&& weights, double cap = 1,
   views.same("log_squares", squares);
   const index pairs = l.rows / 2;
   core::sequence_checks<double>{name}.entries("weights", w, pairs, "as many as there are pairs");
+  const core::extent memory[] = {core::bytes_of(w), core::bytes_of(l), core::bytes_of(squares)};
+  core::require_apart(name, memory, 1);
   for (index i = 0; i < pairs; ++i) {
     double exponent = 0;
     for (const index r : {i, pairs + i}) {
@@ -362,7 +370,8 @@ struct rto_options {
 ///   r_t = clip(β (guide_t − ref_t), ±clip) − kl_weight (l_t − ref_t) + [t is last] clip(score,
 ///   ±10)
 ///
-/// 0 where a token does not count. Guide: log-probabilities of a model trained with DPO.
+/// 0 where a token does not count. Guide: log-probabilities of a model trained with DPO. May be in
+/// place of any of the three.
 /// Source: Zhong et al., "DPO meets PPO: reinforced token optimization", 2024.
 template <core::real_matrix L, core::real_matrix F, core::real_matrix D, core::real_vector S,
           core::real_output_matrix R>
@@ -377,12 +386,15 @@ void rto_rewards(L&& policy, F&& reference, D&& guide, S&& scores, R&& rewards,
   const auto q = core::as_matrix(reference);
   const auto out = core::as_matrix(rewards);
   const auto score = core::as_vector(scores);
-  std::vector<double> held;
-  for (index i = 0; i < score.size; ++i)
-    held.push_back(std::clamp(static_cast<double>(score[i]), -o.score_clip, o.score_clip));
   const auto l = core::as_matrix(policy);
   const policy::detail::token_views views(name, l, mask, lengths);
   views.same("guide", d);
+  core::require_same_or_apart(name, out, d);
+  core::require_same_or_apart(name, out, core::as_column(score));
+  core::require_memory(name, "scores", score.data, score.size);
+  std::vector<double> held;
+  for (index i = 0; i < score.size; ++i)
+    held.push_back(std::clamp(static_cast<double>(score[i]), -o.score_clip, o.score_clip));
   policy::detail::write_rewards(name, l, q, vector_view<const double>(held), out,
                                 {.weight = o.kl_weight}, views.tokens, [&](index i, index t) {
                                   const double r = o.beta * (static_cast<double>(d(i, t)) -

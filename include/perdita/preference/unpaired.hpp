@@ -11,6 +11,7 @@
 #include <cmath>
 #include <cstdint>
 
+#include "../core/batch_call.hpp"
 #include "points.hpp"
 
 namespace perdita::inline PERDITA_ABI {
@@ -176,7 +177,7 @@ struct bco_state {
 
 /// Weights of underlying distribution matching: of an undesirable response whose prompt belongs to
 /// the desirable ones with probability p, p/(1 − p + 10⁻⁸) within [low, high]; 1 of the desirable.
-/// For sequence_scores::weights.
+/// For sequence_scores::weights. May be in place of the probabilities.
 template <class T, core::binary_labels_like L>
 void udm_weights(vector_view<const T> probabilities, L&& labels, vector_view<T> weights,
                  double low = 0.5, double high = 10) {
@@ -188,6 +189,8 @@ void udm_weights(vector_view<const T> probabilities, L&& labels, vector_view<T> 
   checks.size("probabilities", probabilities, n);
   checks.size("labels", y, n);
   checks.size("weights", weights, n);
+  checks.apart({core::bytes_of(weights)}, {core::bytes_of(y)});
+  core::require_same_or_apart(name, core::as_column(weights), core::as_column(probabilities));
   for (index i = 0; i < n; ++i) {
     core::read_label(name, i, static_cast<std::int64_t>(y[i]));
     if (!(probabilities[i] >= 0 && probabilities[i] <= 1))
