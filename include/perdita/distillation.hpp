@@ -32,10 +32,10 @@ enum class logit_distance {
 
 namespace core {
 
-/// e^x − 1 − x for |x| ≤ ½, with all its digits.
+/// e^x − 1 − x for |x| ≤ 1, with all its digits.
 inline pack<double> exp_beyond_linear(const pack<double>& x) {
   using W = pack<double>;
-  constexpr int terms = 14;
+  constexpr int terms = 18;
   W sum(1);
   for (int k = terms; k > 2; --k)
     sum = fma(sum * x, W(1.0 / k), W(1));
@@ -70,11 +70,15 @@ struct paired_scores {
   /// p = softmax(z/T). The top is infinite or NaN where there is none.
   struct softmax {
     double top = -std::numeric_limits<double>::infinity();
+    index leader = 0;   // whose score is the top
     double log_sum = 0; // log Σ e^{(z − top)/T}
 
     softmax(const double* z, index n, double temperature, double* p) {
       for (index i = 0; i < n; ++i)
-        top = z[i] > top || z[i] != z[i] ? z[i] : top;
+        if (z[i] > top || z[i] != z[i]) {
+          top = z[i];
+          leader = i;
+        }
       if (!std::isfinite(top))
         return;
       W sum(0);
@@ -99,41 +103,72 @@ struct paired_scores {
     }
   };
 
-  /// r = log(p/q); 0 where both are masked. Where p and q are near each other it is
-  /// d − log E_q e^d, d = (x − t)/T less a constant, whose logarithm is μ + log1p(E_q φ(d − μ)), μ
-  /// the mean of d: no digit is lost.
-  static void log_ratios(const double* x, const double* t, index n, double temperature,
-                         const double* q, const softmax& of_x, const softmax& of_t, double* r) {
-    constexpr double inf = std::numeric_limits<double>::infinity();
-    const auto gone = [&](index i) { return x[i] == -inf && t[i] == -inf; };
+  static bool gone(double x, double t) {
+    constexpr double nothing = -std::numeric_limits<double>::infinity();
+    return x == nothing && t == nothing;
+  }
+  /// r = (x − t)/T less a constant; 0 where both are masked. Returns its mean by q where all of r
+  /// is within ½ of that, else r of the teacher's leader.
+  static double ratios_to_centre(const double* x, const double* t, index n, double temperature,
+                                 const double* q, const softmax& of_x, const softmax& of_t,
+                                 double* r) {
     // Scores of one side may be far above those of the other, which means nothing.
     const difference apart(of_x.top, of_t.top);
     for (index i = 0; i < n; ++i) {
       const difference d(x[i], t[i]);
-      r[i] = gone(i) ? 0 : ((d.value - apart.value) + (d.rest - apart.rest)) / temperature;
+      const double rest = std::isfinite(d.value) ? d.rest - apart.rest : 0;
+      r[i] = gone(x[i], t[i]) ? 0 : ((d.value - apart.value) + rest) / temperature;
     }
     W total(0);
     for (index i = 0; i < n; i += width)
       total += first(q + i, n - i) * first(r + i, n - i);
     const double mean = sum_lanes(total);
-    double reach = mean == mean ? 0 : inf;
-    for (index i = 0; i < n; ++i)
-      reach = gone(i) ? reach : std::fmax(reach, std::fabs(r[i] - mean));
-    if (reach <= 0.5) {
+    bool all = mean == mean;
+    for (index i = 0; all && i < n; ++i)
+      all = gone(x[i], t[i]) || std::fabs(r[i] - mean) <= 0.5;
+    return all ? mean : r[of_t.leader];
+  }
+
+  /// r = log(p/q); 0 where both are masked. With d = (x − t)/T less a constant, r is d − c. Some
+  /// classes have d near each other: all of them where p and q are, else those by the teacher's
+  /// leader. With the mean μ of these by q, and the masses P and Q of the others, c is
+  /// μ + log1p(Σ_near q φ(d − μ) − Q) − log1p(−P): no digit of what is near 0 is lost.
+  /// Returns what was subtracted last, from all alike: less it, r cancels with no mean of r.
+  static double log_ratios(const double* x, const double* t, index n, double temperature,
+                           const double* p, const double* q, const softmax& of_x,
+                           const softmax& of_t, double* r) {
+    const double centre = ratios_to_centre(x, t, n, temperature, q, of_x, of_t, r);
+    const W limit(0.5), zero(0);
+    W far_p(0), far_q(0), near_q(0), moment(0);
+    for (index i = 0; i < n; i += width) {
+      const W d = first(r + i, n - i) - W(centre), mine = first(p + i, n - i),
+              share = first(q + i, n - i);
+      const auto near = abs(d) <= limit;
+      far_p += select(near, zero, mine);
+      far_q += select(near, zero, share);
+      near_q += select(near, share, zero);
+      moment += select(near, share * d, zero);
+      put(d, r + i, n - i);
+    }
+    const double lost_p = sum_lanes(far_p), lost_q = sum_lanes(far_q);
+    if (lost_p <= 0.5 && lost_q <= 0.5) {
+      const double shift = sum_lanes(moment) / sum_lanes(near_q);
       W beyond(0);
       for (index i = 0; i < n; i += width) {
-        const W d = first(r + i, n - i) - W(mean), share = first(q + i, n - i);
-        beyond += select(share == W(0), W(0), share * exp_beyond_linear(d));
+        const W d = first(r + i, n - i), share = first(q + i, n - i);
+        beyond += select((share == zero) | !(abs(d) <= limit), zero,
+                         share * exp_beyond_linear(d - W(shift)));
       }
-      const double more = std::log1p(sum_lanes(beyond));
+      const double more = std::log1p(sum_lanes(beyond) - lost_q) - std::log1p(-lost_p);
       for (index i = 0; i < n; ++i)
-        r[i] = gone(i) ? 0 : (r[i] - mean) - more;
-      return;
+        r[i] = gone(x[i], t[i]) ? 0 : (r[i] - shift) - more;
+      return more;
     }
     for (index i = 0; i < n; ++i)
-      r[i] = gone(i) ? 0
-                     : ((x[i] - of_x.top) - (t[i] - of_t.top)) / temperature -
-                           (of_x.log_sum - of_t.log_sum);
+      r[i] = gone(x[i], t[i]) ? 0
+                              : ((x[i] - of_x.top) - (t[i] - of_t.top)) / temperature -
+                                    (of_x.log_sum - of_t.log_sum);
+    return 0;
   }
 };
 
@@ -153,7 +188,7 @@ struct distillation_formula : paired_scores {
       std::fill_n(slopes, n, nan);
       return nan;
     }
-    log_ratios(x, t, n, temperature, q, of_x, of_t, r);
+    const double common = log_ratios(x, t, n, temperature, p, q, of_x, of_t, r);
     double value = 0, mean = 0; // of what p is multiplied by
     const auto at = [&](index i, auto f) {
       return f(first(p + i, n - i), first(q + i, n - i), first(r + i, n - i));
@@ -181,8 +216,8 @@ struct distillation_formula : paired_scores {
       break;
     case divergence::reverse_kl:
       value = sum([](const W& a, const W& b, const W& l) { return divergence_term(a, b, -l); });
-      mean = sum([&](const W& a, const W&, const W& l) { return shared(a, l); });
-      slope([&](const W& a, const W&, const W& l) { return shared(a, l - W(mean)); });
+      mean = sum([&](const W& a, const W&, const W& l) { return shared(a, l + W(common)); });
+      slope([&](const W& a, const W&, const W& l) { return shared(a, (l + W(common)) - W(mean)); });
       break;
     case divergence::jensen_shannon: {
       const W student(1 - beta), teacher(beta);
@@ -204,22 +239,29 @@ struct distillation_formula : paired_scores {
         return teacher * divergence_term(b, m, of_teacher(a, b, l)) +
                student * divergence_term(a, m, of_student(a, b, l));
       });
-      mean =
-          sum([&](const W& a, const W& b, const W& l) { return shared(a, -of_student(a, b, l)); });
+      const W base = log_mix(teacher, W(common), W(1)); // of_student of the common part
+      const auto own = [&](const W& a, const W& b, const W& l) {
+        return base - of_student(a, b, l);
+      };
+      mean = sum([&](const W& a, const W& b, const W& l) { return shared(a, own(a, b, l)); });
       slope([&](const W& a, const W& b, const W& l) {
-        return student * shared(a, -of_student(a, b, l) - W(mean));
+        return student * shared(a, own(a, b, l) - W(mean));
       });
       break;
     }
     case divergence::total_variation: {
-      const auto sign = [](const W& l) {
-        return select(l > W(0), W(1), select(l < W(0), W(-1), W(0)));
-      };
       value = 0.5 * sum([](const W& a, const W& b, const W& l) {
                 return select(abs(l) <= W(0.5), abs(b * expm1(l)), abs(a - b));
               });
-      mean = sum([&](const W& a, const W&, const W& l) { return a * sign(l); });
-      slope([&](const W& a, const W&, const W& l) { return W(0.5) * a * (sign(l) - W(mean)); });
+      // p/2 (s − Σ p s), s the sign of r, by the masses of the other signs: 1 − Σ p s cancels.
+      const W zero(0), two(2);
+      const W up(sum([&](const W&a, const W&, const W&l) { return select(l > zero, a, zero); })),
+          down(sum([&](const W&a, const W&, const W&l) { return select(l < zero, a, zero); })),
+          same(sum([&](const W&a, const W&, const W&l) { return select(l == zero, a, zero); }));
+      slope([&](const W& a, const W&, const W& l) {
+        return W(0.5) * a *
+               select(l > zero, two * down + same, select(l < zero, -(two * up + same), down - up));
+      });
       break;
     }
     }
@@ -341,7 +383,7 @@ struct log_ratio_formula : paired_scores {
       std::fill_n(slopes, n, nan);
       return nan;
     }
-    log_ratios(x, t, n, 1, q, of_x, of_t, r);
+    log_ratios(x, t, n, 1, p, q, of_x, of_t, r);
     double squares = 0, sum = 0;
     for (index i = 0; i < n; ++i) {
       squares += r[i] * r[i];
@@ -365,7 +407,8 @@ struct log_ratio_formula : paired_scores {
 ///
 /// T² keeps the gradient's size when T changes; without keep_size it is left out.
 /// The target is the teacher's scores, rows × classes. Nothing cancels where the student is near
-/// its teacher: value and gradient of forward and reverse KL and Jensen-Shannon keep their digits.
+/// its teacher, nor where both are confident: value and gradient of forward and reverse KL and
+/// Jensen-Shannon keep their digits, and so does total variation where both are confident.
 /// Classes masked (-inf) for both do not count; what only one of them masks costs what the formula
 /// says (+inf, or log(1/β) …). A row that is all masked, or has NaN or +inf, is NaN.
 /// Shapes, reductions, errors: as cross_entropy with soft targets. No by-products but `values`.

@@ -303,6 +303,50 @@ TEST_CASE("distillation: a student near its teacher", "[distillation]") {
 }
 
 // All digits, in double, as either weight tends to 0.
+// Relative to each number, not to p + q: where both are confident, what the leader loses is the
+// little mass of the others, and one such class must not cost the others their digits.
+TEMPLATE_TEST_CASE("distillation: confident students and teachers", "[distillation]", float,
+                   double) {
+  using T = TestType;
+  const std::vector<std::vector<T>> rows[] = {
+      {{0, -20}, {0, -22}},
+      {{0, -30}, {0, -32}},
+      {{0, -40}, {0, -41}},
+      {{3, 43}, {-2, 40}},
+      {{0, 0, -30}, {0, 0, -32}},
+      {{0, T(0.125), -30, -50}, {0, 0, -32, -45}},
+      {{0, -1, T(1e-12), -50}, {0, -1, 0, -51}},
+      {{8, -1, 1, -50, 7}, {T(8.000001), -1, 1, -51, 7}},
+      {{5, -700, -40, 4, -900}, {5, -40, -700, 4, -2000}},
+      {{0, -1, 0, -1, 0, -1, 0, -1, 0, -36}, {0, -1, 0, -1, 0, -1, 0, -1, 0, -34}},
+  };
+  const distillation_descriptor<T> descriptor;
+  error_judge values, slopes;
+  for (const auto& row : rows)
+    for (int setting = 0; setting < 8; ++setting) {
+      INFO(descriptor.describe(setting) << ", " << row[0][1] << " against " << row[1][1]);
+      const auto n = static_cast<perdita::index>(row[0].size());
+      std::vector<T> g(row[0].size());
+      const T value = perdita::distillation<T>(
+          {.divergence = descriptor.kind(setting),
+           .temperature = static_cast<T>(descriptor.temperature(setting)),
+           .beta = T(0.25)})(perdita::matrix_view<const T>(row[0].data(), 1, n),
+                             perdita::matrix_view<const T>(row[1].data(), 1, n),
+                             perdita::matrix_view<T>(g.data(), 1, n));
+      row_input input;
+      input.scores.assign(row[0].begin(), row[0].end());
+      input.soft.assign(row[1].begin(), row[1].end());
+      const auto wanted = descriptor.expect(setting, input);
+      const wide relative = std::numeric_limits<T>::epsilon() + 0x1p-46,
+                 least = std::numeric_limits<T>::min() + 0x1p-106; // of the reference, too
+      CHECK(values.within(size_of(wide(value - wanted.value.value)), 1,
+                          relative * size_of(wanted.value.value) + least));
+      for (std::size_t k = 0; k < g.size(); ++k)
+        CHECK(slopes.within(size_of(wide(g[k] - wanted.gradient[k].value)), 1,
+                            relative * size_of(wanted.gradient[k].value) + least));
+    }
+}
+
 TEST_CASE("distillation: Jensen-Shannon with weights near 0 and 1", "[distillation]") {
   random_numbers random(6);
   for (const double beta : {1e-12, 1e-8, 1e-4, 0.5, 1 - 0x1p-14, 1 - 0x1p-30})
