@@ -1126,4 +1126,59 @@ TEST_CASE("policy: rewards of tokens, generalised advantages, whitening", "[poli
                   std::invalid_argument);
 }
 
+TEMPLATE_TEST_CASE("policy_gradient: terms with other settings", "[policy_gradient]", float,
+                   double) {
+  using T = TestType;
+  battery<T>(
+      "policy::sapo", policy::sapo{.gain = 2, .loss = 0.75},
+      [](wide, wide x, wide, wide a) {
+        const wide tau = a > 0 ? wide(2) : wide(0.75);
+        return wide(-4 / tau * a * logistic(tau * (exp(x) - 1)));
+      },
+      only_tokens);
+  battery<T>(
+      "policy::vespo",
+      policy::vespo{.k = 1.5, .lambda = 2.5, .k_loss = 2.5, .lambda_loss = 1.25, .limit = 3},
+      [](wide l, wide, wide x, wide a) {
+        const wide k = a >= 0 ? 1.5 : 2.5, lambda = a >= 0 ? 2.5 : 1.25, w = hold(x, -3, 3);
+        return wide(-a * l * exp(lambda + k * w - lambda * exp(w)));
+      },
+      only_tokens, {}, [](wide x) { return wide(3 * exp(smaller(x, 7))); });
+}
+
+TEST_CASE("policy_gradient: samplers without an old policy, limits in the metrics",
+          "[policy_gradient]") {
+  small_batch data;
+  auto in = data.batch();
+  policy::metrics m;
+  // The clipped log-ratios of GMPO are not what OPSM measures: −0.1 of the second sequence.
+  (void)perdita::gmpo<double>({.low = 0.05}, {.off_policy_limit = -0.15})(in, {.metrics = &m});
+  CHECK(m.dropped == 1);
+  (void)perdita::grpo<double>({}, {.log_ratio_limit = 0.2})(in, {.metrics = &m});
+  CHECK(close(m.mean_ratio, (std::exp(.1) + 2 * std::exp(.2) + std::exp(-.1) + std::exp(-.2)) / 5));
+  // Without an old policy the sampler's tokens weigh what they do under the policy itself.
+  const auto loss = perdita::grpo<double>({}, {.correction_cap = 10});
+  in.old = {};
+  const double plain = loss(in);
+  in.sampler = data.view(data.ref);
+  const double corrected = loss(in);
+  CHECK(corrected != plain);
+  in.old = in.policy;
+  CHECK(loss(in) == corrected);
+}
+
+TEST_CASE("policy: settings of target advantages and of moments", "[policy_gradient]") {
+  std::vector<double> log_p{-1, -9}, log_q{-3, -6}, own{-2.5, -5}, a(2);
+  policy::target_advantages(log_p, log_q, own, a, {.baseline = true, .exponent_limit = 0.75});
+  CHECK(
+      (close(a[0], std::exp(0.75) - std::exp(0.5)) && close(a[1], std::exp(-3) - std::exp(0.75))));
+  const std::vector<double> features{1, 1, 1, 0, 0, 1, 0, 0}, moments{0.8, 0.5};
+  const matrix_view<const double> samples(features.data(), 4, 2);
+  std::vector<double> lambda{0, 0};
+  policy::fit_moments(samples, moments, lambda, {.step = 0.25, .most_steps = 1});
+  CHECK(close(lambda[0], 0.25 * 0.3));
+  lambda = {std::log(4.0), 0}; // λ starts with what it holds
+  CHECK(policy::fit_moments(samples, moments, lambda, {.tolerance = 1e-10}).steps == 0);
+}
+
 } // namespace perdita_tests

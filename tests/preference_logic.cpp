@@ -296,4 +296,26 @@ TEST_CASE("logic: limits and bad input", "[preference]") {
       std::invalid_argument);
 }
 
+TEST_CASE("logic: rewards", "[preference]") {
+  const std::vector<double> w{-12}, l{-20}, rw{-12.5}, rl{-19};
+  const std::vector<int> nw{5}, nl{8};
+  std::vector<double> chosen(1), rejected(1);
+  const auto run_of = [&](perdita::logic_reference reference) {
+    perdita::logic_preference<double>({.beta = 2, .reference = reference})(
+        {.chosen = w,
+         .rejected = l,
+         .chosen_reference = rw,
+         .rejected_reference = rl,
+         .chosen_lengths = nw,
+         .rejected_lengths = nl},
+        {}, {.chosen_rewards = chosen, .rejected_rewards = rejected});
+  };
+  run_of(perdita::logic_reference::none);
+  CHECK_THAT(chosen[0], close(-4.8, 1e-14));
+  CHECK(rejected[0] == -5);
+  run_of(perdita::logic_reference::same_table);
+  CHECK_THAT(chosen[0], close(0.2, 1e-14));
+  CHECK(rejected[0] == -0.25);
+}
+
 } // namespace perdita_tests

@@ -1242,4 +1242,84 @@ TEST_CASE("preference pairs: entanglement", "[preference]") {
   CHECK_THAT(dm[1], close(1 / (1 + std::exp(s.sum)), 1e-15));
 }
 
+TEST_CASE("preference pairs: what each loss calls a reward", "[preference]") {
+  auto data = golden_pair<double>(); // log-ratios 0.5 and −0.8; −12 and −20 of 5 and 8 tokens
+  std::vector<double> chosen(1), rejected(1);
+  const auto rewards = [&](const perdita::preference_loss<double>& loss, double w, double l) {
+    data.run(loss, {}, {.chosen_rewards = chosen, .rejected_rewards = rejected});
+    CHECK_THAT(chosen[0], close(w, 1e-13));
+    CHECK_THAT(rejected[0], close(l, 1e-13));
+  };
+  rewards(perdita::rdpo<double>({.beta = 0.2}), 0.1, -0.16);
+  rewards(perdita::dpop<double>({.beta = 0.2}), 0.1, -0.16);
+  rewards(perdita::dpo_shift<double>({.beta = 0.2}), 0.1, -0.16);
+  rewards(perdita::cal_dpo<double>({.beta = 0.2}), 0.1, -0.16);
+  rewards(perdita::sppo<double>({.beta = 0.2}), 0.1, -0.16);
+  rewards(perdita::dno<double>({.eta = 0.2}), 0.1, -0.16);
+  rewards(perdita::xpo<double>({.beta = 0.2}), 0.1, -0.16);
+  rewards(perdita::inpo<double>({.eta = 0.2, .tau = 0.1}), 0.1, -0.16);
+  rewards(perdita::beta_dpo<double>({.beta = 0.2}), 0.1, -0.16);
+  rewards(perdita::diffusion_dpo<double>({.beta = 0.4}), -0.1, 0.16);
+  rewards(perdita::slic<double>(), -12, -20);
+  rewards(perdita::bradley_terry<double>(), -12, -20);
+  rewards(perdita::density_ratio<double>(), 0.5, -0.8);
+  rewards(perdita::rrhf_pair<double>(), -12.0 / 5, -20.0 / 8);
+  rewards(perdita::simpo<double>({.beta = 3}), -3 * 12.0 / 5, -3 * 20.0 / 8);
+  rewards(perdita::cpo<double>({.beta = 0.2}), -2.4, -4);
+  rewards(perdita::cpo<double>({.beta = 0.2, .type = perdita::cpo_type::ipo}), -0.48, -0.5);
+  rewards(perdita::tpo<double>({.beta = 0.2, .averages = true, .likelihood = 0}), -0.48, -0.5);
+}
+
+TEST_CASE("preference pairs: settings that are not the published ones", "[preference]") {
+  const auto run = [](const perdita::preference_loss<double>& loss, double w, double l) {
+    pair_data<double> data;
+    data.add(w, l, 0, 0, 1, 1);
+    const double value = data.run(loss);
+    return std::vector<double>{value, data.d_chosen[0], data.d_rejected[0]};
+  };
+  using three = std::vector<double>;
+  CHECK(run(perdita::slic<double>({.delta = 3, .lambda = 0}), 1, 0) == three{2, -1, 1});
+  CHECK(run(perdita::rrhf_pair<double>({.rank = 5, .likelihood = 0}), -3, -2) == three{5, -5, 5});
+  // dpop: z = 0.1 (−1 − 2)
+  CHECK_THAT(run(perdita::dpop<double>({.lambda = 2}), -1, 0)[0],
+             close(std::log1p(std::exp(0.3)), 1e-14));
+  // cpo: (1 − ε) log(1 + e^−z) + ε log(1 + e^z), z = 0.8
+  CHECK_THAT(run(perdita::cpo<double>({.likelihood = 0, .label_smoothing = 0.25}), -12, -20)[0],
+             close(0.75 * std::log1p(std::exp(-0.8)) + 0.25 * std::log1p(std::exp(0.8)), 1e-14));
+  // xpo: d − m = 1, and (2 · 0.75 − 1)/(2β) = 2.5
+  pair_data<double> one;
+  one.add(1.5, 0.25, 0, 0, 1, 1);
+  const std::vector<double> quarter{0.25};
+  auto view = one.view();
+  view.margins = quarter;
+  std::vector<double> argument(1);
+  CHECK_THAT(perdita::xpo<double>({.alpha = 0, .ipo = true})(view, {}, {.arguments = argument}),
+             close(1.5 * 1.5, 1e-14));
+  CHECK(argument[0] == 1);
+  // beta_dpo: the mean of d = 4 and −1 by weights, margins, and the least β
+  pair_data<double> two;
+  two.add(4, 0, 0, 0, 1, 1);
+  two.add(-1, 0, 0, 0, 1, 1);
+  const std::vector<double> weights{1, 3}, margins{0.5, 0};
+  std::vector<double> arguments(2);
+  view = two.view();
+  view.margins = margins;
+  perdita::beta_dpo<double>()(view, {.row_weights = weights}, {.arguments = arguments});
+  CHECK_THAT(arguments[0], close(0.115 * 4 - 0.5, 1e-14)); // 0.1 (1 + 0.6 (4 − 3)/4)
+  CHECK_THAT(arguments[1], close(-0.115, 1e-14));
+  perdita::beta_dpo<double>({.least = 0.25})(view, {.row_weights = weights},
+                                             {.arguments = arguments});
+  CHECK(arguments[0] == 0.5);
+
+  pair_data<double> data; // d = 4 and 1, then 10 and 2
+  data.add(4, 0, 0, 0, 1, 1);
+  data.add(1, 0, 0, 0, 1, 1);
+  perdita::margin_statistics statistics(0.75);
+  statistics.update(data.view());
+  data.chosen = {10, 2};
+  statistics.update(data.view());
+  CHECK_THAT(statistics.mean(), close(0.75 * 2.5 + 0.25 * 6, 1e-15));
+  CHECK_THAT(statistics.deviation(), close(0.75 * std::sqrt(4.5) + 0.25 * std::sqrt(32.0), 1e-15));
+}
+
 } // namespace perdita_tests

@@ -895,4 +895,51 @@ TEST_CASE("Curry-DPO: pairs from ratings, the easy ones first", "[preference]") 
   CHECK_THROWS_WITH(plan.stage(2), ContainsSubstring("stage is 2"));
 }
 
+TEST_CASE("unpaired losses: what the summary says, and bounds of weights", "[preference]") {
+  golden g;
+  perdita::sequence_summary summary;
+  perdita::kto<double>()(g.scores(), g.labels, 0.25, {}, {}, {.summary = &summary});
+  CHECK(summary.kl == 0.25);
+  const std::vector<double> wins{0.25, 0.75};
+  perdita::sppo_points<double>()(g.scores(), wins, {}, {}, {.summary = &summary});
+  CHECK((summary.chosen_logps == -20 && summary.rejected_logps == -12));
+  const std::vector<float> chance{0.1F, 0.75F, 0.5F};
+  std::vector<float> weights(3);
+  perdita::udm_weights<float>(chance, std::vector<int>{0, 0, 1}, weights, 0.75, 2);
+  CHECK(weights == std::vector<float>{0.75F, 2, 1});
+}
+
+TEST_CASE("list losses: other settings, the summary, the normaliser", "[preference]") {
+  golden g;
+  const matrix_view<const double> p(g.policy.data(), 1, 2), r(g.reference.data(), 1, 2);
+  const matrix_view<double> d(g.gradient.data(), 1, 2);
+  const std::vector<double> worse{0, 1}, odds{std::log(0.999), std::log(0.001)};
+  const std::vector<int> tokens{5, 8};
+  // p: log π/√n
+  check_golden(perdita::rrhf<double>({.nll_weight = 0, .length_penalty = 0.5})(
+                   {.policy = p, .lengths = matrix_view<const int>(tokens.data(), 1, 2)},
+                   matrix_view<const double>(worse.data(), 1, 2), d),
+               20 / std::sqrt(8.0) - 12 / std::sqrt(5.0));
+  check_golden(g.gradient[0], 1 / std::sqrt(5.0));
+  check_golden(g.gradient[1], -1 / std::sqrt(8.0));
+  // Twice β of half the log-ratios
+  const std::vector<double> half{-12.25, -19.6};
+  check_golden(perdita::exo_list<double>({.beta = 0.2, .reward_beta = 1})(
+                   {.policy = {half.data(), 1, 2}, .reference = r},
+                   matrix_view<const double>(odds.data(), 1, 2), d),
+               2.539184819078183);
+  check_golden(g.gradient[0], -2 * 0.1687050860814);
+  const std::vector<double> zero(2), weights{2};
+  const perdita::list_scores<double> scores{.policy = p, .reference = {zero.data(), 1, 2}};
+  const perdita::plackett_luce_dpo<double> loss;
+  perdita::sequence_summary summary;
+  const double value = loss(scores, matrix_view<const double>(worse.data(), 1, 2), {},
+                            {.row_weights = weights}, {.summary = &summary});
+  CHECK((summary.chosen_logps == -20 && summary.rejected_logps == -12));
+  CHECK(summary.accuracies == 0);
+  check_golden(loss(scores, matrix_view<const double>(worse.data(), 1, 2), {},
+                    {.row_weights = weights, .normaliser = 8}),
+               value / 4);
+}
+
 } // namespace perdita_tests

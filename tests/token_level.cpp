@@ -451,4 +451,16 @@ TEST_CASE("token_level: what is refused", "[token_level]") {
   CHECK(data.g == std::vector<double>(data.g.size(), 5));
 }
 
+TEST_CASE("token_level: RTO with other bounds", "[token_level]") {
+  std::vector<double> l(6), q{-1.5, -2, -1, -2, -1.25, nan}, guide{-1, -4, -1, -2.5, -1.75, nan},
+      scores{25, -3}, out(6);
+  const std::vector<int> lengths{3, 2};
+  const auto view = [](std::vector<double>& x) { return matrix_view<double>(x.data(), 2, 3); };
+  perdita::rto_rewards(view(l), view(q), view(guide), scores, view(out),
+                       {.beta = 0.1, .clip = 0.15, .kl_weight = 0, .score_clip = 2}, {}, lengths);
+  const double wanted[] = {.05, -.15, 2, -.05, -.05 - 2, 0};
+  for (std::size_t k = 0; k < 6; ++k)
+    CHECK(std::abs(out[k] - wanted[k]) < 1e-14);
+}
+
 } // namespace perdita_tests

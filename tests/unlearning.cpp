@@ -716,4 +716,62 @@ TEST_CASE("unlearning: bad input", "[unlearning]") {
   CHECK(perdita::simnpo<double>()({.policy = none, .lengths = no_lengths}) == 0);
 }
 
+TEST_CASE("unlearning: rewards, and other betas", "[unlearning]") {
+  const std::vector<double> p{-20}, r{-19.2};
+  const std::vector<int> n{8};
+  std::vector<double> g(1), other(1), rewards(1);
+  const perdita::sequence_scores<double> scores{.policy = p, .reference = r, .lengths = n};
+  CHECK(perdita::npo_kto<double>({.beta = 0.4})(scores, 0, g) ==
+        perdita::npo<double>({.beta = 0.4})(scores, other, {}, {.rewards = rewards}));
+  CHECK(g == other);
+  CHECK(std::abs(rewards[0] + 0.4 * 0.8) < 1e-15);
+  perdita::simnpo<double>()(scores, {}, {}, {.rewards = rewards});
+  CHECK(std::abs(rewards[0] + 2.5 * 2.5) < 1e-14);
+}
+
+TEST_CASE("c_advul: other cutoffs, weights and leaks", "[unlearning]") {
+  const std::vector<double> a{-6, -4}, t{-1, -3}, u{-2, -6};
+  const std::vector<int> two{2, 2};
+  std::vector<double> da(2), dt(2), du(2);
+  const perdita::c_advul<double> loss(
+      {.utility_weight = 0.25, .away_cutoff = -2, .toward_cutoff = 1.5, .leak = 0.5});
+  // −2.5 is below −2, and 1 below 1.5.
+  CHECK(loss({.away = {.policy = a, .lengths = two},
+              .toward = {.policy = t, .lengths = two},
+              .utility = {.policy = u, .lengths = two}},
+             {da, dt, du}) == 0.5 * (-2 - 1.25) + 0.5 * (1.5 + 0.5) + 0.25 * 2);
+  CHECK((da == std::vector<double>(2, 0.0625) && dt == std::vector<double>(2, -0.0625)));
+  CHECK(du == std::vector<double>(2, -0.0625));
+}
+
+TEST_CASE("c_advipo: other cutoffs, and what a call may ask", "[unlearning]") {
+  const std::vector<double> w{-1, -2, -0.5}, l{-3, -1, -2, -4}, rw{-1, -0.5}, rl{-2, -1.5};
+  const std::vector<std::int64_t> sw{0, 2, 3}, sl{0, 1, 4};
+  const std::vector<double> weights{2, 0.5}, upstream{-1, 3};
+  std::vector<double> dw(3, 1), dl(4, 1), values(2);
+  const perdita::c_advipo<double>::options o{
+      .beta = 0.5, .away_cutoff = -2.5, .toward_cutoff = 1.5};
+  const perdita::c_advipo<double> loss(o);
+  const perdita::token_scores<double> chosen{w, sw, rw}, rejected{l, sl, rl};
+  // a: −2/2 and 0, 0 and −3/3; off by (−1 − 0) − (−1 + 2) − 1 = −3 and (0 + 1) − (−0.5 + 1.5) − 1
+  CHECK(std::abs(loss(chosen, rejected, dw, dl,
+                      {.row_weights = weights,
+                       .upstream = upstream,
+                       .scale = 2,
+                       .accumulate = true,
+                       .values = values}) -
+                 18.5 / 2.5) < 1e-14);
+  CHECK(values == std::vector<double>{18, 0.5});
+  const double wanted_w[] = {1, 1 + 4.8, 1}, wanted_l[] = {1, 1.8, 1.8, 1};
+  for (std::size_t k = 0; k < 3; ++k)
+    CHECK(std::abs(dw[k] - wanted_w[k]) < 1e-14);
+  for (std::size_t k = 0; k < 4; ++k)
+    CHECK(std::abs(dl[k] - wanted_l[k]) < 1e-14);
+  CHECK(loss(chosen, rejected, {}, {}, {.row_weights = weights, .normaliser = 5}) == 18.5 / 5);
+  auto summed = o;
+  summed.reduction = reduction::sum;
+  CHECK(perdita::c_advipo<double>(summed)(chosen, rejected, {}, {}, {.row_weights = weights}) ==
+        18.5);
+}
+
 } // namespace perdita_tests
