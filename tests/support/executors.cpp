@@ -25,20 +25,21 @@ std::vector<std::size_t> order_tasks(std::size_t n, task_order order) {
 
 } // namespace
 
-void threads_executor::operator()(std::size_t n, perdita::task work) const {
-  const std::vector<std::size_t> tasks = order_tasks(n, order_);
+void run_on_threads(std::size_t n, std::size_t threads, task_order order,
+                    const std::function<void(std::size_t)>& work) {
+  const std::vector<std::size_t> tasks = order_tasks(n, order);
   std::vector<std::thread> pool;
-  for (std::size_t t = 0; t < threads_; ++t)
+  for (std::size_t t = 0; t < threads; ++t)
     pool.emplace_back([&, t] {
-      for (std::size_t i = t; i < n; i += threads_)
+      for (std::size_t i = t; i < n; i += threads)
         work(tasks[i]);
     });
   for (std::thread& thread : pool)
     thread.join();
 }
 
-void one_thread_executor::operator()(std::size_t n, perdita::task work) const {
-  for (const std::size_t i : order_tasks(n, order_))
+void run_on_one(std::size_t n, task_order order, const std::function<void(std::size_t)>& work) {
+  for (const std::size_t i : order_tasks(n, order))
     work(i);
 }
 
