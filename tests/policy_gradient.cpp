@@ -577,14 +577,17 @@ TEST_CASE("policy_gradient: ratios beyond the largest number, impossible tokens"
           "[policy_gradient]") {
   std::vector<double> l{-1}, old{-1}, ref{-1}, a{1}, g(1);
   const auto at = [](std::vector<double>& x) { return matrix_view<double>(x.data(), 1, 1); };
-  const auto run = [&](const auto& loss, double log_ratio, double advantage) {
-    l = {-1e4}, old = {-1e4 - log_ratio}, a = {advantage};
+  const auto call = [&](const auto& loss) {
     policy::batch<double> in;
     in.policy = at(l);
     in.old = at(old);
     in.reference = at(ref);
     in.advantages = a;
     return loss(in, {.gradient = at(g)});
+  };
+  const auto run = [&](const auto& loss, double log_ratio, double advantage) {
+    l = {-1e4}, old = {-1e4 - log_ratio}, a = {advantage};
+    return call(loss);
   };
   const auto plain = perdita::ppo<double>();
   CHECK((run(plain, 5000, 1) == -1.2 && g[0] == 0));
@@ -634,12 +637,7 @@ TEST_CASE("policy_gradient: ratios beyond the largest number, impossible tokens"
   // What is impossible now, and was not when it was drawn, with the limits' values.
   const auto impossible = [&](const auto& loss, double advantage) {
     l = {-inf}, old = {-2}, ref = {-3}, a = {advantage};
-    policy::batch<double> in;
-    in.policy = at(l);
-    in.old = at(old);
-    in.reference = at(ref);
-    in.advantages = a;
-    return loss(in, {.gradient = at(g)});
+    return call(loss);
   };
   const auto with = [](kl_estimator k) {
     return perdita::reinforce<double>({}, {.kl = k, .kl_weight = 0.5});

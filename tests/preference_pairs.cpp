@@ -881,14 +881,20 @@ TEST_CASE("preference pairs: by-products", "[preference]") {
   CHECK((arguments[0] == 0 && chosen[0] == 0.1 * 0.5));
 }
 
+namespace {
+
+using three = std::vector<double>;
+/// Value and slopes of one pair without a reference, of one token each.
+three run(const perdita::preference_loss<double>& loss, double w, double l) {
+  pair_data<double> data;
+  data.add(w, l, 0, 0, 1, 1);
+  const double value = data.run(loss);
+  return {value, data.d_chosen[0], data.d_rejected[0]};
+}
+
+} // namespace
+
 TEST_CASE("preference pairs: limits", "[preference]") {
-  const auto run = [](const perdita::preference_loss<double>& loss, double w, double l) {
-    pair_data<double> data;
-    data.add(w, l, 0, 0, 1, 1);
-    const double value = data.run(loss);
-    return std::vector<double>{value, data.d_chosen[0], data.d_rejected[0]};
-  };
-  using three = std::vector<double>;
   const perdita::dpo<double> plain({.beta = 1}),
       exo({.beta = 1, .types = {dpo_type::exo}, .label_smoothing = 1e-3});
   CHECK(run(plain, 1000, 0) == three{0, 0, 0});
@@ -1271,13 +1277,6 @@ TEST_CASE("preference pairs: what each loss calls a reward", "[preference]") {
 }
 
 TEST_CASE("preference pairs: settings that are not the published ones", "[preference]") {
-  const auto run = [](const perdita::preference_loss<double>& loss, double w, double l) {
-    pair_data<double> data;
-    data.add(w, l, 0, 0, 1, 1);
-    const double value = data.run(loss);
-    return std::vector<double>{value, data.d_chosen[0], data.d_rejected[0]};
-  };
-  using three = std::vector<double>;
   CHECK(run(perdita::slic<double>({.delta = 3, .lambda = 0}), 1, 0) == three{2, -1, 1});
   CHECK(run(perdita::rrhf_pair<double>({.rank = 5, .likelihood = 0}), -3, -2) == three{5, -5, 5});
   // dpop: z = 0.1 (−1 − 2)
