@@ -74,24 +74,23 @@ template <class T> struct aldr_kl_formula : solved_formula {
     const W from = select(alone, zero, top), label = own - from - margin;
     const W lost = first_rows(rivals.spoilt) + (top - from);
     const double log_classes = std::log(static_cast<double>(n));
-    W at(lambda), result = at, open = select(alone | is_nan(lost), zero, one);
-    moments m, result_m{one, zero, zero, zero};
-    for (int step = 0; any(open > zero); ++step) {
-      const W inverse = one / at;
-      m = {zero, zero, zero, zero};
+    search looking{W(lambda)};
+    W result(lambda), open = select(alone | is_nan(lost), zero, one);
+    moments result_m{one, zero, zero, zero};
+    for (int pass = 1; any(open > zero); ++pass) {
+      const W at = looking.at, inverse = one / at;
+      moments m{zero, zero, zero, zero};
       for (index j = 0; j < n; ++j)
         absorb(
             m.of, max(W(-800), (rivals.score(j) - from) * inverse),
             [](const W& f) __attribute__((always_inline)) { return exp_to<T>(f); });
-      const W to = next(state(m, label, at), log_classes);
-      const auto found = (abs(to - at) <= nearest * at) & (open > zero);
-      const auto ends = step < most_steps ? found : open > zero;
-      const moments there = moved(m, at / to);
+      looking.look(*this, state(m, label, at), log_classes, pass);
+      const auto ends = (looking.found > zero) & (open > zero);
+      const moments there = moved(m, at / looking.at);
       for (int k = 0; k < 4; ++k)
         result_m.of[k] = select(ends, there.of[k], result_m.of[k]);
-      result = select(ends, to, result);
+      result = select(ends, looking.at, result);
       open = select(ends, zero, open);
-      at = select(open > zero, to, at);
     }
     const state end(result_m, label, result);
     const W of_alone = select(masked, one, zero), miss = select(alone, of_alone, end.miss);
@@ -102,7 +101,6 @@ template <class T> struct aldr_kl_formula : solved_formula {
 
 private:
   static constexpr double nearest = std::is_same_v<T, double> ? 1e-6 : 1e-3;
-  static constexpr int most_steps = 200;
 
   /// Σ f^i e^f, i = 0 … 3, of the rivals' f = (x − top)/λ.
   struct moments {
@@ -147,20 +145,61 @@ private:
   /// Where the label is certain: KL = log K.
   double certain(double log_classes) const { return -log_classes * lambda * (1 - 1 / (2 * alpha)); }
 
-  /// λ ← λ₀ (1 − KL/(α log K)) from λ₀ on falls to the largest root. Once the slope and the
-  /// curvature of its defect agree on where that is, the root of their parabola may take over.
-  W next(const state& at, double log_classes) const {
-    constexpr double close = 0.5;
-    const W zero(0), one(1), pull = W(1 / (alpha * log_classes));
-    const W to = lambda * (one - (log_classes - at.entropy) * pull);
-    const W fall = at.lambda - to, strength = lambda * pull / at.lambda;
-    const W slope = one - strength * at.second;
-    const W curvature = strength / at.lambda * (at.third + at.second * 3);
-    const W inside = slope * slope - curvature * 2 * fall;
-    const W step = fall * 2 / (slope + sqrt(max(zero, inside)));
-    const auto serves = (slope > zero) & (inside > zero) & (abs(step) < at.lambda * close);
-    return select(serves & (abs(curvature * step) < slope * 0.6), at.lambda - step, to);
-  }
+  /// Looks for the largest root of the defect D(λ) = λ − λ₀ (1 − KL/(α log K)), from λ₀ down.
+  ///
+  /// D' ≤ 1, so none is nearer than D. Where the parabola of D has a root, that is next, but from
+  /// afar no more than a stride. Where it has none, its vertex is, as what the parabola says of
+  /// there is right only near it; if there is none then either, a stride passes it. A step that
+  /// ends where D grows again may have passed two roots, and goes back to the vertex. Only two
+  /// roots within a stride, that no parabola on the way shows, are missed.
+  ///
+  /// D ≥ 0 at λ₀ and D < 0 below λ₀ (1 − 1/α), so a root is between `low` and `high` throughout.
+  /// From the pass `halves` on, each pass halves what is between them, whatever D is, and the
+  /// search ends when that is small: after no more than halves + 2 + log2(α/((α − 1) nearest²))
+  /// passes.
+  struct search {
+    W at; ///< the next λ; the root, when found
+    W low{0}, high{at}, found{0};
+    W straight{0}; ///< 1: the next λ is the parabola's root, and up to there it is nearly a line
+    W strode{1};   ///< 1: what is between the next λ and `high` has been seen to have no root
+
+    static constexpr int halves = 32;
+    static constexpr double far = 0.5, stride_of = 1. / 16;
+
+    void look(const aldr_kl_formula& f, const state& here, double log_classes, int pass) {
+      const W zero(0), one(1), half(0.5), &l = here.lambda;
+      const W pull = one / (f.alpha * log_classes), strength = f.lambda * pull / l;
+      const W defect = l - f.lambda * (one - (log_classes - here.entropy) * pull);
+      const W slope = one - strength * here.second;
+      const W curvature = strength / l * (here.third + here.second * 3);
+      const W inside = slope * slope - curvature * 2 * defect;
+      const W to_root = defect * 2 / (slope + sqrt(max(zero, inside)));
+      const W to_vertex = slope / curvature;
+      const W stride = max(defect, l * stride_of);
+
+      const auto above = defect > zero, falls = slope > zero; // on the way down
+      const auto root = falls & (inside >= zero), none = above & !root;
+      const auto line = root & (abs(to_root) < l * far) & (abs(curvature * to_root) < slope * 0.6);
+      const auto back = none & !falls & (curvature > zero) & (inside > zero) & (strode == zero);
+      const auto vertex = none & falls & (slope * slope > curvature * half * defect);
+      const auto passes = none & !back & !vertex;
+
+      low = select(above, low, at);
+      high = select(above & !back, at, high);
+      const W from = select(back, at, low), middle = from + (high - from) * half;
+      const W step = select(line | back, select(back, to_vertex, to_root),
+                            select(passes, stride, min(stride, select(root, to_root, to_vertex))));
+      const W to = l - step;
+      const auto serves = (to > from) & (to < high) & (above | root) & (W(pass) < W(halves));
+      const auto near = root & (abs(to_root) <= l * nearest);
+      const auto narrow =
+          !((high - low > at * (nearest * nearest)) & (low < middle) & (middle < high));
+      at = select(near, l - to_root, select(serves, to, middle));
+      found = select(near | narrow, one, zero);
+      straight = select(line, one, zero);
+      strode = select(passes | (W(pass) >= W(halves)), one, zero);
+    }
+  };
 
   /// The distribution at λ*. Only the last pass has to be exact; the first one is done.
   state settled(const rival_scores<T>& rivals, first_sweep& sweep, T own,
@@ -170,26 +209,32 @@ private:
     const double top = static_cast<double>(rivals.top),
                  label = static_cast<double>(own) - top - margin,
                  above = top - static_cast<double>(rivals.near);
-    double at = lambda, to, about;
-    {
-      moments m;
-      for (int k = 0; k < 4; ++k)
-        m.of[k] = W(sweep.sums.total(k));
-      const state now(m, W(label + above), W(at));
-      to = first_lane(next(now, log_classes));
-      about = first_lane(now.sum) * std::exp(-above / lambda);
-    }
-    bool exact = is_double;
-    for (int step = 1;; ++step) {
-      const double change = std::fabs(to - at);
-      exact = exact || change < near * at || step >= most_steps;
-      at = 1 / static_cast<double>(static_cast<T>(1 / to));
-      const moments m =
-          exact ? moments_at<true>(rivals, at, about) : moments_at<false>(rivals, at, about);
-      const state now(m, W(label), W(at));
-      to = first_lane(next(now, log_classes));
-      if (exact && (std::fabs(to - at) <= nearest * at || step >= most_steps))
+    moments m;
+    for (int k = 0; k < 4; ++k)
+      m.of[k] = W(sweep.sums.total(k));
+    state now(m, W(label + above), W(lambda));
+    double at = lambda, about = first_lane(now.sum) * std::exp(-above / lambda);
+    search looking{W(lambda)};
+    bool exact = false;
+    for (int pass = 1;; ++pass) {
+      search next = looking;
+      next.look(*this, now, log_classes, pass);
+      const double to = first_lane(next.at);
+      if (exact && first_lane(next.found) > 0)
         return state(moved(m, W(at / to)), W(label), W(to));
+      if (exact || std::fabs(to - at) >= near * at) {
+        looking = next;
+      } else { // what has few digits decides nothing else
+        exact = true;
+        if (first_lane(next.straight) > 0) {
+          looking.at = next.at;
+          looking.strode = W(0);
+        }
+      }
+      exact = exact || is_double;
+      at = 1 / static_cast<double>(static_cast<T>(1 / first_lane(looking.at)));
+      m = exact ? moments_at<true>(rivals, at, about) : moments_at<false>(rivals, at, about);
+      now = state(m, W(label), W(at));
       about = first_lane(now.sum);
     }
   }
@@ -239,13 +284,16 @@ private:
 ///   δ_k = x_k − x_y + c for k ≠ y,  δ_y = 0
 ///   ∂ℓ/∂x = p − e_y,   p = softmax(δ/λ*),   λ* = λ₀ (1 − KL(p ‖ 1/K)/(α log K))
 ///
-/// λ* is solved for to the last digits. Where the equation has several solutions (the bracket need
-/// not be concave) it is the largest of them, that which the iteration from λ₀ falls to. It lies in
-/// [λ₀ (1 − 1/α), λ₀]: a row that is sure of any class gets a small λ.
+/// What is computed: ℓ at the largest λ* ≤ λ₀ that satisfies the last equation, that which the
+/// iteration of it from λ₀ falls to, to the last digits. The bracket need not be concave: where the
+/// equation has several solutions (α near 1, a row between sure and not), that need not be the
+/// maximum. λ* lies in [λ₀ (1 − 1/α), λ₀]: a row that is sure of any class gets a small λ. Where
+/// the two largest solutions meet and vanish as the scores change, λ* falls to the next and the
+/// value jumps; the gradient is exact between such places, and near them λ* has fewer digits.
 /// Masked classes (-inf) have no share; a masked label costs +inf, with slope −1; +inf elsewhere or
 /// NaN makes the row NaN.
 /// Shapes, reductions, errors: as cross_entropy. No by-products but `values`. Needs whole rows, so
-/// not on the linear head; λ* takes a handful of passes over a row.
+/// not on the linear head; λ* takes a handful of passes over a row, near such places up to 30.
 /// Source: Zhu, Ying, Yang, "Label distributionally robust losses for multi-class classification",
 /// ICML 2023. Their script does one step of the equation a visit, from the λ of the visit before,
 /// without the margin, on normalised scores; here the equation itself holds.

@@ -10,6 +10,7 @@
 #include <limits>
 #include <memory>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include <perdita/ldr.hpp>
@@ -241,6 +242,69 @@ public:
   }
 };
 
+/// The label's score, `some` of another and zeros: with alpha 1.1 the equation has two roots far
+/// apart, of which the larger one and the one next to it meet and vanish as that score shrinks.
+template <class T> struct fold_row {
+  static inline const T alpha = static_cast<T>(1.1);
+  index classes, some;
+  T own, other;
+
+  struct equation {
+    judged defect, slope, value, target_slope, reach;
+  };
+  equation at(judged l) const {
+    const judged size = std::log(judged(classes)), a = alpha, d = (judged(other) - own) / l;
+    const judged rest = -judged(own) / l, e = judged(some) * std::exp(d),
+                 zeros = judged(classes - 1 - some) * std::exp(rest), sum = 1 + e + zeros;
+    const judged mean = (e * d + zeros * rest) / sum;
+    const judged variance = (e * d * d + zeros * rest * rest) / sum - mean * mean;
+    return {l - 1 + (size - std::log(sum) + mean) / (a * size), 1 - variance / (a * size * l),
+            l * (std::log(sum) - size) - a * size / 2 * (l - 1) * (l - 1), -(e + zeros) / sum,
+            -rest};
+  }
+  /// As the formula sheet has it: λ ← λ₀ (1 − KL/(α log K)) from λ₀ on.
+  equation solved() const {
+    judged l = 1;
+    for (judged fall = 1; fall > 2e-18L;) {
+      fall = at(l).defect;
+      l -= fall;
+    }
+    return at(l);
+  }
+  /// Whether what falls from λ₀ is caught far above the smallest root.
+  bool is_caught() const {
+    judged least = 1;
+    for (judged from = 0.4L, to = 1, width = to - from; width > 1e-12L; width /= 8) {
+      judged best = from;
+      for (judged l = from; l <= to; l += width / 32)
+        if (at(l).defect < at(best).defect)
+          best = l;
+      least = at(best).defect;
+      from = best - width / 16;
+      to = best + width / 16;
+    }
+    return least <= 0;
+  }
+  void check(index rows) const {
+    std::vector<T> x, g(static_cast<std::size_t>(rows * classes));
+    for (index r = 0; r < rows; ++r)
+      for (index k = 0; k < classes; ++k)
+        x.push_back(k == 0 ? own : k <= some ? other : T(0));
+    const std::vector<int> labels(static_cast<std::size_t>(rows), 0);
+    const T value = perdita::aldr_kl<T>({.alpha = alpha, .reduction = perdita::reduction::sum})(
+        perdita::matrix_view<const T>(x.data(), rows, classes), labels,
+        perdita::matrix_view<T>(g.data(), rows, classes));
+    const equation right = solved();
+    const judged epsilon = std::numeric_limits<T>::epsilon();
+    INFO(rows << " rows of " << classes << " classes, " << perdita::core::to_text(other));
+    CHECK(std::abs(value / judged(rows) - right.value) <= 8 * epsilon * std::abs(right.value));
+    // λ* has what digits the slope of the equation leaves.
+    for (index r = 0; r < rows; ++r)
+      CHECK(std::abs(g[static_cast<std::size_t>(r * classes)] - right.target_slope) <=
+            std::abs(right.target_slope) * 8 * epsilon * (1 + right.reach) * (1 + 1 / right.slope));
+  }
+};
+
 constexpr double inf = std::numeric_limits<double>::infinity();
 constexpr double n = std::numeric_limits<double>::quiet_NaN();
 
@@ -317,6 +381,36 @@ TEST_CASE("aldr_kl: λ* satisfies its equation and is the largest that does", "[
   CHECK(std::abs(equation(l)) < 1e-12);
   for (int i = 1; i <= 100; ++i)
     CHECK(equation(l + (l0 - l) * i / 100) > 0);
+}
+
+TEMPLATE_TEST_CASE("aldr_kl: where two of several solutions meet", "[aldr_kl]", float, double) {
+  using T = TestType;
+  constexpr bool is_double = std::is_same_v<T, double>;
+  const std::vector<fold_row<T>> rows{
+      {10, 3, T(2.19844), T(is_double ? 0.913844 : 0.912944)},
+      {1000, 52, T(4.88359), T(2.914687)},
+  };
+  for (const fold_row<T>& row : rows) {
+    row.check(1);
+    row.check(17);
+    // The score at which they meet, to the last digit.
+    fold_row<T> caught = row, falls = row;
+    caught.other = row.other * T(1.02);
+    REQUIRE(caught.is_caught());
+    REQUIRE_FALSE(falls.is_caught());
+    for (int step = 0; step < 60; ++step) {
+      fold_row<T> middle = row;
+      middle.other = (caught.other + falls.other) / 2;
+      (middle.is_caught() ? caught : falls).other = middle.other;
+    }
+    for (T apart = T(1e-2); apart > T(is_double ? 5e-10 : 5e-7); apart /= T(10))
+      for (const T side : {T(-1), T(1)}) {
+        fold_row<T> near = row;
+        near.other = (side < T(0) ? falls : caught).other * (1 + side * apart);
+        near.check(1);
+        near.check(17);
+      }
+  }
 }
 
 TEST_CASE("aldr_kl, ldr_k_kl: options out of range are refused", "[aldr_kl]") {
