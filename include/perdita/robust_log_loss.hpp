@@ -16,7 +16,10 @@ namespace core {
 
 /// With g_k = 1/((K−1)(a + p_k)) and r = Σ_{k≠y} p_k g_k:
 ///   ∂ℓ/∂x_k = p_k (g_k + p_y/(a + p_y) − r),  ∂ℓ/∂x_y = −p_y ((1 − p_y)/(a + p_y) + r)
+/// Where p_k is near 1, g_k − r would have no digits: of a rival with more than half, the leader,
+/// it is (1 − p_k) g_k less the other rivals' part of r.
 template <class T> struct robust_log_formula : solved_formula {
+  using statistic = solved_row_of<4>;
   double a;
   double per_rival; // 1/(K − 1)
 
@@ -28,46 +31,70 @@ template <class T> struct robust_log_formula : solved_formula {
   template <class V, class C> auto slopes(const C* c) const {
     // With q = p/a, as p/(a + p) = q/(1 + q).
     return [
-      share = to_lanes<V>(c[1] / a), even = to_lanes<V>(c[2] * a),
-      each = V(static_cast<T>(per_rival))
+      share = to_lanes<V>(c[1] / a), even = to_lanes<V>(c[2] * a), of_leader = to_lanes<V>(c[3]),
+      each = V(static_cast<T>(per_rival)), leading = V(static_cast<T>(0.625 / a))
     ](const V& image) __attribute__((always_inline)) {
       const V q = image * share;
-      return q * (each / (q + 1) + even);
+      // Not from ½, on which solve() and the rounding of q may differ.
+      return select(q > leading, of_leader, q * (each / (q + 1) + even));
     };
   }
-  row_solution solve(const T* x, index n, index y, double*, T* images) const {
+  summary<statistic, double> solve(const T* x, index n, index y, double*, T* images) const {
     image_sweep<T> sweep(1, images);
     const rival_scores<T> rivals(x, n, y, sweep);
+    constexpr double nan = std::numeric_limits<double>::quiet_NaN();
     if (rivals.lost)
-      return no_solution();
+      return {0, {nan, nan, nan, nan, nan, nan}};
     if (rivals.all_masked()) { // p_y = 1, or, with the label masked too, 0
       std::fill_n(images, n, T(0));
-      return solution(x[y] > rivals.top ? 0.0 : std::log1p(1 / a), 0);
+      return {0, {x[y] > rivals.top ? 0.0 : std::log1p(1 / a), 0, 0, 0, 0, 0}};
     }
     const double sum = sweep.sum.total(0);
     const auto near = static_cast<double>(rivals.near);
     // Of the rivals and of the label, on the larger one's scale.
     const double lead = static_cast<double>(x[y]) - near, e = std::exp(-std::fabs(lead));
     const double against = lead > 0 ? sum * e : sum, both = against + (lead > 0 ? 1 : e);
-    const double miss = against / both, hit = (lead > 0 ? 1 : e) / both;
+    const double miss = against / both, hit = (lead > 0 ? 1 : e) / both, share = miss / sum;
     constexpr auto width = static_cast<index>(lanes<T>);
-    const pack<T> factor(static_cast<T>(miss / sum / a));
+    const index packs = (n + width - 1) / width;
+    const pack<T> factor(static_cast<T>(share / a));
+    // The leader is taken out of the sums.
+    T* leader = nullptr;
+    double first = 0, behind = 1; // p of the leader, and 1 − p
+    if (std::exp(static_cast<double>(rivals.top) - near) * share > 0.5) {
+      index at = 0;
+      while (x[at] != rivals.top || at == y)
+        ++at;
+      leader = images + at;
+      first = static_cast<double>(*leader) * share;
+      *leader = 0;
+      wide_lanes<T> others;
+      others.clear();
+      for (index i = 0; i < packs; ++i)
+        others.add(pack<T>::load(images + i * width));
+      behind = others.total() * share + hit;
+    }
     wide_lanes<T> logs, shares;
     logs.clear();
     shares.clear();
-    add_up((n + width - 1) / width,
-           [&](index i) __attribute__((always_inline)) {
-             return pack<T>::load(images + i * width) * factor;
-           },
-           [&](const pack<T>& log, const pack<T>& share) __attribute__((always_inline)) {
-             logs.add(log);
-             shares.add(share);
-           });
+    add_up(
+        packs,
+        [&](index i)
+            __attribute__((always_inline)) { return pack<T>::load(images + i * width) * factor; },
+        [&](const pack<T>& log, const pack<T>& part) __attribute__((always_inline)) {
+          logs.add(log);
+          shares.add(part);
+        });
     const double h = hit / (a + hit), others = shares.total() * per_rival;
-    return solution(std::log1p(miss / (a + hit)) + logs.total() * per_rival,
-                    -hit * (miss / (a + hit) + others), near, miss / sum, h - others);
+    const double g = per_rival / (a + first), all = others + first * g;
+    if (leader != nullptr)
+      *leader = static_cast<T>(first / share);
+    return {0,
+            {std::log1p(miss / (a + hit)) + (logs.total() + std::log1p(first / a)) * per_rival,
+             -hit * (miss / (a + hit) + all), near, share, h - all,
+             first * (behind * g - others + h)}};
   }
-  summary<solved_row, pack<double>> solve_rows(pack<T>* x, index n, const pack<T>& label) const {
+  summary<statistic, pack<double>> solve_rows(pack<T>* x, index n, const pack<T>& label) const {
     using W = pack<double>;
     const W nothing(-std::numeric_limits<double>::infinity()), zero(0), one(1);
     const short_rivals<T> rivals(x, n, label);
@@ -85,6 +112,14 @@ template <class T> struct robust_log_formula : solved_formula {
     const W against = select(lead > zero, sum * e, sum), supporting = select(lead > zero, one, e);
     const W scale = one / (against + supporting), miss = against * scale, hit = supporting * scale;
     const W share = select(lead > zero, e * scale, scale), factor = share * W(1 / a);
+    // The leader is taken out of the sums; its image is 1.
+    const auto leads = (share > W(0.5)) & !alone;
+    const W first = select(leads, share, zero);
+    W rest(0);
+    for (index j = 0; j < n; ++j) {
+      images[j] = select(leads & (rivals.score(j) == top), zero, images[j]);
+      rest += images[j];
+    }
     W logs(0), shares(0);
     add_up(
         n, [&](index j) __attribute__((always_inline)) { return images[j] * factor; },
@@ -92,10 +127,12 @@ template <class T> struct robust_log_formula : solved_formula {
           logs += log;
           shares += part;
         });
-    const W inverse = one / (W(a) + hit), others = shares * W(per_rival);
+    logs += log1p(first * W(1 / a));
+    const W inverse = one / (W(a) + hit), h = hit * inverse, others = shares * W(per_rival);
+    const W g = W(per_rival) / (W(a) + first), all = others + first * g;
     return solutions(first_rows(rivals.spoilt) + (top - from),
-                     {log1p(miss * inverse) + logs * W(per_rival), -hit * (miss * inverse + others),
-                      from, share, hit * inverse - others});
+                     {log1p(miss * inverse) + logs * W(per_rival), -hit * (miss * inverse + all),
+                      from, share, h - all, first * ((rest * share + hit) * g - others + h)});
   }
 
 private:

@@ -66,8 +66,17 @@ public:
       }
       const wide g = each / (a(setting) + s.p(k)), p = s.p(k);
       const wide behind = row.scores[k] > -infinity() ? errors.of_share(k) : wide(0);
-      e.gradient.push_back(
-          {p * (g + own - rivals), p * (g + own + rivals) * (8 + 4 * (apart + behind))});
+      // Of one with more than half, g − p g is one term.
+      wide rest = row.scores[y] == -infinity() ? wide(0) : s.p(y), others = 0;
+      const bool leads = 2 * p > 1;
+      for (std::size_t j = 0; leads && j < n; ++j)
+        if (j != y && j != k) {
+          rest += s.p(j);
+          others += each * s.p(j) / (a(setting) + s.p(j));
+        }
+      const wide from = leads ? wide(rest * g + own - others) : wide(g + own - rivals),
+                 terms = 8 * p > 5 ? wide(rest * g + own + others) : wide(g + own + rivals);
+      e.gradient.push_back({p * from, p * terms * (8 + 4 * (apart + behind))});
     }
     return e;
   }
@@ -94,6 +103,38 @@ TEMPLATE_TEST_CASE("robust_log_loss: special rows", "[rll]", float, double) {
       {"NaN at the label", 0, {0, 1, n}, 2, {}, n, {n, n, n}},
   };
   check_special(robust_log_descriptor<TestType>(), rows, 8);
+}
+
+// In 113 bits, with 1 − p from what the others have.
+TEMPLATE_TEST_CASE("robust_log_loss: the slope of a rival that has nearly all", "[rll]", float,
+                   double) {
+  using T = TestType;
+  const auto slope = [](std::size_t classes, double rival, double others) {
+    std::vector<T> x(classes, static_cast<T>(others)), g(classes);
+    x[0] = 0;
+    x[1] = static_cast<T>(rival);
+    const auto n = static_cast<index>(classes);
+    perdita::robust_log_loss<T>({.a = T(0.125)})(perdita::matrix_view<const T>(x.data(), 1, n),
+                                                 std::vector<int>{0},
+                                                 perdita::matrix_view<T>(g.data(), 1, n));
+    return static_cast<double>(g[1]);
+  };
+  const auto reference = [](std::size_t classes, double rival, double others) {
+    const wide a = 0.125, each = 1 / wide(static_cast<double>(classes - 1)), e = exp(wide(-rival)),
+               o = exp(wide(others - rival)), many = static_cast<double>(classes - 2);
+    const wide sum = 1 + e + many * o, p = 1 / sum, own = e / sum, other = o / sum;
+    return wide(p * ((own + many * other) * each / (a + p) + own / (a + own) -
+                     many * each * other / (a + other)));
+  };
+  for (const std::size_t classes : {2U, 3U, 20U, 70U, 1000U})
+    for (const double rival : {2., 7., 15., 20., 30., 80.})
+      for (const double others : {-40., -20., 1.}) {
+        const wide want = reference(classes, rival, others);
+        const auto got = slope(classes, rival, others);
+        CAPTURE(classes, rival, others, got, static_cast<double>(want));
+        CHECK(std::fabs(got / static_cast<double>(want) - 1) <=
+              400 * static_cast<double>(std::numeric_limits<T>::epsilon()));
+      }
 }
 
 TEST_CASE("robust_log_loss: options out of range are refused", "[rll]") {

@@ -136,11 +136,12 @@ private:
       if (cols_ <= most_short_columns)
         return solve_together(rows, x, label, count, s, total);
     solve_each(rows, x, label, count, s);
-    const row_outcome<W> result = formula_.finish(s);
-    alignas(64) double out[2 + coefficients][finish_rows];
+    const auto result = formula_.finish(s);
+    constexpr int numbers = decltype(formula_.finish(s))::coefficients;
+    alignas(64) double out[2 + numbers][finish_rows];
     result.value.store(out[0]);
     result.target_gradient.store(out[1]);
-    for (int k = 0; k < coefficients; ++k)
+    for (int k = 0; k < numbers; ++k)
       result.coefficient[k].store(out[2 + k]);
     [[maybe_unused]] alignas(64) double size[finish_rows];
     if constexpr (has_edge)
@@ -149,8 +150,8 @@ private:
       store_value(job_, rows[i], out[0][i], total);
       if constexpr (has_slopes)
         if (job_.has_gradient()) {
-          double c[coefficients];
-          for (int k = 0; k < coefficients; ++k)
+          double c[numbers];
+          for (int k = 0; k < numbers; ++k)
             c[k] = out[2 + k][i];
           const auto slopes = formula_.template slopes<V>(c);
           if constexpr (keeps_images) {
@@ -190,7 +191,6 @@ private:
   /// Short rows, one in each lane and a class in each pack.
   void solve_together(const index* rows, const T* const* x, const index* label, index count,
                       row_summary<statistic>& s, value_sum& total) const {
-    using W = pack<double>;
     V z[most_short_columns];
     to_columns(x, count, z);
     alignas(64) T of_label[lanes<T>] = {};
@@ -215,7 +215,7 @@ private:
     }
     if constexpr (requires { formula_.record(index{}, summary<statistic, double>()); })
       record(rows, count, s);
-    const row_outcome<W> result = formula_.finish(s);
+    const auto result = formula_.finish(s);
     if (count == finish_rows && rows[0] % finish_rows == 0 &&
         rows[count - 1] == rows[0] + finish_rows - 1 && !job_.row_weights.data &&
         !job_.report.values.data) {
@@ -265,8 +265,9 @@ private:
       formula_.record(rows[i], one);
     }
   }
+  template <class Outcome>
   void emit_together(const index* rows, index count, const V* z, const V& own_class,
-                     const row_outcome<pack<double>>& result) const {
+                     const Outcome& result) const {
     using W = pack<double>;
     alignas(64) double factor[finish_rows] = {};
     for (index i = 0; i < count; ++i)

@@ -50,8 +50,8 @@ template <class Statistic, class W = pack<double>> struct row_summary : summary<
 };
 
 /// What it returns, all before weights and reductions.
-template <class W = pack<double>> struct row_outcome {
-  static constexpr int coefficients = 3;
+template <class W = pack<double>, int Coefficients = 3> struct row_outcome {
+  static constexpr int coefficients = Coefficients;
   W value;
   W image_scale = W(0);                             ///< share: image_scale e^{z - shift}
   W coefficient[coefficients] = {W(0), W(0), W(0)}; ///< whatever else slope() needs

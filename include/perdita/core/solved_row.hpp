@@ -8,17 +8,19 @@
 #include <algorithm>
 #include <cmath>
 #include <functional>
+#include <iterator>
 #include <limits>
 
 #include "row_formula.hpp"
 
 namespace perdita::inline PERDITA_ABI::core {
 
-struct solved_row {
+template <int Coefficients> struct solved_row_of {
   static constexpr bool resident = true;
   static constexpr bool has_image = false;
-  static constexpr int terms = 2 + coefficients;
+  static constexpr int terms = 2 + Coefficients;
 };
+using solved_row = solved_row_of<coefficients>;
 using row_solution = summary<solved_row, double>;
 
 /// What solve() returns.
@@ -39,10 +41,11 @@ struct solved_formula : row_formula {
   static constexpr bool linear = false;
 
   template <class Row> auto finish(const Row& row) const {
-    row_outcome<std::remove_cvref_t<decltype(row.target)>> out;
+    constexpr int count = static_cast<int>(std::size(decltype(row.term){})) - 2;
+    row_outcome<std::remove_cvref_t<decltype(row.target)>, count> out;
     out.value = row.term[0];
     out.target_gradient = row.term[1];
-    for (int k = 0; k < coefficients; ++k)
+    for (int k = 0; k < count; ++k)
       out.coefficient[k] = row.term[2 + k];
     return out;
   }
@@ -398,11 +401,12 @@ template <class V> void largest_by_lane(const V* x, index n, index k, V* order) 
 }
 
 /// The rows' solution where `lost` is not NaN.
-inline summary<solved_row, pack<double>> solutions(const pack<double>& lost,
-                                                   const pack<double> (&terms)[5]) {
-  summary<solved_row, pack<double>> s;
+template <int Terms>
+summary<solved_row_of<Terms - 2>, pack<double>> solutions(const pack<double>& lost,
+                                                          const pack<double> (&terms)[Terms]) {
+  summary<solved_row_of<Terms - 2>, pack<double>> s;
   s.shift = pack<double>(0);
-  for (int k = 0; k < solved_row::terms; ++k)
+  for (int k = 0; k < Terms; ++k)
     s.term[k] = select(is_nan(lost), lost, terms[k]);
   return s;
 }
