@@ -321,6 +321,8 @@ public:
                   "a finite number above 0");
     core::require(o.alpha > 1 && std::isfinite(o.alpha), name, "alpha", o.alpha,
                   "a finite number above 1");
+    core::require(std::isfinite(1 / (o.lambda * (1 - 1 / o.alpha))), name, "lambda", o.lambda,
+                  "so large that the inverse of lambda (1 - 1/alpha) is finite");
     core::require(std::isfinite(o.margin), name, "margin", o.margin, "a finite number");
     core::require_reduction(name, o.reduction);
   }

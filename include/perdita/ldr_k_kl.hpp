@@ -213,7 +213,7 @@ template <class T = float> class ldr_k_kl : public row_loss<ldr_k_kl<T>, T> {
 public:
   struct options {
     index k = 1;  ///< from 1 to the number of classes
-    T lambda = 1; ///< λ > 0
+    T lambda = 1; ///< λ > 0, and 1/λ finite
     T margin = 0; ///< finite: added to x_c − x_y of c ≠ y
     std::int64_t ignore_index = -100;
     perdita::reduction reduction = perdita::reduction::mean;
@@ -230,8 +230,8 @@ public:
   ldr_k_kl() : ldr_k_kl(options{}) {}
   explicit(false) ldr_k_kl(const options& o) : options_(o) {
     core::require(o.k >= 1, name, "k", o.k, "1 or more");
-    core::require(o.lambda > 0 && std::isfinite(o.lambda), name, "lambda", o.lambda,
-                  "a finite number above 0");
+    core::require(o.lambda > 0 && std::isfinite(o.lambda) && std::isfinite(1 / o.lambda), name,
+                  "lambda", o.lambda, "a finite number above 0 whose inverse is finite");
     core::require(std::isfinite(o.margin), name, "margin", o.margin, "a finite number");
     core::require_reduction(name, o.reduction);
   }

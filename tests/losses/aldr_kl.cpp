@@ -419,6 +419,21 @@ TEST_CASE("aldr_kl, ldr_k_kl: options out of range are refused", "[aldr_kl]") {
   CHECK_THROWS_WITH(perdita::aldr_kl<float>({.alpha = 1}), ContainsSubstring("alpha is 1"));
   CHECK_THROWS_WITH(perdita::aldr_kl<float>({.margin = std::nanf("")}),
                     ContainsSubstring("margin is"));
+  CHECK_THROWS_WITH(perdita::aldr_kl<float>({.lambda = 1e-39F}),
+                    ContainsSubstring("the inverse of lambda (1 - 1/alpha) is finite"));
+  CHECK_THROWS_WITH(perdita::aldr_kl<float>({.lambda = 1e-36F, .alpha = 1.000001F}),
+                    ContainsSubstring("the inverse of lambda (1 - 1/alpha) is finite"));
+  CHECK_THROWS_WITH(perdita::aldr_kl<double>({.lambda = 1e-309}),
+                    ContainsSubstring("the inverse of lambda (1 - 1/alpha) is finite"));
+  CHECK_NOTHROW(perdita::aldr_kl<float>({.lambda = 1e-37F}));
+  CHECK_THROWS_WITH(perdita::ldr_k_kl<float>({.lambda = 1e-39F}),
+                    ContainsSubstring("whose inverse is finite"));
+  CHECK_THROWS_WITH(perdita::ldr_k_kl<double>({.lambda = 1e-309}),
+                    ContainsSubstring("whose inverse is finite"));
+  CHECK_THROWS_WITH(perdita::ldr_kl<float>({.lambda = 1e-39F}),
+                    ContainsSubstring("whose inverse is finite"));
+  CHECK_NOTHROW(perdita::ldr_k_kl<float>({.lambda = 1e-38F}));
+  CHECK_NOTHROW(perdita::ldr_kl<double>({.lambda = 1e-300}));
   CHECK_THROWS_WITH(perdita::ldr_k_kl<float>({.k = 0}), ContainsSubstring("k is 0"));
   CHECK_THROWS_WITH(perdita::ldr_k_kl<float>({.lambda = -1}), ContainsSubstring("lambda is -1"));
   const std::vector<float> x{0, 1};
