@@ -7,6 +7,7 @@
 #include <type_traits>
 
 #include "core/sequences.hpp"
+#include "core/weighted.hpp"
 
 namespace perdita::inline PERDITA_ABI {
 
@@ -180,13 +181,13 @@ private:
       sum.add(off);
       squares.add(off * off);
     }
-    const double mean = sum.value() / k, factor = 2 / k * scale * weight;
+    const double mean = sum.value() / k, factor = core::times(weight, 2 / k * scale);
     for (index i = first; i < last && has_gradient; ++i) {
       const double off = static_cast<double>(f[i]) - y;
-      const double slope = weight == 0 ? 0 : factor * mix(rho, mean, off);
+      const double slope = core::times(factor, mix(rho, mean, off));
       g[i] = static_cast<T>(accumulate ? static_cast<double>(g[i]) + slope : slope);
     }
-    return weight == 0 ? 0 : weight * mix(rho, mean * mean, squares.value() / k);
+    return core::times(weight, mix(rho, mean * mean, squares.value() / k));
   }
   /// Infinity has no part in what has no weight.
   static double mix(double rho, double bag, double instance) {

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "core/batch_call.hpp"
+#include "core/weighted.hpp"
 
 namespace perdita::inline PERDITA_ABI {
 
@@ -186,7 +187,7 @@ private:
     using W = core::pack<double>;
     const double weight = core::weight_of(call, r);
     const double scale =
-        weight * share * static_cast<double>(call.scale) * core::upstream_of(call, r);
+        core::times(weight, share * static_cast<double>(call.scale) * core::upstream_of(call, r));
     const index cols = rows.in[0].cols;
     for (int k = 0; k < rows.inputs; ++k) {
       core::read_row(rows.in[k], r, room.stage.data(), room.x[k].data());
@@ -201,8 +202,7 @@ private:
       const W pull = two ? off * core::exp(-W::load(at(3))) : off;
       const W squares = off * pull * 0.5, wider = core::expm1(ratio) * 0.5;
       sum += squares + core::exp_less_tangent(ratio) * 0.5;
-      const W zero(0);
-      const auto slope = [&](const W& d) { return weight == 0 ? zero : d * scale; };
+      const auto slope = [&](const W& d) { return core::weighted(W(scale), d); };
       slope(pull).store(at(0));
       slope(wider).store(at(1));
       slope(-pull).store(at(2));
@@ -210,7 +210,7 @@ private:
     }
     for (int k = 0; k < rows.outputs; ++k)
       core::write_row(rows.out[k], r, room.x[k].data(), call.accumulate, room.stage.data());
-    return weight == 0 ? 0 : weight * core::sum_lanes(sum);
+    return core::times(weight, core::sum_lanes(sum));
   }
 
   options options_;

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "core/sequences.hpp"
+#include "core/weighted.hpp"
 
 namespace perdita::inline PERDITA_ABI {
 
@@ -99,7 +100,7 @@ private:
     core::exact_sum penalty, valid, weights; // valid: without rows that are not numbers
     for (index r = 0; r < x.rows; ++r) {
       const double w = core::weight_of(call, r), square = at(r).square;
-      const double part = w == 0 ? 0 : w * (options_.per_row ? core::log1p_of(square) : square);
+      const double part = core::times(w, options_.per_row ? core::log1p_of(square) : square);
       penalty.add(part);
       weights.add(w);
       if (!std::isnan(part))
@@ -112,7 +113,7 @@ private:
       for_rows(x, call, [&](index r, double* images) {
         const double w = core::weight_of(call, r), batch = 1 + valid.value();
         const double over = options_.per_row ? (1 + at(r).square) * all : batch;
-        const double factor = w == 0 ? 0 : 2 * lambda * static_cast<double>(call.scale) * w / over;
+        const double factor = core::times(w, 2 * lambda * static_cast<double>(call.scale) / over);
         differentiate(x, g, r, images, at(r), factor, call.accumulate);
       });
     if (all == 0)

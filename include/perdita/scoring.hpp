@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "core/sequences.hpp"
+#include "core/weighted.hpp"
 
 namespace perdita::inline PERDITA_ABI {
 
@@ -335,14 +336,14 @@ private:
       return [&, a = side(x[0].cols), b = side(x[0].cols)](index t) mutable {
         for (index r = t * per_task; r < std::min(rows, (t + 1) * per_task); ++r) {
           const double weight = core::weight_of(call, r);
-          const double scale =
-              static_cast<double>(call.scale) * share * weight * core::upstream_of(call, r);
+          const double scale = core::times(weight, static_cast<double>(call.scale) * share *
+                                                       core::upstream_of(call, r));
           values[r] = weight == 0 ? 0 : weight * compare(x, r, targets[r], a, b);
           if (call.values.data)
             call.values[r] = static_cast<T>(values[r]);
           if (g) {
-            a.write(g[0], r, weight == 0 ? 0 : scale, call.accumulate);
-            b.write(g[1], r, weight == 0 ? 0 : scale, call.accumulate);
+            a.write(g[0], r, scale, call.accumulate);
+            b.write(g[1], r, scale, call.accumulate);
           }
         }
       };
@@ -388,8 +389,7 @@ private:
     void write(const core::matrix_data<T, true>& g, index r, double scale, bool accumulate) {
       for (std::size_t k = 0; k < p.size(); ++k) {
         const double off = level[k] - mean;
-        p[k] =
-            scale == 0 ? 0 : scale * p[k] * (of_mean * off + of_variance * (off * off - variance));
+        p[k] = core::times(scale, p[k] * (of_mean * off + of_variance * (off * off - variance)));
       }
       core::write_row(g, r, p.data(), accumulate, stage.data());
     }

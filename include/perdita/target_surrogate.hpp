@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "core/sequences.hpp"
+#include "core/weighted.hpp"
 
 namespace perdita::inline PERDITA_ABI {
 
@@ -125,7 +126,8 @@ private:
                  const matrix_view<T>& gradient, index r, bool has_gradient,
                  const call_options<T>& call) const {
     const double weight = core::weight_of(call, r);
-    const double scale = static_cast<double>(call.scale) * weight * core::upstream_of(call, r);
+    const double scale =
+        core::times(weight, static_cast<double>(call.scale) * core::upstream_of(call, r));
     const double inverse = 1 / options_.step;
     core::exact_sum sum;
     for (index c = 0; c < z.cols; ++c) {
@@ -133,16 +135,16 @@ private:
                  then = static_cast<double>(anchor.scores(r, c));
       const double moved = now == then ? 0 : now - then; // also from -inf to -inf
       const auto slope = static_cast<double>(anchor.gradient(r, c));
-      const double pull = inverse == 0 ? 0 : moved * inverse;
+      const double pull = core::times(inverse, moved);
       if (weight != 0)
-        sum.add(moved == 0 ? 0 : moved * (slope + pull / 2));
+        sum.add(core::times(moved, slope + pull / 2));
       if (has_gradient) {
         T& g = gradient(r, c);
-        const double change = weight == 0 ? 0 : scale * (slope + pull);
+        const double change = core::times(scale, slope + pull);
         g = static_cast<T>(call.accumulate ? static_cast<double>(g) + change : change);
       }
     }
-    return weight == 0 ? 0 : weight * sum.value();
+    return core::times(weight, sum.value());
   }
 
   options options_;

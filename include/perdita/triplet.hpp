@@ -7,6 +7,7 @@
 #include <limits>
 
 #include "core/sequences.hpp"
+#include "core/weighted.hpp"
 
 namespace perdita::inline PERDITA_ABI {
 
@@ -43,12 +44,11 @@ public:
     if (weight != 0)
       found = find(r);
     // Without weight, upstream does not matter, NaN neither.
-    const double scale =
-        weight == 0 ? 0 : weight * upstream_of(call, r) * static_cast<double>(call.scale);
+    const double scale = times(weight, upstream_of(call, r) * static_cast<double>(call.scale));
     if (job_.gradients[0])
       for (int k = 0; k < 3; ++k)
         emit(k, r, found, scale);
-    const double value = weight == 0 ? 0 : weight * found.value;
+    const double value = times(weight, found.value);
     if (call.values.data)
       call.values[r] = static_cast<T>(value);
     return value;
