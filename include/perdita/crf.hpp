@@ -535,12 +535,14 @@ public:
   /// × steps, or with_lengths of one. After the end comes ignore_index; of equal paths, the first
   /// (by its last tag, then the one before, …). call_options::values: the paths' scores. No path
   /// that is not masked: the score is -inf, and any path. NaN: the score is NaN, and any path.
+  /// row_weights, upstream, normaliser and log_sum_exp belong to the loss, and are refused.
   template <class X, class P>
   requires core::scores_like<X, T>
   void decode(X&& emissions, const chain_scores<const T>& chain, P&& paths,
               const call_options<T>& call = {}) const {
     core::crf_job<T> job;
     set_inputs(job, core::as_matrix(emissions), chain, paths, call);
+    checks.search(call);
     job.tags = {}; // nothing that could be read
     const auto out = core::as_matrix(rows_of(paths));
     search(job, chain, [&](index b, index t, std::int64_t tag) {

@@ -392,13 +392,17 @@ public:
     return run(job);
   }
   /// The items of each set in its best order, written to a matrix like that of the items; what is
-  /// after a set's size stays. Where a score is no number, any order.
+  /// after a set's size stays. Where a score is no number, any order. row_weights, upstream,
+  /// normaliser and values belong to the loss, and are refused.
   template <class X, core::label_rows Y, core::labels_like N, core::label_rows O>
   requires core::scores_like<X, T>
   void order(X&& scores, Y&& items, N&& sizes, O&& ordered,
              const call_options<T>& call = {}) const {
     core::assignment_job<T> job;
     set_inputs(job, core::as_matrix(scores), core::as_matrix(items), core::as_vector(sizes), call);
+    checks.search(call);
+    if (call.values.data)
+      core::fail(name, "values", "given", "none: an order has no value");
     const auto out = core::as_matrix(ordered);
     checks.size("rows of the ordered items", out.rows, job.sets, "the rows that the items have");
     checks.size("columns of the ordered items", out.cols, job.items.cols,

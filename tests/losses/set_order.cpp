@@ -300,6 +300,20 @@ TEST_CASE("set_order: bad input is refused, and nothing written", "[set_order]")
   std::vector<int> out(6);
   CHECK_THROWS_WITH(loss.order(p.view(), p.item_view(), p.sizes, matrix_view(out.data(), 3, 2)),
                     ContainsSubstring("rows of the ordered items is 3"));
+  const auto refused = [&](const perdita::call_options<float>& call, const char* message) {
+    CHECK_THROWS_WITH(
+        loss.order(p.view(), p.item_view(), p.sizes, matrix_view(out.data(), 2, 3), call),
+        ContainsSubstring(message));
+    CHECK(out == std::vector<int>(6, -7));
+  };
+  std::fill(out.begin(), out.end(), -7);
+  const std::vector<float> two(2, 1.0F);
+  std::vector<float> by_product(2);
+  refused({.row_weights = two}, "set_cross_entropy: row_weights is given, expected none");
+  refused({.upstream = two}, "set_cross_entropy: upstream is given, expected none");
+  refused({.normaliser = 2}, "set_cross_entropy: normaliser is 2, expected 0");
+  refused({.values = by_product}, "set_cross_entropy: values is given, expected none");
+  refused({.log_sum_exp = by_product}, "a by-product that it does not have");
   CHECK_THROWS_WITH(perdita::order_search<float>()(p.view(), matrix_view(g.data(), 6, 3)),
                     ContainsSubstring("gradient columns is 3"));
   CHECK_THROWS_AS(perdita::order_search<float>({.kind = orderings(3)}), std::invalid_argument);

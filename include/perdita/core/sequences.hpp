@@ -312,6 +312,17 @@ template <class T> struct sequence_checks {
     require(c.normaliser >= 0 && std::isfinite(c.normaliser), name, "normaliser", c.normaliser,
             "a finite number above 0, or 0 for the reduction's own");
   }
+  /// That a search, which has no loss, is asked for nothing that belongs to one.
+  void search(const call_options<T>& c) const {
+    const auto none = [&](const char* what, bool given) {
+      if (given)
+        fail(name, what, "given", "none: a search has no loss");
+    };
+    none("row_weights", c.row_weights.data);
+    none("upstream", c.upstream.data);
+    none("log_sum_exp", c.log_sum_exp.data);
+    require(c.normaliser == 0, name, "normaliser", c.normaliser, "0: a search has no loss");
+  }
 };
 
 /// Weight of a sequence; 0 removes it.
