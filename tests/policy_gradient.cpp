@@ -577,20 +577,25 @@ TEST_CASE("policy_gradient: ratios beyond the largest number, impossible tokens"
           "[policy_gradient]") {
   std::vector<double> l{-1}, old{-1}, ref{-1}, a{1}, g(1);
   const auto at = [](std::vector<double>& x) { return matrix_view<double>(x.data(), 1, 1); };
-  const auto call = [&](const auto& loss) {
+  const auto call = [&](const auto& loss, const perdita::call_options<double>& options = {}) {
     policy::batch<double> in;
     in.policy = at(l);
     in.old = at(old);
     in.reference = at(ref);
     in.advantages = a;
-    return loss(in, {.gradient = at(g)});
+    return loss(in, {.gradient = at(g)}, options);
   };
-  const auto run = [&](const auto& loss, double log_ratio, double advantage) {
+  const auto run = [&](const auto& loss, double log_ratio, double advantage,
+                       const perdita::call_options<double>& options = {}) {
     l = {-1e4}, old = {-1e4 - log_ratio}, a = {advantage};
-    return call(loss);
+    return call(loss, options);
   };
   const auto plain = perdita::ppo<double>();
   CHECK((run(plain, 5000, 1) == -1.2 && g[0] == 0));
+  // An upstream of 0 takes out an infinite slope, but not NaN.
+  const std::vector<double> none{0};
+  CHECK((run(plain, 5000, -1, {.upstream = none}) == inf && g[0] == 0));
+  CHECK((std::isnan(run(plain, nan, -1, {.upstream = none})) && std::isnan(g[0])));
   CHECK((run(plain, 5000, -1) == inf && g[0] == inf));
   CHECK((run(plain, 5000, 0) == 0 && g[0] == 0));
   CHECK((run(plain, -5000, 1) == 0 && g[0] == 0));

@@ -964,6 +964,19 @@ TEST_CASE("preference pairs: limits", "[preference]") {
   CHECK(std::isnan(data.values[2]));
 }
 
+TEST_CASE("preference pairs: an upstream of 0 takes out an infinite slope, not NaN",
+          "[preference]") {
+  const perdita::dpo<double> steep({.beta = 1, .types = {dpo_type::discopop}, .tau = 2});
+  auto data = random_pairs(3, 4);
+  data.chosen[0] = -5000; // slope −e^{2480}
+  data.chosen[1] = nan;
+  const std::vector<double> upstream{0, 0, 1};
+  data.run(steep, {.upstream = upstream, .values = data.values});
+  CHECK((data.values[0] == inf && data.d_chosen[0] == 0 && data.d_rejected[0] == 0));
+  CHECK((std::isnan(data.d_chosen[1]) && std::isnan(data.d_rejected[1])));
+  CHECK((data.d_chosen[2] != 0 && std::isfinite(data.d_chosen[2])));
+}
+
 TEST_CASE("xpo: what the reference says is impossible", "[preference]") {
   const std::vector<double> w{-2}, never{-inf}, q{-1}, p{0.75}, certain{1};
   std::vector<double> dw(1), dl(1);

@@ -132,6 +132,9 @@ TEST_CASE("bag_squared: infinity, NaN, bags without weight, no bags", "[bags]") 
   CHECK((g[0] == inf && std::abs(g[1] - 1.0 / 3) < 1e-16));
   CHECK((std::isnan(g[2]) && std::isfinite(g[3])));
   CHECK((g[6] == 0 && g[7] == 0));
+  const std::vector<double> upstream{0, 0, 1, 1};
+  loss(f, y, g, {.row_weights = weights, .upstream = upstream});
+  CHECK((g[0] == 0 && g[1] == 0 && g[2] == 0 && g[3] == 0 && std::isfinite(g[4]) && g[4] != 0));
   const std::vector<double> none;
   CHECK(loss(none, none) == 0);
   CHECK(loss(none, none, std::vector<int>{0}) == 0);

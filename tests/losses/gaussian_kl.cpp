@@ -129,6 +129,9 @@ TEST_CASE("gaussian_kl: special values, threads, added, columns", "[gaussian_kl]
   CHECK(std::isnan(loss(rows(m), rows(v), rows(dm), rows(dv), {.values = values})));
   CHECK((values[0] == inf && values[1] == inf && values[2] == inf && std::isnan(values[3])));
   CHECK((dv[0] == -0.125 && dm[1] == 0.25 && dm[3] == 0.5 && std::isnan(dv[3])));
+  const std::vector<double> upstream{1, 0, 0, 1};
+  loss(rows(m), rows(v), rows(dm), rows(dv), {.upstream = upstream});
+  CHECK((dv[0] == -0.125 && dv[1] == 0 && dm[2] == 0 && dm[3] == 0.5));
   const std::vector<double> weights{0, 0, 0, 0};
   CHECK(loss(rows(m), rows(v), rows(dm), rows(dv), {.row_weights = weights}) == 0);
   CHECK(dv == std::vector<double>(4, 0.0));

@@ -155,6 +155,10 @@ TEST_CASE("target_surrogate: masked classes, infinity, NaN, nothing", "[surrogat
   CHECK((values[0] == 0 && values[1] == 3.5 && values[2] == inf && std::isnan(values[3])));
   CHECK((g[0] == 0 && g[1] == 1 && g[2] == 2 && g[3] == 4 && g[4] == inf && g[5] == 1));
   CHECK((std::isnan(g[6]) && g[7] == 2));
+  const std::vector<double> upstream{1, 1, 0, 0};
+  surrogate(at(z), {0, at(then), at(slopes)}, perdita::matrix_view<double>(g.data(), 4, 2),
+            {.upstream = upstream});
+  CHECK((g[3] == 4 && g[4] == 0 && g[5] == 0 && g[6] == 0 && g[7] == 0));
   CHECK(surrogate({}, {4, {}, {}}) == 4);
 }
 

@@ -171,7 +171,7 @@ public:
     const double factor =
         within * job_.share * static_cast<double>(call_.scale) * upstream_of(call_, i);
     if (job_.gradient)
-      write(job_.gradient, i, [&](index t) { return factor * slopes_[t]; });
+      write(job_.gradient, i, [&](index t) { return times_or_nan(factor, slopes_[t]); });
     if (job_.entropy_gradient)
       write(job_.entropy_gradient, i, [&](index) { return -factor * options_.entropy_weight; });
     return sums;

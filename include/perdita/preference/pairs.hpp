@@ -568,9 +568,9 @@ private:
                    value = counts ? present[next].weight * o.value : 0;
       total.add(value);
       put(call.values, i, value);
-      put_slope(gradients.chosen, i, scale * o.chosen, call.accumulate);
-      put_slope(gradients.rejected, i, scale * o.rejected, call.accumulate);
-      put_slope(gradients.gold, i, scale * o.gold, call.accumulate);
+      put_slope(gradients.chosen, i, core::times_or_nan(scale, o.chosen), call.accumulate);
+      put_slope(gradients.rejected, i, core::times_or_nan(scale, o.rejected), call.accumulate);
+      put_slope(gradients.gold, i, core::times_or_nan(scale, o.gold), call.accumulate);
       if (counts)
         fill(report, i, present[next++], o);
       else
