@@ -1034,6 +1034,28 @@ TEST_CASE("policy: advantages of groups", "[policy_gradient]") {
   for (const float x : narrow)
     CHECK(std::isnan(x));
 
+  // Rewards of any size: a power of 2 changes nothing, though squares overflow or vanish.
+  (void)policy::group_advantages(r, 4, a, {.epsilon = 0});
+  for (const int exponent : {-1060, -600, 600, 1022}) {
+    std::vector<double> scaled(r);
+    for (double& x : scaled)
+      x = std::ldexp(std::round(x), exponent);
+    (void)policy::group_advantages(scaled, 4, b, {.epsilon = 0});
+    for (std::size_t k = 0; k < 8; ++k)
+      CHECK(b[k] == a[k]);
+    (void)policy::group_advantages(scaled, 4, b, {.scaling = policy::scaling::none});
+    CHECK((b[1] == std::ldexp(-1, exponent) && b[3] == std::ldexp(2, exponent)));
+    auto white = scaled;
+    policy::whiten(matrix_view<double>(white.data(), 1, 4), {.epsilon = 0});
+    for (std::size_t k = 0; k < 4; ++k)
+      CHECK(close(white[k], a[k]));
+  }
+  const std::vector<double> apart{1e200, 3e200, 1e-200, 3e-200};
+  (void)policy::group_advantages(apart, 2, narrow, {.epsilon = 0});
+  CHECK((narrow[0] == -std::sqrt(0.5F) && narrow[3] == std::sqrt(0.5F)));
+  (void)policy::group_advantages(apart, 2, narrow, {.scaling = policy::scaling::batch});
+  CHECK((close(narrow[1], 1 / std::sqrt(2.0), 1e-7) && narrow[2] == 0));
+
   (void)policy::leave_one_out_advantages(r, 4, b);
   CHECK((close(b[0], 0) && close(b[1], -4.0 / 3) && close(b[3], 3 - 1.0 / 3) && b[5] == 0));
   CHECK_THROWS_WITH(policy::leave_one_out_advantages(r, 1, b), ContainsSubstring("groups is 1"));

@@ -936,6 +936,15 @@ TEST_CASE("preference pairs: limits", "[preference]") {
   CHECK(run(ddro, 0, inf)[0] == inf);
   const perdita::density_ratio<double> lsif({.type = perdita::density_ratio_type::lsif});
   CHECK(run(lsif, 0, 0) == three{-0.5, -1, 1});
+  // ½ e^2v − e^u is what the larger one says, where both are beyond the largest number.
+  CHECK(run(lsif, 800, 500) == three{inf, -inf, inf});
+  CHECK(run(lsif, 1200, 500) == three{-inf, -inf, inf});
+  CHECK_THAT(run(lsif, 0, 355.1)[0], close(std::exp(2 * 355.1 - std::log(2)), 1e-12));
+  const double near = 2 * 360.0 - std::log(2); // where it is 0
+  CHECK_THAT(run(lsif, near + 0x1p-30, 360)[0], close(-std::exp(near - 30 * std::log(2)), 1e-6));
+  CHECK(run(lsif, -inf, -inf) == three{0, 0, 0});
+  CHECK((run(lsif, inf, 0)[0] == -inf && run(lsif, 0, inf)[0] == inf));
+  CHECK(std::isnan(run(lsif, inf, inf)[0]));
   // NaN in one pair
   for (const dpo_type type : {dpo_type::sigmoid, dpo_type::hinge, dpo_type::ipo, dpo_type::exo,
                               dpo_type::nca, dpo_type::bco, dpo_type::apo_down, dpo_type::discopop,

@@ -295,6 +295,14 @@ TEST_CASE("token_level: special values, threads", "[token_level]") {
         for (const float g : other.g)
           CHECK(std::isfinite(g));
       }
+  // A token that is impossible now, but weighs 0: nothing, as with any other log-probability.
+  other = data;
+  other.guide[width] = -1e6F;
+  const float undecided = guided(other.pairs(), {.gradient = other.view(other.g)});
+  const auto slopes = other.g;
+  other.l[width] = -std::numeric_limits<float>::infinity();
+  CHECK(guided(other.pairs(), {.gradient = other.view(other.g)}) == undecided);
+  CHECK((other.g == slopes && other.g[width] == 0));
   // Nothing counts: every pair is undecided
   data.lengths.assign(2 * count, 0);
   CHECK(std::abs(run(data, perdita::serial) - std::log(2.0F)) < 1e-7F);

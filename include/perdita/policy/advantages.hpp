@@ -32,28 +32,35 @@ concept real_output_matrix = real_matrix<M> && !std::is_const_v<typename element
 
 template <class E> void put(E& to, double x) { to = static_cast<E>(x); }
 
+/// All but count and equal is in `unit`s of the values, so that no square overflows or vanishes.
 struct mean_and_spread {
+  double unit = 1;              ///< what a value is multiplied by: a power of 2
   double mean = 0, squares = 0; ///< Σ (x − mean)²
   index count = 0;
   bool equal = true; ///< all values are
-  /// Of the values that each(f) hands to f, twice. Equal values have no spread at all.
+  /// Of the values that each(f) hands to f, three times. Equal values have no spread at all.
   template <class Each> static mean_and_spread of(const Each& each) {
     mean_and_spread result;
     exact_sum sum, squares;
-    double first = 0;
+    double first = 0, top = 0;
     each([&](double x) {
       first = result.count == 0 ? x : first;
       result.equal = result.equal && x == first;
-      sum.add(x);
+      top = std::fabs(x) > top ? std::fabs(x) : top;
       ++result.count;
     });
     if (result.count == 0)
       return result;
-    result.mean = result.equal ? first : sum.value() / static_cast<double>(result.count);
-    each([&](double x) { squares.add((x - result.mean) * (x - result.mean)); });
+    if (top > 0 && std::isfinite(top))
+      result.unit = std::ldexp(1.0, std::clamp(-std::ilogb(top), -1022, 1022));
+    each([&](double x) { sum.add(x * result.unit); });
+    result.mean =
+        result.equal ? first * result.unit : sum.value() / static_cast<double>(result.count);
+    each([&](double x) { squares.add(result.off(x) * result.off(x)); });
     result.squares = squares.value();
     return result;
   }
+  double off(double x) const { return x * unit - mean; }
   double deviation() const {
     return count > 1 ? std::sqrt(squares / static_cast<double>(count - 1)) : 0;
   }
@@ -143,12 +150,14 @@ group_report group_advantages(R&& rewards, const groups& of, A&& advantages,
     });
     ++report.groups;
     flat += seen.equal;
-    const double deviation = o.scaling == scaling::none    ? 1
-                             : o.scaling == scaling::batch ? of_batch.deviation() + o.epsilon
-                                                           : seen.deviation() + o.epsilon;
+    const double unit = seen.unit, epsilon = o.epsilon * unit;
+    const double deviation = o.scaling == scaling::none ? unit
+                             : o.scaling == scaling::batch
+                                 ? of_batch.deviation() * (unit / of_batch.unit) + epsilon
+                                 : seen.deviation() + epsilon;
     const bool kept = n == 1 && o.keep_lone;
     for (index k = 0; k < n; ++k) {
-      const double off = reward(member[k]) - seen.mean;
+      const double off = seen.off(reward(member[k]));
       const bool none = off == 0 && deviation == deviation;
       core::put(out[member[k]], kept ? reward(member[k]) : none ? 0 : off / deviation);
     }
@@ -369,12 +378,11 @@ void whiten(A&& advantages, const whitening_options& o = {}, const token_mask& m
   const auto seen = core::mean_and_spread::of(
       [&](const auto& f) { each([&](auto& x) { f(static_cast<double>(x)); }, [](auto&) {}); });
   core::require(seen.count > 1, name, "tokens that count", seen.count, "two or more");
-  const double deviation =
-      std::sqrt(seen.squares / static_cast<double>(seen.count - 1) + o.epsilon);
+  const double deviation = std::hypot(seen.deviation(), std::sqrt(o.epsilon) * seen.unit);
   each(
       [&](auto& x) {
-        const double off = static_cast<double>(x) - seen.mean;
-        core::put(x, (off == 0 ? 0 : off / deviation) + (o.shift ? 0 : seen.mean));
+        const double off = seen.off(static_cast<double>(x));
+        core::put(x, (off == 0 ? 0 : off / deviation) + (o.shift ? 0 : seen.mean / seen.unit));
       },
       [](auto& x) { x = 0; });
 }

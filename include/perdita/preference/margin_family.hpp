@@ -511,8 +511,9 @@ enum class density_ratio_type {
   ddro  ///< 2 log 2 − u − log(2 − e^v); linear in e^v from 2 − 10^−6 on
 };
 
-/// A loss of density_ratio_type. lsif is not bounded below. e^u and e^v are infinite beyond 709.
-/// Rewards are log-ratios.
+/// A loss of density_ratio_type. lsif is not bounded below. Exponentials, and slopes that are some,
+/// are infinite beyond 709; the value of lsif only where the difference of its two is. Rewards are
+/// log-ratios.
 /// Source: the code of DisentangledPreferenceOptimization (IceyWuu); Kanamori, Hido, Sugiyama, 2009
 /// (LSIF); Higuchi, Suzuki, "Direct density ratio optimization", 2025 (DDRO).
 template <class T = float> class density_ratio : public preference_loss<T> {
@@ -538,16 +539,24 @@ private:
       return {-std::log1p(-std::expm1(v)), x / rest};
     return {-std::log(least) + (least - rest) / least, rest == rest ? x / least : rest};
   }
+  /// ½ e^2v − e^u, also where both overflow.
+  static double lsif(double u, double v) {
+    const double wanted = std::exp(u), other = std::exp(2 * v) / 2;
+    if (std::isfinite(wanted) && std::isfinite(other))
+      return other - wanted;
+    const double log_other = 2 * v - std::numbers::ln2, apart = log_other - u;
+    return std::copysign(
+        std::exp(std::max(u, log_other) + std::log(-std::expm1(-std::fabs(apart)))), apart);
+  }
   static preference_term term(density_ratio_type type) {
     const scores::log_ratio s;
     switch (type) {
     case density_ratio_type::lsif: {
-      const auto chosen = [](double u) { return links::outcome{-std::exp(u), -std::exp(u)}; };
-      const auto rejected = [](double v) {
-        const double e = std::exp(2 * v);
-        return links::outcome{e / 2, e};
+      const auto of_pair = [](const preference_pair& p) -> pair_outcome {
+        const double u = p.chosen.log_ratio(), v = p.rejected.log_ratio();
+        return {lsif(u, v), -std::exp(u), std::exp(2 * v)};
       };
-      return point_term(s, 1, chosen, rejected);
+      return pairwise_term(of_pair, needs_reference);
     }
     case density_ratio_type::ukl: {
       const auto of_pair = [](const preference_pair& p) -> pair_outcome {
