@@ -30,9 +30,9 @@ template <class T> struct surrogate_anchor {
 /// may be z itself. Scores that are equal, if infinite, do not differ. NaN stays in its row.
 /// Call options: row_weights and upstream multiply the rows' shares ⟨g, d⟩ + ‖d‖²/(2η) with
 /// d = z − z_t, which `values` has; scale and accumulate as ever. ℓ(z_t) is only added, in full.
-/// Nothing is divided by a number of rows: that is done, if at all, in ℓ(z_t) and g. No other
-/// by-products. Sums are in double, with their rounding errors kept. Threads do not matter.
-/// Throws std::invalid_argument.
+/// Nothing is divided by a number of rows: that is done, if at all, in ℓ(z_t) and g. normaliser is
+/// refused. No other by-products. Sums are in double, with their rounding errors kept. Threads do
+/// not matter. Throws std::invalid_argument.
 /// Source: Lavington, Vaswani, Babanezhad, Schmidt, Le Roux, "Target-based surrogates for
 /// stochastic optimization", ICML 2023. The η of their code is an inverse, half of 1/η here.
 ///
@@ -95,6 +95,8 @@ private:
     same_shape("anchor gradient", "rows of the anchor's gradient",
                "columns of the anchor's gradient", anchor.gradient, z);
     checks.call(call, rows, false, "as many as the scores have");
+    core::require(call.normaliser == 0, name, "normaliser", call.normaliser,
+                  "0: nothing is divided by a number of rows");
     if (has_gradient)
       check_gradient(z, anchor, gradient, call.accumulate);
 

@@ -200,6 +200,8 @@ TEST_CASE("target_surrogate: bad input is refused, and nothing written", "[surro
   const problem<double> p;
   std::vector<double> g(rows * cols, 5), slopes = p.slopes, values(3, 5);
   const auto good = p.writable(g);
+  CHECK_THROWS_WITH(surrogate(p.view(p.z), p.at(0), good, {.normaliser = 2}),
+                    ContainsSubstring("target_surrogate: normaliser is 2, expected 0"));
   auto anchor = p.at(0);
   anchor.scores.rows = 3;
   CHECK_THROWS_WITH(surrogate(p.view(p.z), anchor, good),
