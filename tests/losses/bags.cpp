@@ -15,6 +15,7 @@
 #include "support/accuracy.hpp"
 #include "support/catch.hpp"
 #include "support/executors.hpp"
+#include "support/normaliser.hpp"
 #include "support/numbers.hpp"
 #include "support/wide.hpp"
 
@@ -206,6 +207,16 @@ TEST_CASE("bag_squared: bad input is refused, and nothing written", "[bags]") {
   CHECK(g == std::vector<double>(6, 5));
   CHECK(short_g == std::vector<double>(5, 5));
   CHECK(values == std::vector<double>(4, 5));
+}
+
+TEST_CASE("bag_squared: what the mean divides by", "[bags]") {
+  const bags<double> data(5, 3, 4);
+  check_normaliser<double>([&](perdita::reduction how, const perdita::call_options<double>& call) {
+    std::vector<double> g(15);
+    const double value = perdita::bag_squared<double>({.rho = 0.5, .reduction = how})(
+        data.predictions, data.responses, g, call);
+    return all_of(value, g);
+  });
 }
 
 } // namespace perdita_tests

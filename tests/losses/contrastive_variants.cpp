@@ -79,6 +79,12 @@ TEMPLATE_TEST_CASE("Adaptive multi-head contrastive is its definition", "", floa
         [](const wide_comparisons& c) { return amcl(c, 8, 0.1, some_temperature); }, 9, 17, 3,
         classes);
   }
+  check_anchor_values<TestType>(
+      "amcl",
+      perdita::amcl<TestType>({.width = 5, .beta = 0.5, .temperature = 2, .normalise = false}),
+      {.normalise = false, .value_budget = 8, .gradient_budget = 16},
+      [](const wide_comparisons& c) { return amcl(c, 5, 0.5, [](index, index) { return 2.0; }); },
+      9, 17, 3, 4);
 }
 
 TEMPLATE_TEST_CASE("Adaptive SimSiam and Barlow Twins are their definitions", "", float, double) {
@@ -994,6 +1000,10 @@ TEMPLATE_TEST_CASE("Group ordering is its definition", "", float, double) {
           {.value_budget = 8, .gradient_budget = 32},
           [&](const wide_comparisons& c) { return group_ordering(c, 3, steepness); }, 7, 9, 4,
           classes);
+  check_anchor_values<TestType>(
+      "group_ordering", perdita::group_ordering<TestType>({.negatives = 3, .normalise = false}),
+      {.normalise = false, .value_budget = 8, .gradient_budget = 32},
+      [](const wide_comparisons& c) { return group_ordering(c, 3, 1.0); }, 7, 9, 4, 3);
 }
 
 TEST_CASE("Group ordering: calls, and what has a stated result", "[threads]") {

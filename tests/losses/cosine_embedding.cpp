@@ -15,6 +15,7 @@
 #include "support/accuracy.hpp"
 #include "support/catch.hpp"
 #include "support/executors.hpp"
+#include "support/normaliser.hpp"
 #include "support/numbers.hpp"
 #include "support/wide.hpp"
 
@@ -324,6 +325,18 @@ TEST_CASE("cosine_embedding: errors", "[cosine_embedding]") {
     CHECK(untouched == largest);
   for (const double untouched : h)
     CHECK(untouched == largest);
+}
+
+TEST_CASE("cosine_embedding: what the mean divides by", "[cosine_embedding]") {
+  const std::vector<double> a{1, 2, 3, -1, 0.5, 2}, b{2, -1, 1, 1, 1, 0.25};
+  const std::vector<int> labels{1, -1, 1};
+  const auto view = [](auto& v) { return matrix_view(v.data(), 3, 2); };
+  check_normaliser<double>([&](perdita::reduction how, const perdita::call_options<double>& call) {
+    std::vector<double> da(6), db(6);
+    const double value = perdita::cosine_embedding<double>({.reduction = how})(
+        view(a), view(b), labels, view(da), view(db), call);
+    return all_of(value, da, db);
+  });
 }
 
 } // namespace perdita_tests

@@ -17,6 +17,7 @@
 #include "support/accuracy.hpp"
 #include "support/catch.hpp"
 #include "support/executors.hpp"
+#include "support/normaliser.hpp"
 #include "support/numbers.hpp"
 #include "support/wide.hpp"
 
@@ -560,6 +561,23 @@ TEST_CASE("dice: what is refused", "[dice]") {
   CHECK(dice()(matrix_view<float>(nullptr, 0, 6), matrix_view<float>(nullptr, 0, 6)) == 0);
   CHECK(dice({.over_batch = true})(matrix_view<float>(nullptr, 0, 6),
                                    matrix_view<float>(nullptr, 0, 6)) == 0);
+}
+
+TEST_CASE("dice: what the mean divides by", "[dice]") {
+  random_numbers random(12);
+  const masks<double> m(60, false, random);
+  const matrix_view<const double> p(m.p.data(), 3, 20), t(m.t.data(), 3, 20);
+  const auto of = [&](const auto& loss, const perdita::call_options<double>& call) {
+    std::vector<double> g(60);
+    const double value = loss(p, t, matrix_view<double>(g.data(), 3, 20), call);
+    return all_of(value, g);
+  };
+  check_normaliser<double>([&](perdita::reduction how, const perdita::call_options<double>& call) {
+    return of(perdita::dice<double>({.reduction = how}), call);
+  });
+  check_normaliser<double>([&](perdita::reduction how, const perdita::call_options<double>& call) {
+    return of(perdita::tversky<double>({.reduction = how}), call);
+  });
 }
 
 } // namespace perdita_tests

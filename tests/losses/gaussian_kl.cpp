@@ -14,6 +14,7 @@
 #include "support/accuracy.hpp"
 #include "support/catch.hpp"
 #include "support/executors.hpp"
+#include "support/normaliser.hpp"
 #include "support/numbers.hpp"
 #include "support/wide.hpp"
 
@@ -176,6 +177,15 @@ TEST_CASE("gaussian_kl: what is refused", "[gaussian_kl]") {
                     ContainsSubstring("row_weights is 6"));
   CHECK(g == std::vector<double>(6, 5));
   CHECK(h == std::vector<double>(6, 5));
+}
+
+TEST_CASE("gaussian_kl: what the mean divides by", "[gaussian_kl]") {
+  numbers<double> data(5, 7, 1);
+  check_normaliser<double>([&](perdita::reduction how, const perdita::call_options<double>& call) {
+    const double value = perdita::gaussian_kl<double>({.reduction = how})(
+        data.in(0), data.in(1), data.out(0), data.out(1), call);
+    return all_of(value, data.g[0], data.g[1]);
+  });
 }
 
 } // namespace perdita_tests

@@ -18,6 +18,7 @@
 #include "support/catch.hpp"
 #include "support/element_check.hpp"
 #include "support/executors.hpp"
+#include "support/normaliser.hpp"
 #include "support/numbers.hpp"
 #include "support/wide.hpp"
 
@@ -723,6 +724,22 @@ TEST_CASE("Losses of lists: bad input is refused, and nothing written", "[lists]
   order_refused({0}, 0, "columns of the order is 0");
   CHECK(g == std::vector<double>(12, 5));
   CHECK(values == std::vector<double>(2, 5));
+}
+
+TEST_CASE("Losses of lists: what the mean divides by", "[lists]") {
+  const lists<double> data(5, 7, 2, true, 3);
+  std::vector<double> g(35);
+  const auto of = [&](const auto& loss, const perdita::call_options<double>& call) {
+    const double value = loss(data.score_view(), data.target_view(), data.lengths,
+                              matrix_view<double>(g.data(), 5, 7), call);
+    return all_of(value, g);
+  };
+  check_normaliser<double>([&](perdita::reduction how, const perdita::call_options<double>& call) {
+    return of(perdita::listnet<double>({.reduction = how}), call);
+  });
+  check_normaliser<double>([&](perdita::reduction how, const perdita::call_options<double>& call) {
+    return of(perdita::lambda_loss<double>({.reduction = how}), call);
+  });
 }
 
 } // namespace perdita_tests

@@ -13,6 +13,7 @@
 #include "support/accuracy.hpp"
 #include "support/catch.hpp"
 #include "support/executors.hpp"
+#include "support/normaliser.hpp"
 #include "support/numbers.hpp"
 #include "support/wide.hpp"
 
@@ -293,6 +294,23 @@ TEST_CASE("mmi: bad input is refused, and nothing written", "[mmi]") {
   CHECK(h == untouched);
   const model<float> none{0, 5, 3, {}, {}};
   CHECK(anti_lm(none, none, {}).value == 0);
+}
+
+TEST_CASE("mmi: what the mean divides by", "[mmi]") {
+  const auto x = make<double>(6, 4, 5, 2, 0, 5);
+  auto z = make<double>(6, 4, 5, 2, 0, 6);
+  z.labels = x.labels;
+  check_normaliser<double>([&](perdita::reduction how, const perdita::call_options<double>& call) {
+    const auto r = anti_lm(x, z, {.penalty = 0.5, .reduction = how}, call);
+    return all_of(r.value, r.one, r.two);
+  });
+  check_normaliser<double>([&](perdita::reduction how, const perdita::call_options<double>& call) {
+    results<double> r(x, z);
+    r.value = perdita::mmi_bidirectional<double>({.backward = 0.25, .reduction = how})(
+        x.view(), x.label_view(), perdita::scored_labels(z.view(), z.label_view()), r.first(x),
+        r.second(z), call);
+    return all_of(r.value, r.one, r.two);
+  });
 }
 
 } // namespace perdita_tests

@@ -17,6 +17,7 @@
 #include "support/accuracy.hpp"
 #include "support/catch.hpp"
 #include "support/executors.hpp"
+#include "support/normaliser.hpp"
 #include "support/numbers.hpp"
 #include "support/wide.hpp"
 
@@ -375,6 +376,17 @@ TEST_CASE("pairwise_preference: what is refused", "[pairwise_preference]") {
   for (const auto* g : {&two.of_c[0], &two.of_c[1], &two.of_s[0], &two.of_s[1]})
     for (const double untouched : *g)
       CHECK(untouched == 7);
+}
+
+TEST_CASE("pairwise_preference: what the mean divides by", "[pairwise_preference]") {
+  random_numbers random(55);
+  pairs<double> all(3, 4, 2, 1, random);
+  const std::vector<int> labels{1, 3, 0}, preferences{0, 1, 2};
+  check_normaliser<double>([&](perdita::reduction how, const perdita::call_options<double>& call) {
+    const perdita::pairwise_preference loss(perdita::cross_entropy<double>({.reduction = how}));
+    const double value = all.run(loss, labels, preferences, call);
+    return all_of(value, all.of_c[0], all.of_c[1], all.of_s[0], all.of_s[1]);
+  });
 }
 
 } // namespace perdita_tests

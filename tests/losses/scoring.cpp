@@ -14,6 +14,7 @@
 #include "support/accuracy.hpp"
 #include "support/catch.hpp"
 #include "support/executors.hpp"
+#include "support/normaliser.hpp"
 #include "support/numbers.hpp"
 #include "support/softmax_reference.hpp"
 #include "support/wide.hpp"
@@ -372,6 +373,17 @@ TEST_CASE("thurstone_fidelity: slopes upstream, and what the mean divides by", "
     CHECK(std::abs(ea[k] - upstream[k / 3] * da[k] / 2) < 1e-16);
     CHECK(std::abs(eb[k] - upstream[k / 3] * db[k] / 2) < 1e-16);
   }
+}
+
+TEST_CASE("thurstone_fidelity: mean and sum by a normaliser", "[scoring]") {
+  const std::vector<double> a{.2, .5, -.1, .3, -.4, 1}, b{-.3, .1, .4, .2, 0, -1}, targets{.7, .2};
+  const auto view = [](auto& v) { return matrix_view(v.data(), 2, 3); };
+  check_normaliser<double>([&](perdita::reduction how, const perdita::call_options<double>& call) {
+    std::vector<double> da(6), db(6);
+    const double value = perdita::thurstone_fidelity<double>({.reduction = how})(
+        view(a), view(b), targets, view(da), view(db), call);
+    return all_of(value, da, db);
+  });
 }
 
 } // namespace perdita_tests

@@ -15,6 +15,7 @@
 #include "support/accuracy.hpp"
 #include "support/catch.hpp"
 #include "support/executors.hpp"
+#include "support/normaliser.hpp"
 #include "support/numbers.hpp"
 #include "support/wide.hpp"
 
@@ -327,6 +328,14 @@ TEST_CASE("order_search: slopes upstream, and what the mean divides by", "[set_o
                                         {.upstream = upstream, .scale = 2, .normaliser = 4}) ==
         0.5);
   CHECK(g == std::vector<double>{-1.5, 0, 0, 0.5});
+}
+
+TEST_CASE("set_cross_entropy: what the mean divides by", "[set_order]") {
+  const auto p = make<double>(4, 4, 5, 4, 2, 8);
+  check_normaliser<double>([&](perdita::reduction how, const perdita::call_options<double>& call) {
+    const auto r = evaluate(p, how, call);
+    return all_of(r.value, r.gradient);
+  });
 }
 
 } // namespace perdita_tests

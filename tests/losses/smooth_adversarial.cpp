@@ -13,6 +13,7 @@
 
 #include "support/accuracy.hpp"
 #include "support/catch.hpp"
+#include "support/normaliser.hpp"
 #include "support/numbers.hpp"
 #include "support/softmax_reference.hpp"
 
@@ -187,6 +188,18 @@ TEST_CASE("smooth_adversarial: what is refused", "[adversarial]") {
   CHECK(a == std::vector<float>(6, 7)); // nothing was written before
   CHECK_THROWS_WITH(loss()(in, moved, labels, matrix_view<float>(), out),
                     ContainsSubstring("overlaps"));
+}
+
+TEST_CASE("smooth_adversarial: what the mean divides by", "[adversarial]") {
+  const std::vector<double> h{.2, .5, -.1, .3, -.4, 1}, a{-.3, .1, .4, .2, 0, -1};
+  const std::vector<int> labels{2, 0};
+  const auto view = [](auto& v) { return matrix_view(v.data(), 2, 3); };
+  check_normaliser<double>([&](perdita::reduction how, const perdita::call_options<double>& call) {
+    std::vector<double> dh(6), da(6);
+    const double value = perdita::smooth_adversarial<double>({.reduction = how})(
+        view(h), view(a), labels, view(dh), view(da), call);
+    return all_of(value, dh, da);
+  });
 }
 
 } // namespace perdita_tests

@@ -187,6 +187,12 @@ TEMPLATE_TEST_CASE("Ranked list is its definition", "", float, double) {
           {.distances = true, .value_budget = 4, .gradient_budget = 40},
           [&](const wide_comparisons& c) { return ranked_list(c, c, o); }, 8, 12, 3, classes);
     }
+  // Rows of the length √3 or so are as far apart as the boundary must be.
+  const perdita::ranked_list_options raw{.margin = 1, .boundary = 2.5, .normalise = false};
+  check_anchor_values<TestType>(
+      "ranked_list", perdita::ranked_list<TestType>(raw),
+      {.normalise = false, .distances = true, .value_budget = 4, .gradient_budget = 40},
+      [&](const wide_comparisons& c) { return ranked_list(c, c, raw); }, 8, 12, 3, 4);
 }
 
 TEST_CASE("Ranked list with constant weights", "") {
@@ -216,6 +222,11 @@ TEMPLATE_TEST_CASE("Threshold-consistent margin is its definition", "", float, d
         "tcm", perdita::tcm<TestType>(o), {.value_budget = 4, .gradient_budget = 8},
         [&](const wide_comparisons& c) { return tcm(c, o); }, 8, 12, 3, classes);
   }
+  const perdita::tcm_options raw{.negative_margin = 0.1, .normalise = false};
+  check_anchor_values<TestType>(
+      "tcm", perdita::tcm<TestType>(raw),
+      {.normalise = false, .value_budget = 4, .gradient_budget = 8},
+      [&](const wide_comparisons& c) { return tcm(c, raw); }, 8, 12, 3, 4);
 }
 
 TEST_CASE("Threshold-consistent margin: golden value, kinks, sums", "") {

@@ -16,6 +16,7 @@
 #include "support/accuracy.hpp"
 #include "support/catch.hpp"
 #include "support/executors.hpp"
+#include "support/normaliser.hpp"
 #include "support/numbers.hpp"
 #include "support/wide.hpp"
 
@@ -369,6 +370,16 @@ TEST_CASE("triplet_margin: bad input is refused, and nothing written", "[triplet
   CHECK_THROWS_WITH(loss(empty, empty, empty), ContainsSubstring("columns is 0"));
   for (const auto& p : g.part)
     CHECK(p == std::vector<double>(12, 0));
+}
+
+TEST_CASE("triplet_margin: what the mean divides by", "[triplet]") {
+  const auto x = triplets<double>::normal(5, 9, 1, 8);
+  check_normaliser<double>([&](perdita::reduction how, const perdita::call_options<double>& call) {
+    triplets<double> g(5, 9);
+    const double value =
+        run(perdita::triplet_margin<double>({.margin = 5, .reduction = how}), x, g, call);
+    return all_of(value, g.part[0], g.part[1], g.part[2]);
+  });
 }
 
 } // namespace perdita_tests
