@@ -4,9 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <functional>
 #include <limits>
-#include <numeric>
 
 #include "core/row_loss.hpp"
 #include "core/solved_row.hpp"
@@ -16,9 +14,12 @@ namespace perdita::inline PERDITA_ABI {
 
 namespace core {
 
-/// p_k = min(1/k, s e^{δ_k/λ}): the m largest margins are at the cap, the others share what is left
-/// as a softmax. With L_m = log Σ e^{δ/λ} of all but the m largest, m is the smallest number for
-/// which nothing else is above the cap: (1 − m/k) e^{δ_(m+1)/λ − L_m} ≤ 1/k.
+/// Of all but the m that are at the cap, with b the largest of these rivals, S = Σ e^{(x − b)/λ} of
+/// them and g = (b − x_y + margin)/λ:
+///   p_k = min(1/k, (1 − m/k) e^{(x_k − b)/λ} / (S + e^−g)),  log Σ e^{δ/λ} = g + log(S + e^−g)
+/// m is the smallest number for which nothing else is above the cap: 1 − m/k ≤ 1/k Σ e^{(δ − d)/λ}
+/// with the largest δ for d. Rivals are compared with rivals and not by their margins over the
+/// label, which have no digits for what is far closer than that.
 template <class T> struct ldr_k_kl_formula : solved_formula {
   double lambda, margin;
   index k;
@@ -38,9 +39,8 @@ template <class T> struct ldr_k_kl_formula : solved_formula {
     const auto own = static_cast<double>(x[y]);
     if (rivals.lost || own == inf)
       return no_solution();
-    // Margins δ over the label, or over the largest rival where the label is masked.
     const bool has_label = own > -inf;
-    const double from = (has_label ? own : static_cast<double>(rivals.top)) - margin;
+    const auto over_label = [&](double score) { return (score - own) + margin; };
     index found = !rivals.all_masked();
     if (k > 1)
       found = rivals.largest(k, parts, d).chosen;
@@ -50,52 +50,58 @@ template <class T> struct ldr_k_kl_formula : solved_formula {
     if (left == 0)
       return solution(inf, -1);
     const auto most = static_cast<double>(left); // at the cap, at the most
-    const index top = left - 1;
-    // The rivals among the top; what comes next leads those that are not.
-    const bool label_in_top = has_label && top > 0 && (found < top || d[top - 1] - from < 0);
-    const index held_rivals = top - label_in_top;
-    const double next = held_rivals < found ? d[held_rivals] : -inf;
-    // Of those that are not: L as r + log(1 + X).
-    double r = -inf, others = 0;
-    if (held_rivals < found) {
-      const auto ties = static_cast<double>(std::count(d, d + held_rivals, next));
-      r = (next - from) / lambda;
-      others = std::fmax(0, rivals.sum_of_images(static_cast<T>(next), 1 / lambda) - ties - 1);
+    index at_cap = left - 1;
+    bool label_at_cap = has_label && at_cap > 0 && over_label(d[at_cap - 1]) < 0;
+    index held = at_cap - label_at_cap; // rivals among them
+    double sum = 0, top = 0;            // of the rivals below
+    if (held < found) {
+      top = d[held];
+      const auto ties = static_cast<double>(std::count(d, d + held, top));
+      sum = std::fmax(1, rivals.sum_of_images(static_cast<T>(top), 1 / lambda) - ties);
     }
-    if (has_label && !label_in_top) {
-      if (r > 0) {
-        others += std::exp(-r);
-      } else { // and where there is no r
-        others = (others + 1) * std::exp(r);
-        r = 0;
+    for (; at_cap > 0; --at_cap) { // the least at the cap, unless it would be above it
+      const bool is_label = label_at_cap && (held == 0 || !(over_label(d[held - 1]) < 0));
+      double with = sum, all; // on its own scale
+      if (is_label) {
+        all = 1 + (sum > 0 ? sum * std::exp(over_label(top) / lambda) : 0);
+      } else {
+        with = 1 + (sum > 0 ? sum * std::exp((top - d[held - 1]) / lambda) : 0);
+        all = with;
+        if (has_label && !label_at_cap)
+          all += std::exp(-over_label(d[held - 1]) / lambda);
       }
-    }
-    for (index i = 0; i < held_rivals; ++i)
-      d[i] -= from;
-    if (label_in_top)
-      insert(0, d, held_rivals);
-    index m = top;
-    const auto free = [&] { return 1 - static_cast<double>(m) / most; };
-    for (; m > 0; --m) {
-      const double first = d[m - 1] / lambda, with = (others + 1) * std::exp(r - first);
-      if (most - static_cast<double>(m - 1) > with + 1)
+      if (most - static_cast<double>(at_cap - 1) > all)
         break;
-      others = with;
-      r = first;
+      sum = with;
+      if (is_label)
+        label_at_cap = false;
+      else
+        top = d[--held];
     }
-    const double below = r + std::log1p(others); // L_m
-    const double held = std::accumulate(d, d + m, 0.0), size = std::log(static_cast<double>(n));
-    const double value = held / most +
-                         lambda * (static_cast<double>(m) / most) * (std::log(most) - size) +
-                         free() * lambda * (below - size - std::log(free()));
-    const double share = std::fmin(1 / most, free() * std::exp(-below));
-    const double miss = !has_label ? 1 : most == 1 ? -std::expm1(-below) : 1 - share;
-    // Any score near the largest that is not at the cap does, as long as the factor belongs to it.
-    const double label_or_next =
-        held_rivals == found || (has_label && !label_in_top) ? std::fmax(next, from) : next;
-    const auto near = static_cast<T>(m < top ? d[m] + from : label_or_next);
-    return solution(has_label ? value : inf, -miss, static_cast<double>(near), 1 / most,
-                    free() * std::exp((static_cast<double>(near) - from) / lambda - below));
+    // Of the rivals and of the label, on the larger one's scale.
+    const bool label_below = has_label && !label_at_cap;
+    const double gap = sum > 0 ? over_label(top) / lambda : -inf;
+    const double e = label_below ? std::exp(-std::fabs(gap)) : 0;
+    const bool label_leads = label_below && !(gap > 0);
+    const double against = label_leads ? sum * e : sum, own_image = label_leads ? 1 : e;
+    const double part = static_cast<double>(at_cap) / most;
+    const double free = (most - static_cast<double>(at_cap)) / most, all = against + own_image;
+    double of_cap = 0; // Σ δ/k of those at the cap
+    for (index i = 0; i < held; ++i)
+      of_cap += over_label(d[i]) / most;
+    const double size = std::log(static_cast<double>(n));
+    const double log_all = std::log1p(label_leads ? against : (sum - 1) + own_image);
+    const double value =
+        of_cap + lambda * part * (std::log(most) - size) +
+        free * ((label_leads ? 0 : over_label(top)) + lambda * (log_all - size - std::log(free)));
+    const double miss = label_at_cap ? 1 - 1 / most : (against + part * own_image) / all;
+    double near = top, factor = sum > 0 ? free / all * (label_leads ? e : 1) : 0;
+    // Where those below have slopes too small for T, only what is at the cap counts.
+    if (held > 0 && !(factor >= std::numeric_limits<T>::min())) {
+      near = d[held - 1];
+      factor = 1 / most;
+    }
+    return solution(has_label ? value : inf, -miss, near, 1 / most, factor);
   }
   /// The same, a row in each lane.
   summary<solved_row, pack<double>> solve_rows(pack<T>* x, index n, const pack<T>& label) const {
@@ -105,11 +111,12 @@ template <class T> struct ldr_k_kl_formula : solved_formula {
     const short_rivals<T> rivals(x, n, label);
     const W own = first_rows(rivals.own), highest = first_rows(rivals.top);
     const auto masked = own == -inf;
-    const W has_label = select(masked, zero, one);
-    const W of_from = select(masked, highest, own);
-    const W from = select(of_from == -inf, zero, of_from) - margin;
+    const W has_label = select(masked, zero, one), of_label = select(masked, zero, own);
     const W lost =
         first_rows(rivals.spoilt) + select((highest == inf) | (own == inf), inf - inf, zero);
+    const auto over_label = [&](const W& score) __attribute__((always_inline)) {
+      return (score - of_label) + margin;
+    };
 
     V order[most_short_columns];
     largest_by_lane(x, n, k, order);
@@ -122,22 +129,23 @@ template <class T> struct ldr_k_kl_formula : solved_formula {
     W last(0);
     for (index i = 0; i < k; ++i)
       last = select(top == W(static_cast<double>(i + 1)), first_rows(order[i]), last);
-    const auto label_in_top =
-        (has_label > zero) & (top > zero) & ((found < top) | (last - from < zero));
-    const auto label_below = (has_label > zero) & !label_in_top;
-    const W held = select(label_in_top, top - one, top);
-    W next = -inf, margins[most_short_columns], label_left = select(label_in_top, zero, -inf);
-    for (index i = 0; i < k; ++i) { // those among the top in falling order, and what comes next
-      const W at(static_cast<double>(i)), score = first_rows(order[i]);
-      next = select(held == at, score, next);
-      const W d = select(at < held, score - from, -inf);
-      margins[i] = max(d, label_left);
-      label_left = min(d, label_left);
+    const auto label_in_top = !masked & (top > zero) & (over_label(last) < zero);
+    W label_at_cap = select(label_in_top, one, zero), held = top - label_at_cap;
+    // Those among the top in falling order, and the rival that comes next.
+    W first[most_short_columns], is_label[most_short_columns], next = -inf;
+    W moved = own, label_left = label_at_cap;
+    for (index i = 0; i < k; ++i) {
+      const W score = first_rows(order[i]);
+      next = select(held == W(static_cast<double>(i)), score, next);
+      const auto behind_label = label_in_top & (over_label(score) < zero);
+      first[i] = select(behind_label, moved, score);
+      is_label[i] = select(behind_label, label_left, zero);
+      moved = select(behind_label, score, moved);
+      label_left = label_left - is_label[i];
     }
-    // Those that are not: L as r + log(1 + X).
     const auto has_next = next > -inf;
     const W edge = select(has_next, next, zero);
-    W images(-1), r = select(has_next, (edge - from) * inverse, -inf);
+    W images(0);
     for (index j = 0; j < n; ++j) {
       const W d = (rivals.score(j) - edge) * inverse;
       images += exp_to<T>(select(d > zero, -inf, d));
@@ -145,50 +153,54 @@ template <class T> struct ldr_k_kl_formula : solved_formula {
     for (index i = 0; i < k; ++i) // what is as large, but among the top
       images +=
           select((W(static_cast<double>(i)) < held) & (first_rows(order[i]) == edge), -one, zero);
-    W others = max(zero, images);
-    const auto label_leads = label_below & !(r > zero);
-    const W of_next = select(has_next, others + one, zero);
-    others = select(label_below, select(label_leads, of_next * exp(r), others + exp(-r)), others);
-    r = select(label_leads, zero, r);
-
+    W sum = select(has_next, max(one, images), zero), largest = edge;
     W at_cap = top, open = one;
     for (index i = k - 1; i > 0; --i) {
-      const W here(static_cast<double>(i)), d = margins[i - 1] * inverse;
-      const W with = (others + one) * exp_to<T>(r - d);
+      const W here(static_cast<double>(i)), &from = first[i - 1];
+      const auto is = is_label[i - 1] > zero;
+      const W fall = exp_to<T>(min(zero, (largest - from) * inverse));
+      const W apart = select(is, over_label(largest), -over_label(from)) * inverse;
+      const W beside = exp_to<T>(min(zero, apart));
+      const W with = select(is, sum, sum * fall + one);
+      const W with_label = select(masked | (label_at_cap > zero), with, with + beside);
+      const W all = select(is, sum * beside + one, with_label);
       const auto tried = (open > zero) & !(here > top);
-      const auto stops = tried & (most - (here - one) > with + one);
+      const auto stops = tried & (most - (here - one) > all);
       const auto goes = tried & !stops;
       open = select(stops, zero, open);
-      others = select(goes, with, others);
-      r = select(goes, d, r);
+      sum = select(goes, with, sum);
+      largest = select(goes & !is, from, largest);
+      held = held - select(goes & !is, one, zero);
+      label_at_cap = select(goes & is, zero, label_at_cap);
       at_cap = select(goes, here - one, at_cap);
     }
-    W sum(0), first(0);
+    // Of the rivals and of the label, on the larger one's scale.
+    const auto has_rival = sum > zero;
+    const auto label_below = !masked & (label_at_cap == zero);
+    const W gap = over_label(largest) * inverse;
+    const auto leads = label_below & !(has_rival & (gap > zero));
+    const W e = select(label_below & has_rival, exp_to<T>(-abs(gap)), zero);
+    const W against = select(leads, sum * e, sum), own_image = select(leads, one, e);
+    const W each = one / most, part = at_cap * each, free = (most - at_cap) / most;
+    const W all = against + own_image;
+    W of_cap(0), least = zero;
     for (index i = 0; i < k; ++i) {
-      const W here(static_cast<double>(i));
-      sum += select(here < at_cap, margins[i], zero);
-      first = select(here == at_cap, margins[i] + from, first);
+      const W here(static_cast<double>(i)), score = first_rows(order[i]);
+      of_cap += select(here < held, over_label(score) * each, zero);
+      least = select(here < held, score, least);
     }
-    const W below = r + log1p(others), part = at_cap / most, free = (most - at_cap) / most;
     const W size(std::log(static_cast<double>(n)));
-    const W value = sum / most + lambda * part * (log(most) - size) +
-                    free * lambda * (below - size - log(free));
-    const W share = min(one / most, free * exp(-below));
-    const W miss = select(masked, one, select(most == one, -expm1(-below), one - share));
-    const W label_or_next = select(label_below | !has_next, max(next, from), next);
-    const W near = first_rows(to_lanes<V>(select(at_cap < top, first, label_or_next)));
-    const W factor = free * exp((near - from) * inverse - below);
+    const W log_all = log1p(select(leads, against, (sum - one) + own_image));
+    const W value =
+        of_cap + lambda * part * (log(most) - size) +
+        free * (select(leads, zero, over_label(largest)) + lambda * (log_all - size - log(free)));
+    const W miss = select(label_at_cap > zero, one - each, (against + part * own_image) / all);
+    const W share = select(has_rival, free / all * select(leads, e, one), zero);
+    const auto from_rest = (held == zero) | (share >= W(std::numeric_limits<T>::min()));
+    const W near = select(from_rest, largest, least), factor = select(from_rest, share, each);
     return solutions(lost, {select(masked | none, inf, value), select(none, -one, -miss),
-                            select(none, zero, near), select(none, zero, one / most),
+                            select(none, zero, near), select(none, zero, each),
                             select(none, zero, factor)});
-  }
-
-private:
-  /// Into n numbers in falling order.
-  static void insert(double number, double* d, index n) {
-    double* const at = std::upper_bound(d, d + n, number, std::greater<>());
-    std::copy_backward(at, d + n, d + n + 1);
-    *at = number;
   }
 };
 

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdint>
 #include <functional>
 #include <limits>
 #include <memory>
@@ -138,6 +139,99 @@ public:
   }
 };
 
+/// q by filling: cap what is above 1/k, share out the rest, and again. Distances are of raw scores:
+/// of margins, 113 bits may not hold them.
+template <class T>
+row_expectation expect_ldr_k_kl(const row_input& row, index most, const wide& l,
+                                const wide& margin) {
+  const auto y = static_cast<std::size_t>(row.label);
+  const std::vector<wide>& x = row.scores;
+  const std::size_t n = x.size();
+  const wide size = log(wide(static_cast<double>(n)));
+  const auto masked = [&](std::size_t c) { return x[c] == -infinity(); };
+  const auto apart = [&](std::size_t a, std::size_t b) { // δ_a − δ_b
+    return wide((x[a] - x[b]) + ((a == y ? wide(0) : margin) - (b == y ? wide(0) : margin)));
+  };
+  row_expectation e = nothing_reported();
+  std::size_t left = 0;
+  for (std::size_t c = 0; c < n; ++c)
+    left += !masked(c);
+  if (left == 0) {
+    e.value = {infinity(), 0};
+    e.gradient.assign(n, {0, 0});
+    e.gradient[y] = {-1, 0};
+    return e;
+  }
+  const wide k = static_cast<double>(std::min(static_cast<std::size_t>(most), left));
+  std::vector<bool> capped(n, false);
+  std::vector<wide> image(n);
+  std::size_t top = n, m = 0;
+  wide rest, free; // the rest: Σ e^{(δ − δ_top)/λ} of what is not capped
+  for (bool again = true; again;) {
+    again = false;
+    top = n;
+    free = (k - static_cast<double>(m)) / k;
+    for (std::size_t c = 0; c < n; ++c)
+      if (!capped[c] && !masked(c) && (top == n || apart(c, top) > 0))
+        top = c;
+    rest = 0;
+    for (std::size_t c = 0; c < n; ++c) {
+      image[c] = capped[c] || masked(c) ? wide(0) : wide(exp(wide(apart(c, top) / l)));
+      rest += image[c];
+    }
+    if (free / rest > 1 / k * (1 + ldexp(wide(1), -90))) {
+      capped[top] = true;
+      ++m;
+      again = true;
+    }
+  }
+
+  std::size_t near = n; // the largest rival that is not capped
+  for (std::size_t c = 0; c < n; ++c)
+    if (c != y && !capped[c] && !masked(c) && (near == n || x[c] > x[near]))
+      near = c;
+  const auto behind = [&](std::size_t c) {
+    return near == n || masked(c) ? wide(0) : wide((x[near] - x[c]) / l);
+  };
+  wide others = 0; // Σ of the rivals that are not capped
+  for (std::size_t c = 0; c < n; ++c)
+    others += c == y ? wide(0) : image[c];
+  // How far the label is from them; in float nothing is lost of that.
+  const bool both = near < n && !capped[y] && !masked(y);
+  const wide odds = both && sizeof(T) == 8
+                        ? wide((size_of(apart(near, y)) + size_of(wide(x[near] - x[y]))) / l)
+                        : wide(0);
+  const wide p = image[y] / rest, without = others / rest;
+
+  const wide part = 1 - free;
+  const auto over = [&](std::size_t c) { return apart(c, masked(y) ? top : y); };
+  const auto terms = [&](std::size_t c) { // of δ_c, which are rounded in double
+    return wide(size_of(over(c)) +
+                (sizeof(T) == 8 && !masked(y) ? size_of(wide(x[c] - x[y])) : wide(0)));
+  };
+  wide held = 0, reach = terms(top) + (both ? wide(without * terms(near)) : wide(0));
+  for (std::size_t c = 0; c < n; ++c)
+    if (capped[c]) {
+      held += over(c) / k;
+      reach += terms(c);
+    }
+  const wide value =
+      held + l * part * (log(k) - size) +
+      free * (over(top) + l * ((top == y ? log1p(others) : log(rest)) - size - log(free)));
+  e.value = {masked(y) ? infinity() : value, 4 * (l * (size + 1) + reach)};
+  for (std::size_t c = 0; c < n; ++c) {
+    if (c == y) {
+      const wide slope = capped[y] ? wide(1 - 1 / k) : wide(without + part * p);
+      e.gradient.push_back({-slope, 8 * slope + free * p * without * (8 + 2 * odds)});
+      continue;
+    }
+    const wide q = capped[c] ? wide(1 / k) : wide(free * image[c] / rest);
+    e.gradient.push_back(
+        {q, capped[c] ? wide(8 * q) : wide(q * (8 + 3 * behind(c) + 2 * p * odds))});
+  }
+  return e;
+}
+
 template <class T> class ldr_k_kl_descriptor final : public row_descriptor<T> {
 public:
   std::string name() const override { return "ldr_k_kl"; }
@@ -165,80 +259,8 @@ public:
   bool twice_smooth() const override { return false; }
   bool sparse() const override { return true; }
 
-  /// q by filling: cap what is above 1/k, share out the rest, and again.
   row_expectation expect(int setting, const row_input& row) const override {
-    const auto y = static_cast<std::size_t>(row.label);
-    const std::vector<wide> delta = margins(row, margin(setting));
-    const std::size_t n = delta.size();
-    const wide l = lambda(setting), size = log(wide(static_cast<double>(n)));
-    row_expectation e = nothing_reported();
-    if (largest_of(delta) == -infinity()) {
-      e.value = {infinity(), 0};
-      e.gradient.assign(n, {0, 0});
-      e.gradient[y] = {-1, 0};
-      return e;
-    }
-    const auto left =
-        n - static_cast<std::size_t>(std::count(delta.begin(), delta.end(), -infinity()));
-    const wide k = static_cast<double>(std::min(static_cast<std::size_t>(most(setting)), left));
-    std::vector<bool> capped(n, false);
-    wide top, rest, held, free;
-    for (bool again = true; again;) {
-      again = false;
-      top = -infinity();
-      held = rest = 0;
-      free = 1;
-      for (std::size_t c = 0; c < n; ++c) {
-        if (capped[c]) {
-          held += delta[c] / k;
-          free -= 1 / k;
-        } else {
-          top = larger(top, delta[c]);
-        }
-      }
-      for (std::size_t c = 0; c < n; ++c)
-        if (!capped[c] && delta[c] > -infinity())
-          rest += exp(wide((delta[c] - top) / l));
-      for (std::size_t c = 0; c < n; ++c)
-        if (!capped[c] &&
-            free * exp(wide((delta[c] - top) / l)) / rest > 1 / k * (1 + ldexp(wide(1), -90))) {
-          capped[c] = true;
-          again = true;
-          break;
-        }
-    }
-    wide others = 0; // the rest without the label
-    for (std::size_t c = 0; c < n; ++c)
-      if (c != y && !capped[c] && delta[c] > -infinity())
-        others += exp(wide((delta[c] - top) / l));
-    const wide m = (1 - free) * k;
-    const wide lse = top == 0 && !capped[y] ? log1p(others) : wide(top / l + log(rest));
-    const wide value = held + l * m / k * (log(k) - size) + free * l * (lse - size - log(free));
-    wide reach = size_of(top);
-    for (std::size_t c = 0; c < n; ++c)
-      reach += capped[c] ? size_of(delta[c]) : wide(0);
-    e.value = {row.scores[y] == -infinity() ? infinity() : value, 4 * (l * (size + 1) + reach)};
-    if (sizeof(T) == 8)
-      e.value.allow(2 * (size_of(row.scores[y])));
-    for (std::size_t c = 0; c < n; ++c) {
-      const wide q = capped[c] ? wide(1 / k)
-                     : delta[c] == -infinity()
-                         ? wide(0)
-                         : wide(free * exp(wide((delta[c] - top) / l)) / rest);
-      const wide miss =
-          k == 1 ? wide((others - (capped[y] ? wide(0) : wide(0))) / rest) : wide(1 - q);
-      const wide slope = c == y ? -miss : q;
-      const wide behind = delta[c] > -infinity() ? size_of(wide(delta[c] - top)) : wide(0);
-      const wide apart =
-          (size_of(top) + (sizeof(T) == 8
-                               ? size_of(row.scores[y] > -infinity() ? row.scores[y] : wide(0))
-                               : wide(0))) /
-          l;
-      e.gradient.push_back({slope, size_of(slope) * (8 + 3 * behind / l) +
-                                       (c == y ? q : wide(0)) * (8 + 3 * apart) * (k == 1 ? 0 : 1) +
-                                       q * 4 * apart});
-    }
-    return e;
+    return expect_ldr_k_kl<T>(row, most(setting), lambda(setting), margin(setting));
   }
 };
 
@@ -342,6 +364,116 @@ TEMPLATE_TEST_CASE("ldr_k_kl: special rows", "[aldr_kl]", float, double) {
       {"NaN", 0, {0, 1, n}, 0, {}, n, {n, n, n}},
   };
   check_special(ldr_k_kl_descriptor<TestType>(), rows, 8);
+}
+
+/// One row by itself: value and gradient within their slack, and the slopes' sum 0.
+template <class T>
+void check_ldr_k_kl(const typename perdita::ldr_k_kl<T>::options& options, const std::vector<T>& x,
+                    index label) {
+  const auto classes = static_cast<index>(x.size());
+  std::vector<T> g(x.size());
+  const T value = perdita::ldr_k_kl<T>(options)(perdita::matrix_view<const T>(x.data(), 1, classes),
+                                                std::vector<index>{label},
+                                                perdita::matrix_view<T>(g.data(), 1, classes));
+  const row_expectation e = expect_ldr_k_kl<T>({{x.begin(), x.end()}, label, {}}, options.k,
+                                               options.lambda, options.margin);
+  const judged epsilon = std::numeric_limits<T>::epsilon(), least = std::numeric_limits<T>::min();
+  // The images of a short row are added up in double, one by one.
+  const judged of_sum = sizeof(T) == 8 && classes <= 31 ? judged(classes) / 2 : judged(0);
+  judged worst = 0, sum = 0, slack = 0; // errors as parts of what they may be
+  std::size_t at = 0;
+  for (std::size_t c = 0; c < x.size(); ++c) {
+    const auto right = static_cast<judged>(e.gradient[c].value);
+    const judged may = epsilon * (e.gradient[c].slack + of_sum * std::abs(right)) + 4 * least,
+                 error = std::abs(judged(g[c]) - right) / may;
+    if (!(error <= worst)) {
+      worst = error;
+      at = c;
+    }
+    sum += judged(g[c]);
+    slack += may;
+  }
+  const auto right = static_cast<judged>(e.value.value);
+  CAPTURE(classes, options.k, options.lambda, options.margin, label, at, x[at], g[at], x,
+          static_cast<double>(e.gradient[at].value), value, static_cast<double>(right));
+  CHECK(worst <= 1);
+  CHECK(std::abs(sum) <= slack);
+  CHECK((value == right ||
+         std::abs(judged(value) - right) <= epsilon * (e.value.slack + std::abs(right)) + least));
+}
+
+// A gap that takes up the digits of a margin must not take those of what is behind it.
+TEMPLATE_TEST_CASE("ldr_k_kl: gaps of many λ", "[aldr_kl]", float, double) {
+  using T = TestType;
+  std::uint32_t random = 1;
+  const auto uniform = [&] { // of −1 … 1
+    random = random * 1664525U + 1013904223U;
+    return static_cast<double>(random >> 8) / double(1 << 23) - 1;
+  };
+  const std::vector<double> gaps{0, 0.5, 4, -4, 30, -30, 75, -75, 1e4, -1e4, 1e8, -1e8, 1e30};
+  struct scale {
+    double lambda, margin;
+  };
+  // Ties must be exact: where one at the cap has been tied, a rounding decides.
+  for (const scale s : {scale{1, 0}, scale{0.25, 0.5}, scale{0x1p-10, -2}, scale{0.75, 300}})
+    for (const std::size_t classes : {2U, 3U, 7U, 10U, 31U, 32U, 100U})
+      for (const index k : {1, 2, 3, 5})
+        for (std::size_t leaders = 0; leaders <= std::min<std::size_t>(classes - 1, 4); ++leaders)
+          for (const double gap : gaps)          // of the leaders over the other rivals
+            for (const double of_label : gaps) { // of the label over them
+              if (k > static_cast<index>(classes) || (leaders == 0 ? gap != 0 : gap < 0) ||
+                  (classes > 10 && leaders % 2 != 0))
+                continue;
+              const auto label = static_cast<std::size_t>(random >> 8) % classes;
+              std::vector<T> x(classes);
+              std::size_t led = 0;
+              const bool ties = (random >> 16) % 4 == 0, masks = (random >> 18) % 4 == 0;
+              for (std::size_t c = 0; c < classes; ++c) {
+                const double about = ties ? std::round(uniform()) : 3 * uniform();
+                const double over = c == label ? of_label : led++ < leaders ? gap : 0;
+                x[c] = static_cast<T>(s.lambda * (about + over) + (c == label ? s.margin : 0));
+                if (masks && c != label && c % 5 == 3)
+                  x[c] = static_cast<T>(-inf);
+              }
+              check_ldr_k_kl<T>(
+                  {.k = k, .lambda = static_cast<T>(s.lambda), .margin = static_cast<T>(s.margin)},
+                  x, static_cast<index>(label));
+            }
+}
+
+TEMPLATE_TEST_CASE("ldr_k_kl: a masked label, and gaps of the size of the largest numbers",
+                   "[aldr_kl]", float, double) {
+  using T = TestType;
+  const T huge = std::numeric_limits<T>::max() / 4, masked = static_cast<T>(-inf);
+  for (const std::size_t classes : {3U, 7U, 31U, 40U})
+    for (const index k : {1, 2, 3})
+      for (const T lambda :
+           {T(1), static_cast<T>(1e-10), static_cast<T>(1e-30), static_cast<T>(1e30)})
+        for (const T margin : {T(0), T(0.5)}) {
+          const typename perdita::ldr_k_kl<T>::options o{
+              .k = k, .lambda = lambda, .margin = margin};
+          const auto check = [&](T own, T first, T second, T others) {
+            std::vector<T> x(classes, others);
+            x[0] = own;
+            x[1] = first;
+            x[2] = second;
+            check_ldr_k_kl<T>(o, x, 0);
+          };
+          check(-huge, 0, 0, 0);
+          check(-huge, 0, 0, -lambda);
+          check(-huge, huge, huge, huge);
+          check(-huge, huge, 0, lambda);
+          check(huge, -huge, -huge, -huge);
+          check(huge, huge, -huge, -huge);
+          check(0, huge, 0, -huge);
+          check(0, huge, -lambda, -huge);
+          check(0, huge, huge, masked);
+          check(masked, huge, 0, -lambda);
+          check(masked, huge, huge, -huge);
+          check(masked, 3, 2, 1);
+          check(masked, masked, 2, masked);
+          check(0, masked, -huge, masked);
+        }
 }
 
 // Formula sheet 4.3: what it is at both ends of k.
