@@ -3,16 +3,19 @@
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
 #include <limits>
 
 #include "core/fenchel_young.hpp"
+#include "core/solved_row.hpp"
 #include "sparsemax.hpp"
 
 namespace perdita::inline PERDITA_ABI {
 
 namespace core {
 
-/// τ with Σ clip(x − τ, 0, 1) = B, and how many classes are above 0.
+/// τ with Σ clip(x − τ, 0, 1) = B, less the ⌈B⌉-th largest score, which is the shift, and how many
+/// classes are above 0.
 struct budget_threshold {
   static constexpr bool resident = true;
   static constexpr bool has_image = false;
@@ -26,84 +29,122 @@ struct budget_formula : row_formula {
 
   explicit budget_formula(double b) : budget(b) {}
 
-  /// At a trial τ, the one that would do were no class to enter or to leave (0, 1); bisection where
-  /// that is outside the bracket. The sum is piecewise linear, so that the last step is exact.
-  template <class T> summary<budget_threshold, double> solve(const T* x, index n, double*) const {
-    const T top = row_maxima<T>(x, n).top;
-    const auto maximum = static_cast<double>(top);
-    if (top != top)
-      return {0, {maximum, 0}};
-    double finite = 0, least = std::numeric_limits<double>::infinity();
-    for (index j = 0; j < n; ++j)
-      if (x[j] > -std::numeric_limits<T>::infinity()) {
-        ++finite;
-        least = std::min(least, static_cast<double>(x[j]));
-      }
-    if (finite <= budget) // all that there is
-      return {0, {std::numeric_limits<T>::lowest(), finite}};
-    double low = least - 1, high = maximum; // the sum is all of them, and nothing
-    double threshold = maximum - std::min(1.0, budget);
-    for (;;) {
-      const piece s = measure(x, n, threshold);
-      const double total = s.active + s.ones;
-      (total > budget ? low : high) = threshold;
-      if (total == budget)
-        return {0, {threshold, s.size}};
-      double next = threshold + (total - budget) / s.count;
-      if (!(low < next && next < high)) // also where no class is inside (0, 1)
-        next = low / 2 + high / 2;
-      if (next == low || next == high || next == threshold)
-        return {0, {threshold, s.size}};
-      threshold = next;
-    }
+  /// With k = ⌈B⌉ and the k-th largest score v: above v there are fewer than B classes, so τ < v;
+  /// and where τ = v − B/k, k classes have B/k or more. What is near τ is near v, so that its
+  /// distance to v is exact, whatever the size of the scores. `room` is for n numbers and a pack.
+  template <class T>
+  summary<budget_threshold, double> solve(const T* x, index n, double* room) const {
+    const row_maxima<T> maxima(x, n);
+    if (const auto top = static_cast<double>(maxima.top); top != top)
+      return {top, {top, 0}};
+    pack<T> unmasked(0);
+    const T masked = -std::numeric_limits<T>::infinity();
+    for_packs(
+        x, n, masked, [&](const pack<T>& z, index) __attribute__((always_inline)) {
+          unmasked += select(z > pack<T>(masked), pack<T>(1), pack<T>(0));
+        });
+    const index finite = total_count(unmasked);
+    if (finite == 0)
+      return {0, {0, 0}};
+    const auto all = static_cast<double>(finite);
+    const bool whole = all <= budget;
+    const index k = whole ? finite : static_cast<index>(std::ceil(budget));
+    const T level = largest(maxima, k, room);
+    if (whole)
+      return {static_cast<double>(level), {-1, all}};
+    const index count = maxima.gather(static_cast<T>(level - 1), level, room);
+    const auto end = std::remove_if(room, room + count, [](double d) { return d >= 1; });
+    const auto above = static_cast<double>(room + count - end);
+    const auto [threshold, size] =
+        search(room, end - room, budget - above, budget / static_cast<double>(k));
+    return {static_cast<double>(level), {threshold, size + above}};
   }
-  /// The threshold in two parts, the first of them near enough to x for an exact difference.
-  template <class V> auto slopes(const double* c) const {
-    using T = typename V::value_type;
-    const T near = static_cast<T>(c[0]);
-    // All that is not masked gets 1, the lowest number too.
-    const T rest = near == std::numeric_limits<T>::lowest()
-                       ? T(-1)
-                       : static_cast<T>(c[0] - static_cast<double>(near));
-    return [near = V(near), rest = V(rest)](const V& x) {
-      return min(V(1), max(V(0), (x - near) - rest));
+  template <class V, class C> auto slopes(const C* c) const {
+    return [level = to_lanes<V>(c[0]), threshold = to_lanes<V>(c[1])](const V& x) {
+      return min(V(1), max(V(0), (x - level) - threshold));
     };
   }
   template <class Row> auto finish(const Row& row) const {
     using W = decltype(row.target);
     row_outcome<W> out;
     out.value = out.target_gradient = W(0);
-    out.coefficient[0] = row.term[0];
+    out.coefficient[0] = row.shift;
+    out.coefficient[1] = row.term[0];
     return out;
   }
 
 private:
-  /// Σ of x − τ inside (0, 1) and how many there are, those from 1 on, and all above 0.
-  struct piece {
-    double active, count, ones, size;
-  };
-  template <class T> static piece measure(const T* x, index n, double threshold) {
-    using V = pack<T>;
-    using W = pack<double>;
-    constexpr index width = static_cast<index>(lanes<T>);
-    const W zero(0), one(1), tau(threshold);
-    wide_lanes<double> active;
-    active.clear();
-    W count(0), ones(0), size(0);
-    for (index j = 0; j < n; j += width) {
-      const V masked(-std::numeric_limits<T>::infinity());
-      W wide[sizeof(double) / sizeof(T)];
-      widen(j + width <= n ? V::load(x + j) : load_first(x + j, n - j, masked), wide);
-      for (const W& w : wide) {
-        const W p = w - tau;
-        const auto positive = p > zero, inside = positive & (p < one);
-        active.add(select(inside, p, zero));
-        count += select(inside, one, zero);
-        ones += select(p >= one, one, zero);
-        size += select(positive, one, zero);
-      }
+  /// The k-th largest score of k or more that are not masked. In a long row, if k is small, that of
+  /// some sets' maxima is not above it, and leaves few.
+  template <class T> static T largest(const row_maxima<T>& maxima, index k, double* room) {
+    if (k == 1)
+      return maxima.top;
+    constexpr index sets = row_maxima<T>::block;
+    T edge = std::numeric_limits<T>::lowest();
+    if (k <= sets && maxima.columns() > 4 * sets) {
+      alignas(64) T some[sets];
+      maxima.largest(some);
+      std::nth_element(some, some + k - 1, some + sets, std::greater<>());
+      edge = std::max(edge, some[k - 1]);
     }
-    return {active.total(), sum_lanes(count), sum_lanes(ones), sum_lanes(size)};
+    const index count = maxima.gather(edge, 0, room);
+    std::nth_element(room, room + k - 1, room + count, std::greater<>());
+    return static_cast<T>(room[k - 1]);
+  }
+
+  /// At a trial τ: Σ p, how many p there are above 0, in (0, 1] and in [0, 1), and the nearest
+  /// outside, which is how far it is to where Σ p changes if there are none.
+  struct piece {
+    double total, size, falling, rising, next_above, next_below;
+  };
+  static piece measure(const double* d, index n, double threshold) {
+    using W = pack<double>;
+    constexpr double inf = std::numeric_limits<double>::infinity();
+    const W zero(0), one(1), tau(threshold);
+    wide_lanes<double> total;
+    total.clear();
+    W size(0), falling(0), rising(0), above(-inf), below(-inf);
+    for_packs(
+        d, n, -inf, [&](const W& at, index) __attribute__((always_inline)) {
+          const W p = at - tau;
+          const auto positive = p > zero, under = p < one;
+          total.add(select(under, max(zero, p), one));
+          size += select(positive, one, zero);
+          falling += select(positive & (p <= one), one, zero);
+          rising += select(under & (p >= zero), one, zero);
+          above = max(above, select(p > one, -p, W(-inf)));
+          below = max(below, select(p < zero, p, W(-inf)));
+        });
+    return {total.total(),     sum_lanes(size),       sum_lanes(falling),
+            sum_lanes(rising), -max_lanes(above) - 1, max_lanes(below)};
+  }
+
+  struct found {
+    double threshold, size;
+  };
+  /// τ from −reach on, below 0, where Σ clip(d − τ, 0, 1) is `wanted`. The sum is piecewise linear:
+  /// the next τ is what would do were no class to enter or to leave (0, 1), so that the last step
+  /// is exact, and bisection where that is outside the bracket, or takes its time.
+  static found search(const double* d, index n, double wanted, double reach) {
+    double low = -reach, high = 0, threshold = low;
+    for (int round = 0;; ++round) {
+      const piece s = measure(d, n, threshold);
+      const double over = s.total - wanted;
+      const bool rises = over > 0;
+      (rises ? low : high) = threshold;
+      const double slope = rises ? s.falling : s.rising;
+      double step = over / slope;
+      if (slope == 0)
+        step = rises ? s.next_above : s.next_below;
+      double next = threshold + step;
+      const bool serves = low < next && next < high && round < 40;
+      if (!serves && next != threshold)
+        next = low + (high - low) / 2;
+      if (over == 0 || next == threshold || next == low || next == high ||
+          high - low <= 0x1p-60 * reach)
+        return {threshold, s.size};
+      threshold = next;
+    }
   }
 };
 
@@ -115,27 +156,17 @@ struct budget_young {
 
   double operator()(const double* x, const double* q, index n, index, double* slopes) const {
     using W = pack<double>;
-    return young_row(x, q, n, budget, slopes, [&](const double* z, index count, double, double*) {
-      double threshold = budget_formula(budget).solve(z, count, nullptr).term[0];
-      if (threshold == std::numeric_limits<double>::lowest())
-        threshold = below_all(z, count);
-      return [threshold](const W& at, const W& share) {
-        const W zero(0), over = at - W(threshold), excess = max(zero, over - W(1));
+    const auto solve = [&](const double* z, index count, double, double* room) {
+      const auto s = budget_formula(budget).solve(z, count, room);
+      return [level = s.shift, threshold = s.term[0]](const W& at, const W& share) {
+        const W zero(0), over = (at - W(level)) - W(threshold), excess = max(zero, over - W(1));
         const W gap = share - min(W(1), max(zero, over));
         const W outside = times_or_zero(share, max(zero, -over));
         const W above = max(zero, W(1) - share) * excess;
         return young_part{fma(W(0.5) * gap, gap, outside + above), gap};
       };
-    });
-  }
-
-private:
-  /// Where all have 1.
-  static double below_all(const double* z, index n) {
-    double least = std::numeric_limits<double>::infinity();
-    for (index j = 0; j < n; ++j)
-      least = z[j] > -std::numeric_limits<double>::infinity() ? std::min(least, z[j]) : least;
-    return least - (1 + 0x1p-40 * std::abs(least));
+    };
+    return young_row(x, q, n, budget, slopes, solve);
   }
 };
 
@@ -161,10 +192,10 @@ struct budget_options {
 /// B = 1 is sparsemax; an integer B relaxes the choice of the B largest. `result` may be the
 /// scores. Classes at -inf get 0; where there are no more than B others, those get 1 each. A NaN or
 /// +inf makes the row NaN, and its support 0.
-/// Error: 2 epsilon, absolute, and what rounding τ to a double makes (it shows in scores of 1e8 and
-/// more, or in double).
+/// Error: 2 epsilon, absolute.
 /// Throws std::invalid_argument on a mismatch of shapes, or if B is not a finite number above 0.
-/// Cost: some ten reads of a row in cache.
+/// Cost: some three reads of a row in cache, and some ten of the scores within 1 of τ; a selection
+/// from the row besides for large B.
 /// Source: Blondel, Martins and Niculae, "Learning with Fenchel-Young losses", JMLR 2020.
 template <class X, class Y, class T = core::compute_type<X>>
 requires core::scores_like<X, T> && core::gradient_like<Y, T>

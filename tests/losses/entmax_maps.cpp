@@ -369,7 +369,7 @@ TEMPLATE_TEST_CASE("budget_map: values and backward", "[entmax_maps]", float, do
           const bool inside = p(r, c) > 0 && p(r, c) < 1;
           const wide slope = inside ? wide(wide(d(r, c)) - mean) : wide(0);
           ++compared;
-          const wide rounded = size_of(low) * std::numeric_limits<double>::epsilon(); // τ
+          const wide rounded = size_of(low) * 0x1p-106; // τ here
           const bool right =
               of_map.within(size_of(wide(p(r, c)) - expected), 1, 2 * epsilon + rounded) &&
               of_slopes.within(size_of(wide(back(r, c)) - slope), 8, epsilon);
@@ -426,6 +426,48 @@ TEST_CASE("budget_map: known values", "[entmax_maps]") {
   check(2, {-most / 2, most / 2, 1, most}, {0, 1, 0, 1});
   for (const double budget : {0., -1., inf, n})
     CHECK_THROWS_AS(perdita::budget_map(out, out, {.budget = budget}), std::invalid_argument);
+}
+
+// Multiples of 1/4, so that everything is exact.
+TEMPLATE_TEST_CASE("budget_map: where scores are large", "[entmax_maps]", float, double) {
+  using T = TestType;
+  const T masked = -std::numeric_limits<T>::infinity(), most = std::numeric_limits<T>::max();
+  const auto check = [](double budget, std::vector<T> x, std::vector<T> expected) {
+    for (const bool from_last : {false, true}) {
+      std::vector<T> p(x.size(), 7);
+      std::vector<index> support{-1};
+      const auto cols = static_cast<index>(x.size());
+      perdita::budget_map(perdita::matrix_view<const T>(x.data(), 1, cols),
+                          perdita::matrix_view<T>(p.data(), 1, cols),
+                          {.budget = budget, .support = support});
+      INFO("budget " << budget << ", " << cols << " classes, the first " << x[0]);
+      CHECK(std::equal(p.begin(), p.end(), expected.begin()));
+      CHECK(support[0] ==
+            std::count_if(expected.begin(), expected.end(), [](T z) { return z > 0; }));
+      std::reverse(x.begin(), x.end());
+      std::reverse(expected.begin(), expected.end());
+    }
+  };
+  for (const T large : {T(1e12), T(1e17), T(3e38), most}) {
+    check(1, {large, large, 0}, {0.5, 0.5, 0});
+    check(1.5, {large, large, 0}, {0.75, 0.75, 0});
+    check(0.5, {-large, -large, masked}, {0.25, 0.25, 0});
+    check(2.5, {large, -large, 0, 0}, {1, 0, 0.75, 0.75});
+    check(2, {large, 5, 4.5, 4.25, -large}, {1, 0.75, 0.25, 0, 0});
+    check(1, {large, 5, 4.5, 4.25, -large}, {1, 0, 0, 0, 0});
+    check(3, {large, large, 4, -large, -large, masked}, {1, 1, 1, 0, 0, 0});
+    check(3.5, {large, large, 4, -large, -large, masked}, {1, 1, 1, 0.25, 0.25, 0});
+    std::vector<T> x(900, -large), p(900);
+    for (std::size_t k = 0; k < 100; ++k) {
+      x[9 * k] = k < 90 ? large : T(-1);
+      p[9 * k] = k < 90 ? T(1) : T(0.5);
+    }
+    check(95, x, p);
+    std::fill(p.begin(), p.end(), T(0.25));
+    for (std::size_t k = 0; k < 100; ++k)
+      p[9 * k] = 1;
+    check(300, x, p);
+  }
 }
 
 TEST_CASE("simplex maps: arguments are checked", "[entmax_maps]") {

@@ -302,6 +302,28 @@ TEMPLATE_TEST_CASE("Fenchel-Young losses: budget", "[fenchel_young]", float, dou
   report_accuracy<T>("fenchel_young_loss, budget", "", in_allowances, of_values, of_slopes);
 }
 
+// p = (1/2, 1/2, 0) and (1, 3/4, 1/4, 0, 0), to which q is near or equal.
+TEMPLATE_TEST_CASE("Fenchel-Young losses: budget, where scores are large", "[fenchel_young]", float,
+                   double) {
+  using T = TestType;
+  const auto check = [](double budget, const std::vector<T>& x, const std::vector<T>& q, T value,
+                        const std::vector<T>& slopes) {
+    std::vector<T> g(x.size(), 7);
+    const auto n = static_cast<index>(x.size());
+    CHECK(perdita::fenchel_young_loss<T, prediction::budget>({.prediction = {budget}})(
+              perdita::matrix_view<const T>(x.data(), 1, n),
+              perdita::matrix_view<const T>(q.data(), 1, n),
+              perdita::matrix_view<T>(g.data(), 1, n)) == value);
+    CHECK(g == slopes);
+  };
+  for (const T large : {T(1e17), T(3e38)}) {
+    check(1, {large, large, 0}, {0.5, 0.5, 0}, 0, {0, 0, 0});
+    check(1, {large, large, 0}, {0.75, 0.25, 0}, T(0.0625), {-0.25, 0.25, 0});
+    check(2, {large, 5, 4.5, 4.25, -large}, {1, 0.75, 0.25, 0, 0}, 0, {0, 0, 0, 0, 0});
+    check(2, {large, 5, 4.5, 4.25, -large}, {1, 0.5, 0.5, 0, 0}, T(0.0625), {0, 0.25, -0.25, 0, 0});
+  }
+}
+
 TEST_CASE("Fenchel-Young losses: arguments are checked", "[fenchel_young]") {
   using Catch::Matchers::ContainsSubstring;
   constexpr double n = std::numeric_limits<double>::quiet_NaN();
