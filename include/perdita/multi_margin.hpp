@@ -53,8 +53,10 @@ template <class T> struct multi_margin_formula : weston_watkins_formula<T> {
     const double sum = total + (label == label ? 0 : label), lost = sum == sum ? 0 : sum;
     const double weight = class_weights ? static_cast<double>(class_weights[y]) : 1;
     const double share = weight / static_cast<double>(n), factor = squared ? 2 * share : share;
-    return solution(times(share, sum) + lost, lost - times(factor, steps.total()), label, lost,
-                    factor);
+    double mean = times(share, sum);
+    if (total == std::numeric_limits<double>::infinity() && !squared) [[unlikely]]
+      mean = times(share, this->small_sum(x, n, y)) / this->down;
+    return solution(mean + lost, lost - times(factor, steps.total()), label, lost, factor);
   }
   /// The same, a row in each lane.
   summary<solved_row, pack<double>> solve_rows(pack<T>* x, index n, const pack<T>& label) const {
@@ -77,8 +79,11 @@ template <class T> struct multi_margin_formula : weston_watkins_formula<T> {
     const W sum = total + select(is_nan(own), own, zero), lost = select(is_nan(sum), sum, zero);
     const W share = W::load(weight) / W(static_cast<double>(n));
     const W factor = squared ? 2 * share : share;
-    return solutions(
-        zero, {weighted(share, sum) + lost, lost - weighted(factor, steps), own, lost, factor});
+    W mean = weighted(share, sum);
+    const auto beyond = total == W(std::numeric_limits<double>::infinity());
+    if (any(beyond) && !squared) [[unlikely]]
+      mean = select(beyond, weighted(share, this->small_sums(rivals)) / this->down, mean);
+    return solutions(zero, {mean + lost, lost - weighted(factor, steps), own, lost, factor});
   }
 };
 

@@ -56,7 +56,15 @@ template <class T> struct top_k_hinge_formula : solved_formula {
     double sum = 0;
     for (index i = 0; i < chosen; ++i)
       sum += gap(order[i]);
-    const double value = sum / count;
+    double value = sum / count;
+    if (!std::isfinite(value)) [[unlikely]] { // the differences or their sum may overflow alone
+      const auto small = [](double z) { return z * down; };
+      double small_sum = 0;
+      for (index i = 0; i < chosen; ++i)
+        small_sum += (small(order[i]) - small(static_cast<double>(x[y]))) +
+                     small(static_cast<double>(margin));
+      value = small_sum / count / down;
+    }
     if (most < k)
       return solution(value, (counted ? 1 / count : 0) - 1, inf, least, 1 / count);
     if (counted && (chosen == 0 || gap(order[chosen - 1]) >= 0)) {
@@ -116,10 +124,20 @@ template <class T> struct top_k_hinge_formula : solved_formula {
                            (count - before) / (count * ties));
     const W own_share = select(first_rows(select(by_label, one, zero)) > W(0), share, of_label);
     const auto none = count == W(0);
+    W value = sum / count;
+    const auto beyond = !(abs(value) < W(std::numeric_limits<double>::infinity()));
+    if (any(beyond)) [[unlikely]] { // as in solve()
+      const W label = first_rows(rivals.own) * down, width(static_cast<double>(margin) * down);
+      W small_sum(0);
+      for (index i = 0; i < k; ++i)
+        small_sum += select(first_rows(chosen) > W(static_cast<double>(i)),
+                            (first_rows(order[i]) * down - label) + width, W(0));
+      value = select(beyond, small_sum / count / down, value);
+    }
     const V of_top = gap(rivals.top);
     const V lost = select((rivals.top > nothing) & is_nan(of_top), of_top, rivals.spoilt);
     return solutions(first_rows(lost),
-                     {select(none, W(inf), sum / count), select(none, W(0), own_share) - 1,
+                     {select(none, W(inf), value), select(none, W(0), own_share) - 1,
                       first_rows(select(few, V(inf), select(by_label, upper, edge))),
                       first_rows(select(few, V(std::numeric_limits<T>::lowest()),
                                         select(by_label, lower, edge))),
@@ -127,6 +145,7 @@ template <class T> struct top_k_hinge_formula : solved_formula {
   }
 
 private:
+  static constexpr double down = 0x1p-64; ///< times this, sums of scores are numbers
   static constexpr double least = static_cast<double>(std::numeric_limits<T>::lowest());
 
   /// How many rivals are above the label and as good as it, and the largest of those that are not

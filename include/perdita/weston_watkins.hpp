@@ -21,6 +21,27 @@ template <class T> struct weston_watkins_formula : solved_formula {
     const V masked(-std::numeric_limits<T>::infinity());
     return select(x == masked, masked, (x - label) + V(margin));
   }
+  /// 2^-64 Σ of the gaps above 0, for where their sum overflows.
+  static constexpr double down = 0x1p-64;
+  double small_sum(const T* x, index n, index y) const {
+    const auto small = [](T z) { return static_cast<double>(z) * down; };
+    double sum = 0;
+    for (index k = 0; k < n; ++k) {
+      const double g = (small(x[k]) - small(x[y])) + small(margin);
+      sum += k != y && g > 0 ? g : 0;
+    }
+    return sum;
+  }
+  pack<double> small_sums(const short_rivals<T>& rivals) const {
+    using W = pack<double>;
+    const W zero(0), label = first_rows(rivals.own) * down;
+    W sum(0);
+    for (index k = 0; k < rivals.n; ++k) {
+      const W g = (rivals.score(k) * down - label) + W(static_cast<double>(margin) * down);
+      sum += select(g > zero, g, zero);
+    }
+    return sum;
+  }
   template <class V, class C> auto slopes(const C* c) const {
     return [this, label = to_lanes<V>(c[0]), lost = to_lanes<V>(c[1])](const V& x) {
       return select(gap(x, label) > V(0), V(1), V(0)) + lost;
@@ -43,7 +64,10 @@ template <class T> struct weston_watkins_formula : solved_formula {
           value.count_pack();
           active += select(inactive, V(0), V(1));
         });
-    const double total = value.total(0), lost = total == total ? 0 : total;
+    double total = value.total(0);
+    if (total == inf) [[unlikely]]
+      total = small_sum(x, n, y) / down;
+    const double lost = total == total ? 0 : total;
     const double label = static_cast<double>(x[y]), of_label = label == label ? 0 : label;
     return solution(total + of_label, lost + of_label - static_cast<double>(total_count(active)),
                     label, lost + of_label);
@@ -61,6 +85,9 @@ template <class T> struct weston_watkins_formula : solved_formula {
       total += first_rows(select(inactive, zero, g));
       active += select(inactive, zero, one);
     }
+    const auto beyond = total == W(std::numeric_limits<double>::infinity());
+    if (any(beyond)) [[unlikely]]
+      total = select(beyond, small_sums(rivals) / down, total);
     const W own = first_rows(rivals.own), of_label = select(is_nan(own), own, W(0));
     const W lost = of_label + select(is_nan(total), total, W(0));
     return solutions(W(0), {total + of_label, lost - first_rows(active), own, lost, W(0)});

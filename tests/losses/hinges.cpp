@@ -177,6 +177,61 @@ TEMPLATE_TEST_CASE("top_k_hinge: special rows", "[hinges]", float, double) {
   check_special(top_k_hinge_descriptor<TestType>(), rows, 8);
 }
 
+/// Two of which make a number that T does not have.
+template <class T> constexpr double half_of_most = sizeof(T) == 4 ? 0x1p127 : 0x1p1023;
+
+/// The rows as they are, and with so many masked classes that they are long.
+std::vector<special_row> short_and_long(std::vector<special_row> rows) {
+  for (std::size_t k = 0, count = rows.size(); k < count; ++k) {
+    special_row row = rows[k];
+    row.scores.resize(row.scores.size() + 40, -inf);
+    row.gradient.resize(row.scores.size(), 0);
+    rows.push_back(row);
+  }
+  return rows;
+}
+
+TEMPLATE_TEST_CASE("top_k_hinge: differences beyond T whose mean is not", "[hinges]", float,
+                   double) {
+  const double l = half_of_most<TestType>;
+  const std::vector<special_row> rows{
+      {"k = 2 of three", 1, {l, -l, 0}, 1, {}, 1.5 * l, {0.5, -1, 0.5}},
+      {"k = 2 with the label", 1, {l, -l}, 1, {}, l, {0.5, -0.5}},
+      {"k = 2 below the label", 1, {-l, l, -l}, 1, {}, -l, {0.25, -0.5, 0.25}},
+      {"k = 2, ties", 1, {l, -l, l / 2, l / 2}, 1, {}, 1.75 * l, {0.5, -1, 0.25, 0.25}},
+      {"k = 5", 2, {l, -l, l, 0, 0, -l}, 1, {}, 1.2 * l, {0.2, -1, 0.2, 0.2, 0.2, 0.2}},
+      {"k = 5, label highest", 2, {-l, l, -l, -l, -l}, 1, {}, -1.6 * l, {0.2, -0.8, 0.2, 0.2, 0.2}},
+  };
+  check_special(top_k_hinge_descriptor<TestType>(), short_and_long(rows), 8);
+}
+
+// Their mean over the rows is.
+TEST_CASE("weston_watkins: sums beyond float", "[hinges]") {
+  const float l = 0x1p127F;
+  for (const index cols : {3, 40}) {
+    std::vector<float> x(static_cast<std::size_t>(4 * cols), static_cast<float>(-inf));
+    std::vector<float> g(x.size(), 7), expected(x.size());
+    for (std::size_t r = 0; r < 4; ++r) {
+      const auto at = r * static_cast<std::size_t>(cols);
+      x[at] = r == 0 ? -l : l;
+      x[at + 1] = r == 0 ? l : 0;
+      x[at + 2] = 0;
+    }
+    expected[0] = -0.5, expected[1] = expected[2] = 0.25;
+    CHECK(perdita::weston_watkins<float>()(
+              perdita::matrix_view<const float>(x.data(), 4, cols), std::vector<int>{0, 0, 0, 0},
+              perdita::matrix_view<float>(g.data(), 4, cols)) == 0.75F * l);
+    CHECK(g == expected);
+  }
+  // 40 of which each is a number
+  std::vector<float> x(40, l / 8), g(40);
+  std::vector<float> weight{0.125F};
+  x[7] = 0;
+  CHECK(perdita::weston_watkins<float>({.margin = 0, .reduction = perdita::reduction::sum})(
+            perdita::matrix_view<const float>(x.data(), 1, 40), std::vector<int>{7},
+            perdita::matrix_view<float>(g.data(), 1, 40), {.row_weights = weight}) == l / 64 * 39);
+}
+
 // What is above the k-th is found in parts of a long row: see rival_scores.
 TEMPLATE_TEST_CASE("top_k_hinge: the 50 largest of thousands", "[hinges]", float, double) {
   using T = TestType;

@@ -218,6 +218,25 @@ TEMPLATE_TEST_CASE("multi_margin: special rows", "[multi_margin]", float, double
   check_special(multi_margin_descriptor<TestType>(), rows, 8);
 }
 
+TEMPLATE_TEST_CASE("multi_margin: differences beyond T whose mean is not", "[multi_margin]", float,
+                   double) {
+  const double l = sizeof(TestType) == 4 ? 0x1p127 : 0x1p1023; // 2 l is infinite
+  std::vector<special_row> rows{
+      {"two above", 0, {l, -l, 0, -l}, 1, {}, 0.75 * l, {0.25, -0.75, 0.25, 0.25}},
+      {"one above", 4, {l, -l, -l, -l}, 1, {}, 0.5 * l, {0.25, -0.25, 0, 0}},
+      {"below", 0, {-l, l, -l, -l}, 1, {}, 0, {0, 0, 0, 0}},
+      {"weight 0", 2, {l, 0, 0, 0, -l}, 4, {}, 0, {0, 0, 0, 0, 0}},
+      {"weight 1/4", 2, {-l, l, l, 0, 0}, 0, {}, 0.3 * l, {-0.2, 0.05, 0.05, 0.05, 0.05}},
+  };
+  special_row longer = rows[0];
+  longer.scores.resize(64, -inf);
+  longer.gradient = {1. / 64, -3. / 64, 1. / 64, 1. / 64};
+  longer.gradient.resize(64, 0);
+  longer.value = 3 * (l / 64);
+  rows.push_back(longer);
+  check_special(multi_margin_descriptor<TestType>(), rows, 8);
+}
+
 TEST_CASE("multi_margin: weights and the mean", "[multi_margin]") {
   const std::vector<double> x{0, 1, 1, 0.5, 2, 2}, w{3, 0.5, 1};
   const std::vector<int> labels{0, 1};
