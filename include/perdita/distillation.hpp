@@ -32,6 +32,13 @@ enum class logit_distance {
 
 namespace core {
 
+/// T² must be a number with all its digits, where it is a factor.
+template <class T> void require_square(const char* name, T temperature, bool keep_size) {
+  const auto t = static_cast<double>(temperature);
+  require(!keep_size || std::isnormal(t * t), name, "temperature", temperature,
+          "a number whose square neither overflows nor underflows, or keep_size false");
+}
+
 /// e^x − 1 − x for |x| ≤ 1, with all its digits.
 inline pack<double> exp_beyond_linear(const pack<double>& x) {
   using W = pack<double>;
@@ -420,7 +427,7 @@ template <class T = float> class distillation : public row_loss<distillation<T>,
 public:
   struct options {
     perdita::divergence divergence = perdita::divergence::forward_kl;
-    T temperature = 1;     ///< T > 0, of both
+    T temperature = 1;     ///< T > 0, of both; with keep_size T² must be a normal double
     T beta = T(0.5);       ///< of jensen_shannon: the teacher's weight, between 0 and 1
     bool keep_size = true; ///< the factor T²
     perdita::reduction reduction = perdita::reduction::mean;
@@ -436,6 +443,7 @@ public:
                              "one of those that are named");
     core::require(o.temperature > 0 && std::isfinite(o.temperature), name, "temperature",
                   o.temperature, "a finite number above 0");
+    core::require_square(name, o.temperature, o.keep_size);
     core::require(o.beta > 0 && o.beta < 1, name, "beta", o.beta, "a number between 0 and 1");
     core::require_reduction(name, o.reduction);
   }
@@ -487,7 +495,7 @@ template <class T = float> class logit_matching : public row_loss<logit_matching
 public:
   struct options {
     logit_distance distance = logit_distance::log_cosh;
-    T temperature = 2;      ///< T > 0, of both; of no effect on squared errors that keep their size
+    T temperature = 2;      ///< as distillation's; of no effect on squared errors of kept size
     bool keep_size = true;  ///< the factor T²
     bool per_class = false; ///< the mean over the classes, not the sum
     perdita::reduction reduction = perdita::reduction::mean;
@@ -503,6 +511,7 @@ public:
                              "one of those that are named");
     core::require(o.temperature > 0 && std::isfinite(o.temperature), name, "temperature",
                   o.temperature, "a finite number above 0");
+    core::require_square(name, o.temperature, o.keep_size);
     core::require_reduction(name, o.reduction);
   }
   const options& settings() const { return options_; }

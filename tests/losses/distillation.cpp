@@ -449,6 +449,34 @@ TEMPLATE_TEST_CASE("distillation: special rows", "[distillation]", float, double
   check_special(distillation_descriptor<TestType>(), rows, 8);
 }
 
+// T² = ∞ made the value NaN, and T² = 0 the slopes 0.
+TEST_CASE("distillation, logit_matching: a temperature without a square", "[distillation]") {
+  using Catch::Matchers::ContainsSubstring;
+  std::vector<double> x{0, 1}, t{1, 0}, g(2, 5);
+  const auto call = [&](auto loss) {
+    return loss(perdita::matrix_view<const double>(x.data(), 1, 2),
+                perdita::matrix_view<const double>(t.data(), 1, 2),
+                perdita::matrix_view<double>(g.data(), 1, 2));
+  };
+  for (const double at : {1e160, 1e-170, 1e-155}) {
+    INFO("temperature " << at);
+    CHECK_THROWS_WITH(call(perdita::distillation<double>({.temperature = at})),
+                      ContainsSubstring("perdita::distillation: temperature is 1e") &&
+                          ContainsSubstring("square"));
+    CHECK_THROWS_WITH(call(perdita::logit_matching<double>({.temperature = at})),
+                      ContainsSubstring("perdita::logit_matching: temperature is 1e") &&
+                          ContainsSubstring("square"));
+    CHECK(g == std::vector<double>(2, 5));
+    CHECK_NOTHROW(perdita::distillation<double>({.temperature = at, .keep_size = false}));
+    CHECK_NOTHROW(perdita::logit_matching<double>({.temperature = at, .keep_size = false}));
+  }
+  // T (p − q) = T (tanh(1/(2T)), …)
+  call(perdita::distillation<double>({.temperature = 1e150}));
+  CHECK(std::abs(g[1] - 0.5) <= 1e-15);
+  call(perdita::distillation<double>({.temperature = 1e-150}));
+  CHECK(std::abs(g[1] / 1e-150 - 1) <= 1e-15);
+}
+
 TEST_CASE("distillation: what is refused", "[distillation]") {
   using Catch::Matchers::ContainsSubstring;
   using loss = perdita::distillation<float>;
