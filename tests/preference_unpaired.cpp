@@ -789,6 +789,34 @@ TEST_CASE("exo_list: rewards whose quotients overflow", "[preference]") {
   CHECK(g == h);
 }
 
+TEST_CASE("exo_list: targets below all numbers", "[preference]") {
+  const std::vector<double> q(3), r{1e308, 0, -1e308}; // t = 0, −1e309 and −2e309
+  const auto list = [](const auto& v) { return matrix_view(v.data(), 1, 3); };
+  // s = 0, −up/10 and −up/10
+  for (const double up : {1., 7000., 7060.}) {
+    const std::vector<double> p{0, -up, -up};
+    std::vector<double> g(3, 7);
+    const double value = perdita::exo_list<double>()({.policy = list(p), .reference = list(q)},
+                                                     list(r), matrix_view<double>(g.data(), 1, 3));
+    const wide beta = 0.1, image = exp(wide(-beta * up)), share = image / (1 + 2 * image);
+    const wide unit = wide(1e308) / beta, expected = 3 * share * unit;
+    const wide slopes[] = {-(1 - 2 * share) * expected, share * (unit - expected),
+                           share * (2 * unit - expected)};
+    const auto check = [&](double got, const wide& want, const wide& factor) {
+      INFO("policy " << up << ": " << got << " for " << text(wide(factor * want)));
+      if (size_of(want) > std::numeric_limits<double>::max())
+        CHECK(got == (want > 0 ? 1 : -1) * std::numeric_limits<double>::infinity());
+      else
+        CHECK(size_of(got - factor * want) <= 1e-12 * size_of(factor * want));
+    };
+    check(value, expected, 1);
+    for (std::size_t k = 0; k < 3; ++k)
+      check(g[k], slopes[k], beta); // s is β log π
+  }
+  CHECK_THROWS_WITH(perdita::exo_list<double>({.reward_beta = 1e-310}),
+                    ContainsSubstring("whose inverse is finite"));
+}
+
 TEST_CASE("list losses: bad input", "[preference]") {
   const std::vector<double> p(4, -1), y{1, 0, 1, 2};
   std::vector<double> g(4, 5);

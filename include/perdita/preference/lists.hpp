@@ -491,38 +491,50 @@ private:
 
 namespace core {
 
-/// KL(P ‖ softmax(c y)), P = softmax(s), with log-softmaxes that keep their digits.
+/// KL(P ‖ softmax(y/β_r)), P = softmax(s), with log-softmaxes that keep their digits.
 struct exo_formula {
-  double factor; // c
+  double beta; // β_r
 
   double operator()(list_row& row) const {
     if (!all_finite(row))
       return std::numeric_limits<double>::quiet_NaN();
-    const double top = *std::max_element(row.targets, row.targets + row.size);
-    for (index i = 0; i < row.size; ++i) // the maximum off first: large rewards have no product
-      row.targets[i] = (row.targets[i] - top) * factor;
+    const double top = *std::max_element(row.targets, row.targets + row.size), factor = 1 / beta;
     double *const log_p = row.spare[0], *const log_t = row.spare[1];
+    for (index i = 0; i < row.size; ++i) // the maximum off first: large rewards have no product
+      log_t[i] = (row.targets[i] - top) * factor;
     log_softmax(row.scores, row.size, log_p);
-    log_softmax(row.targets, row.size, log_t);
-    exact_sum value;
-    for (index i = 0; i < row.size; ++i)
-      value.add(links::times(std::exp(log_p[i]), log_p[i] - log_t[i]));
-    for (index i = 0; i < row.size; ++i)
-      row.slopes[i] = links::times(std::exp(log_p[i]), (log_p[i] - log_t[i]) - value.value());
-    return value.value();
+    log_softmax(log_t, row.size, log_t);
+    if (!list_row::all_of(log_t, row.size, [](double t) { return std::isfinite(t); }))
+      return divergence(row, 0x1p-11 * beta, [&](index i) {
+        const double t = std::isfinite(log_t[i]) ? log_t[i] * (0x1p-11 * beta)
+                                                 : (row.targets[i] / 2 - top / 2) * 0x1p-10;
+        return log_p[i] * (0x1p-11 * beta) - t;
+      });
+    return divergence(row, 1, [&](index i) { return log_p[i] - log_t[i]; });
   }
 
 private:
-  /// The leader's own is −log1p(Σ of the others).
+  /// From unit (log P − t), which are numbers where t is none.
+  template <class Ratio> static double divergence(list_row& row, double unit, Ratio ratio) {
+    const double* const log_p = row.spare[0];
+    exact_sum value;
+    for (index i = 0; i < row.size; ++i)
+      value.add(links::times(std::exp(log_p[i]), ratio(i)));
+    for (index i = 0; i < row.size; ++i)
+      row.slopes[i] = links::times(std::exp(log_p[i]), ratio(i) - value.value()) / unit;
+    return value.value() / unit;
+  }
+  /// The leader's own is −log1p(Σ of the others). `out` may be z.
   static void log_softmax(const double* z, index n, double* out) {
     const index top = std::max_element(z, z + n) - z;
+    const double most = z[top];
     exact_sum rest;
     for (index i = 0; i < n; ++i)
       if (i != top)
-        rest.add(std::exp(z[i] - z[top]));
+        rest.add(std::exp(z[i] - most));
     const double log_sum = std::log1p(rest.value());
     for (index i = 0; i < n; ++i)
-      out[i] = (z[i] - z[top]) - log_sum;
+      out[i] = (z[i] - most) - log_sum;
   }
 };
 
@@ -551,6 +563,8 @@ public:
   explicit(false) exo_list(const options& o) : options_(o) {
     core::positive(name, "beta", o.beta);
     core::positive(name, "reward_beta", o.reward_beta);
+    core::require(std::isfinite(1 / o.reward_beta), name, "reward_beta", o.reward_beta,
+                  "a finite number above 0 whose inverse is finite");
     core::require_reduction(name, o.reduction);
   }
   const options& settings() const { return options_; }
@@ -560,7 +574,7 @@ public:
                const sequence_report<T>& report = {}) const {
     const core::list_reducer<T> lists(name, scores, {.beta = options_.beta}, rewards, gradient,
                                       call, report);
-    return lists.run(options_.reduction, core::exo_formula{1 / options_.reward_beta});
+    return lists.run(options_.reduction, core::exo_formula{options_.reward_beta});
   }
 
 private:
