@@ -57,14 +57,8 @@ template <class T> struct top_k_hinge_formula : solved_formula {
     for (index i = 0; i < chosen; ++i)
       sum += gap(order[i]);
     double value = sum / count;
-    if (!std::isfinite(value)) [[unlikely]] { // the differences or their sum may overflow alone
-      const auto small = [](double z) { return z * down; };
-      double small_sum = 0;
-      for (index i = 0; i < chosen; ++i)
-        small_sum += (small(order[i]) - small(static_cast<double>(x[y]))) +
-                     small(static_cast<double>(margin));
-      value = small_sum / count / down;
-    }
+    if (!std::isfinite(value)) [[unlikely]]
+      value = small_mean(order, chosen, count, static_cast<double>(x[y]));
     if (most < k)
       return solution(value, (counted ? 1 / count : 0) - 1, inf, least, 1 / count);
     if (counted && (chosen == 0 || gap(order[chosen - 1]) >= 0)) {
@@ -126,7 +120,7 @@ template <class T> struct top_k_hinge_formula : solved_formula {
     const auto none = count == W(0);
     W value = sum / count;
     const auto beyond = !(abs(value) < W(std::numeric_limits<double>::infinity()));
-    if (any(beyond)) [[unlikely]] { // as in solve()
+    if (any(beyond)) [[unlikely]] { // as small_mean()
       const W label = first_rows(rivals.own) * down, width(static_cast<double>(margin) * down);
       W small_sum(0);
       for (index i = 0; i < k; ++i)
@@ -146,6 +140,14 @@ template <class T> struct top_k_hinge_formula : solved_formula {
 
 private:
   static constexpr double down = 0x1p-64; ///< times this, sums of scores are numbers
+  /// The value where differences, or their sum, may have overflowed alone.
+  PERDITA_NOINLINE double small_mean(const double* order, index chosen, double count,
+                                     double own) const {
+    double sum = 0;
+    for (index i = 0; i < chosen; ++i)
+      sum += (order[i] * down - own * down) + static_cast<double>(margin) * down;
+    return sum / count / down;
+  }
   static constexpr double least = static_cast<double>(std::numeric_limits<T>::lowest());
 
   /// How many rivals are above the label and as good as it, and the largest of those that are not
