@@ -102,6 +102,35 @@ TEMPLATE_TEST_CASE("cross_entropy: labels of any integral type", "[cross_entropy
   CHECK(got == right);
 }
 
+TEST_CASE("cross_entropy: a temperature or softcap without a finite inverse is refused",
+          "[cross_entropy]") {
+  using Catch::Matchers::ContainsSubstring;
+  std::vector<float> x{1, 2, 3}, g(3, 5);
+  const std::vector<int> y{1};
+  const auto call = [&](const perdita::cross_entropy<float>::options& o) {
+    cross_entropy<float> loss(o);
+    return loss(perdita::matrix_view<const float>(x.data(), 1, 3), y,
+                perdita::matrix_view<float>(g.data(), 1, 3));
+  };
+  CHECK_THROWS_WITH(call({.temperature = 1e-40F}),
+                    ContainsSubstring("perdita::cross_entropy: temperature is 9.999946") &&
+                        ContainsSubstring("expected a finite number above 0 whose inverse is "
+                                          "finite"));
+  CHECK_THROWS_WITH(
+      call({.softcap = 1e-40F}),
+      ContainsSubstring("softcap is") &&
+          ContainsSubstring("expected 0 for none, or a finite number whose inverse is finite"));
+  CHECK_THROWS_WITH(cross_entropy<double>({.temperature = 1e-310}),
+                    ContainsSubstring("whose inverse is finite"));
+  CHECK_THROWS_WITH(cross_entropy<double>({.softcap = 1e-310}),
+                    ContainsSubstring("whose inverse is finite"));
+  CHECK(g == std::vector<float>(3, 5));
+  CHECK_NOTHROW(call({.temperature = 3e-39F}));
+  CHECK_NOTHROW(call({.softcap = 3e-39F}));
+  for (const float slope : g)
+    CHECK(slope == slope);
+}
+
 TEST_CASE("cross_entropy: a label that its own type makes large is refused", "[cross_entropy]") {
   const row_major x = some_scores();
   std::vector<std::uint64_t> y(rows, 0);

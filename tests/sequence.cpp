@@ -1500,6 +1500,11 @@ TEST_CASE("sequence_head: bad input", "[sequence]") {
   fails([&] { head.scores(z, all, layout::padded(2, 5), s); }, "size of labels is 11, expected 10");
   fails([] { perdita::sequence_head<float>({.temperature = 0}); }, "temperature is 0");
   fails([] { perdita::sequence_head<float>({.softcap = -1}); }, "softcap is -1");
+  for (const double small : {1e-40, 1e-50}) {
+    fails([&] { perdita::sequence_head<float>({.temperature = small}); },
+          "whose inverse is finite");
+    fails([&] { perdita::sequence_head<float>({.softcap = small}); }, "whose inverse is finite");
+  }
 }
 
 } // namespace perdita_tests

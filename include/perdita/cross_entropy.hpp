@@ -243,8 +243,8 @@ public:
     vector_view<const T> class_weights{}; ///< w ≥ 0; all 1 if not given. Both are copied.
     std::int64_t ignore_index = -100;     ///< rows with this label do not count
     perdita::reduction reduction = perdita::reduction::mean;
-    T temperature = 1;   ///< > 0
-    T softcap = 0;       ///< > 0, or 0 for none
+    T temperature = 1;   ///< > 0, as its inverse must be finite: in float from 3e-39 on
+    T softcap = 0;       ///< the same, or 0 for none
     T log_z_penalty = 0; ///< c ≥ 0
     T focal_gamma = 0;   ///< γ ≥ 0; for labels only
   };
@@ -258,9 +258,10 @@ public:
     const auto finite_from_0 = [](T x) { return x >= 0 && std::isfinite(x); };
     require(o.label_smoothing >= 0 && o.label_smoothing <= 1, name, "label_smoothing",
             o.label_smoothing, "a number in [0, 1]");
-    require(o.temperature > 0 && std::isfinite(o.temperature), name, "temperature", o.temperature,
-            "a finite number above 0");
-    require(finite_from_0(o.softcap), name, "softcap", o.softcap, "a finite number, 0 for none");
+    require(o.temperature > 0 && std::isfinite(o.temperature) && std::isfinite(1 / o.temperature),
+            name, "temperature", o.temperature, "a finite number above 0 whose inverse is finite");
+    require(finite_from_0(o.softcap) && (o.softcap == 0 || std::isfinite(1 / o.softcap)), name,
+            "softcap", o.softcap, "0 for none, or a finite number whose inverse is finite");
     require(finite_from_0(o.log_z_penalty), name, "log_z_penalty", o.log_z_penalty,
             "a finite number, 0 or more");
     require(finite_from_0(o.focal_gamma), name, "focal_gamma", o.focal_gamma,

@@ -217,6 +217,8 @@ TEST_CASE("prediction_entropy: bad input is refused, and nothing written", "[ent
   CHECK_THROWS_WITH(loss_type({.row = inf}), ContainsSubstring("row is inf"));
   CHECK_THROWS_WITH(loss_type({.batch = inf}), ContainsSubstring("batch is inf"));
   CHECK_THROWS_WITH(loss_type({.temperature = 0}), ContainsSubstring("temperature is 0"));
+  CHECK_THROWS_WITH(loss_type({.temperature = 1e-310}),
+                    ContainsSubstring("whose inverse is finite"));
   const loss_type loss;
   std::vector<double> x(6, 1), g(6, 5), two(2, 5);
   const std::vector<double> three(3, 1);
