@@ -35,6 +35,7 @@ needs() {
       needs test
       package libbenchmark-dev
       package libomp-dev
+      package libclang-rt-dev
       tool g++ g++
       tool clang++ clang
       tool clang-format clang-format
