@@ -121,11 +121,11 @@ template <class T> struct top_k_hinge_formula : solved_formula {
     W value = sum / count;
     const auto beyond = !(abs(value) < W(std::numeric_limits<double>::infinity()));
     if (any(beyond)) [[unlikely]] { // as small_mean()
-      const W label = first_rows(rivals.own) * down, width(static_cast<double>(margin) * down);
+      const W own = first_rows(rivals.own) * down, over(static_cast<double>(margin) * down);
       W small_sum(0);
       for (index i = 0; i < k; ++i)
         small_sum += select(first_rows(chosen) > W(static_cast<double>(i)),
-                            (first_rows(order[i]) * down - label) + width, W(0));
+                            (first_rows(order[i]) * down - own) + over, W(0));
       value = select(beyond, small_sum / count / down, value);
     }
     const V of_top = gap(rivals.top);

@@ -971,19 +971,19 @@ TEMPLATE_TEST_CASE("linear_chain_crf: nothing to do", "[crf]", float, double) {
 TEST_CASE("linear_chain_crf: decode refuses what belongs to the loss", "[crf]") {
   const auto p = make<float>(3, 4, 2, 1, 1);
   const std::vector<int> untouched(12, -7);
-  auto paths = untouched;
-  const std::vector<float> three(3, 1.0F);
+  auto found = untouched;
+  const std::vector<float> ones(3, 1.0F);
   std::vector<float> scores(3, -7.0F), by_product(3);
   const auto refused = [&](perdita::call_options<float> call, const char* message) {
     call.values = scores;
     CHECK_THROWS_WITH(perdita::linear_chain_crf<float>().decode(
-                          p.emission_view(), p.chain(), matrix_view(paths.data(), 3, 4), call),
+                          p.emission_view(), p.chain(), matrix_view(found.data(), 3, 4), call),
                       Catch::Matchers::ContainsSubstring(message));
-    CHECK(paths == untouched);
+    CHECK(found == untouched);
     CHECK(scores == std::vector<float>(3, -7.0F));
   };
-  refused({.row_weights = three}, "linear_chain_crf: row_weights is given, expected none");
-  refused({.upstream = three}, "linear_chain_crf: upstream is given, expected none");
+  refused({.row_weights = ones}, "linear_chain_crf: row_weights is given, expected none");
+  refused({.upstream = ones}, "linear_chain_crf: upstream is given, expected none");
   refused({.normaliser = 2}, "linear_chain_crf: normaliser is 2, expected 0");
   refused({.log_sum_exp = by_product}, "linear_chain_crf: log_sum_exp is given, expected none");
 }

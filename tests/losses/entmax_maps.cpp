@@ -433,7 +433,7 @@ TEMPLATE_TEST_CASE("budget_map: where scores are large", "[entmax_maps]", float,
   using T = TestType;
   const T masked = -std::numeric_limits<T>::infinity(), most = std::numeric_limits<T>::max();
   const auto check = [](double budget, std::vector<T> x, std::vector<T> expected) {
-    for (const bool from_last : {false, true}) {
+    for (int order = 0; order < 2; ++order) {
       std::vector<T> p(x.size(), 7);
       std::vector<index> support{-1};
       const auto cols = static_cast<index>(x.size());
