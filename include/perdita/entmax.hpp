@@ -177,8 +177,9 @@ struct entmax_options {
 ///   p_j = ((α−1) x_j − τ)_+^{1/(α−1)},   Σ p = 1
 ///
 /// `result` may be the scores. p is exactly 0 where x_j ≤ max x − 1/(α−1). For α > 2 a probability
-/// has an infinite slope where it leaves 0, and is as exact there as doubles for τ make it: half
-/// their digits for α = 3. Special values and support: as sparsemax.
+/// has an infinite slope where it leaves 0, and is as exact there as doubles for τ make it, to some
+/// 10^(−16/(α−1)): half their digits for α = 3, none for α = 50. Special values and support: as
+/// sparsemax.
 /// Throws std::invalid_argument on a mismatch of shapes, or if α is not a finite number above 1.
 /// Source: Peters, Niculae and Martins, "Sparse sequence-to-sequence models", ACL 2019.
 template <class X, class Y, class T = core::compute_type<X>>
@@ -286,7 +287,7 @@ private:
 ///
 /// with everything else as sparsemax_loss has it.
 /// For α > 2 a probability has an infinite slope where it leaves 0, and is as exact there as
-/// doubles for τ make it: half their digits for α = 3.
+/// doubles for τ make it, to some 10^(−16/(α−1)): half their digits for α = 3, none for α = 50.
 /// Special values, shapes, reductions, errors: as sparsemax_loss. α = 2 is served faster by a loss
 /// of its own, and α = 3/2 and 5/4 take squares and roots; else each score within 1/(α−1) of the
 /// maximum takes an exponential and a logarithm in double, some five times for the threshold and
