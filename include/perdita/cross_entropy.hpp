@@ -17,12 +17,14 @@ namespace core {
 
 /// The numbers of a cross-entropy that its formula needs, all sizes settled.
 template <class T> struct cross_entropy_parameters {
-  double smoothing = 0, focal_gamma = 0, log_z_penalty = 0, cap = 0, inverse_temperature = 1;
-  const T* class_weights = nullptr; // all 1 if not given
-  side_cursor<T> side;              // at class 0
-  double spread = 1;                // what the side numbers are to be multiplied by
+  double smoothing = 0, focal_gamma = 0, log_z_penalty = 0, inverse_temperature = 1;
+  T cap = 0, inverse_cap = 0, scale = 1; // of scores; the last is the inverse temperature
+  const T* class_weights = nullptr;      // all 1 if not given
+  side_cursor<T> side;                   // at class 0
+  double spread = 1;                     // what the side numbers are to be multiplied by
   bool soft = false;
-  bool tempered = false; // the inverse temperature is not 1
+  bool tempered = false; // the scale is not 1
+  bool sides = false;    // some side number may not be 0
 };
 
 /// Cross-entropy as an algebra: value and slope are functions of target_odds. Where there is a soft
@@ -36,7 +38,6 @@ template <class T, class Statistic> struct cross_entropy_formula : row_formula {
   static constexpr bool general = std::is_same_v<Statistic, log_sum_exp_and_moments>;
   static constexpr bool proportional = !smoothed && !general;
   static constexpr bool has_side = general;
-  static constexpr bool slope_reads_raw = general;
 
   cross_entropy_parameters<T> p;
 
@@ -49,33 +50,35 @@ template <class T, class Statistic> struct cross_entropy_formula : row_formula {
     return s;
   }
 
-  /// z = cap tanh(x / cap) / temperature; a masked score stays -inf.
-  template <class V> PERDITA_INLINE V score(const V& x) const {
-    const V scale(static_cast<T>(p.inverse_temperature));
-    if (!general || p.cap == 0) {
-      if (!p.tempered) // a branch costs less than a multiplication
-        return x;
-      return x * scale;
-    }
-    const V masked(-std::numeric_limits<T>::infinity());
-    const V capped = tanh(x * V(static_cast<T>(1 / p.cap))) * V(static_cast<T>(p.cap));
-    return select(x == masked, masked, capped * scale);
-  }
-  /// temperature · ∂z/∂x
-  template <class V> PERDITA_INLINE V steepness(const V& x) const {
-    using S = typename V::value_type;
+  /// z = cap tanh(x / cap) / temperature; a masked score stays -inf. As steepness,
+  /// temperature · ∂z/∂x.
+  template <class V> PERDITA_INLINE scored_number<V> scored(const V& x) const requires general {
     if (p.cap == 0)
-      return V(1);
-    return select(x == V(-std::numeric_limits<S>::infinity()), V(1),
-                  tanh_slope(x * V(static_cast<S>(1 / p.cap))));
+      return {tempered(x), V(1)};
+    const V masked(-std::numeric_limits<T>::infinity());
+    const auto [y, slope] = tanh_with_slope(x * V(p.inverse_cap));
+    const V z = y * V(p.cap) * V(p.scale);
+    return {select(x == masked, masked, z), select(x == masked, V(1), slope)};
   }
-  bool slope_reads_score() const { return general && p.cap > 0; }
+  template <class V> PERDITA_INLINE V score(const V& x) const {
+    if constexpr (general)
+      return scored(x).z;
+    else
+      return tempered(x);
+  }
+  template <class V> PERDITA_INLINE V tempered(const V& x) const {
+    if (!p.tempered) // a branch costs less than a multiplication
+      return x;
+    return x * V(p.scale);
+  }
+  bool images_are_steep() const { return general && p.cap > 0 && !p.sides; }
+  bool slope_reads_score() const { return general && p.cap > 0 && p.sides; }
   template <class V>
-  PERDITA_INLINE V slope(const V& x, const V& share, const V& b, const V*) const {
+  PERDITA_INLINE V slope(const V& steepness, const V& share, const V& b, const V*) const {
     const V pull = b * V(static_cast<T>(p.spread * p.inverse_temperature));
     if constexpr (smoothed)
       return share - pull;
-    return select(b == V(0), share, share - pull) * steepness(x);
+    return select(b == V(0), share, share - pull) * steepness;
   }
 
   /// Out of line: rare, and long where everything around it is in registers.
@@ -130,7 +133,7 @@ template <class T, class Statistic> struct cross_entropy_formula : row_formula {
     out.image_scale = out.image_scale * slower;
     out.target_gradient = out.target_gradient * slower;
     if constexpr (general)
-      out.target_gradient = out.target_gradient * steepness(row.raw_target);
+      out.target_gradient = out.target_gradient * scored(row.raw_target).steepness;
     return out;
   }
 
@@ -258,10 +261,9 @@ public:
     const auto finite_from_0 = [](T x) { return x >= 0 && std::isfinite(x); };
     require(o.label_smoothing >= 0 && o.label_smoothing <= 1, name, "label_smoothing",
             o.label_smoothing, "a number in [0, 1]");
-    require(o.temperature > 0 && std::isfinite(o.temperature) && std::isfinite(1 / o.temperature),
-            name, "temperature", o.temperature, "a finite number above 0 whose inverse is finite");
-    require(finite_from_0(o.softcap) && (o.softcap == 0 || std::isfinite(1 / o.softcap)), name,
-            "softcap", o.softcap, "0 for none, or a finite number whose inverse is finite");
+    core::invertible<T>(name, "temperature", o.temperature);
+    require(o.softcap == 0 || core::is_invertible<T>(o.softcap), name, "softcap", o.softcap,
+            "0 for none, or a finite number whose inverse is finite");
     require(finite_from_0(o.log_z_penalty), name, "log_z_penalty", o.log_z_penalty,
             "a finite number, 0 or more");
     require(finite_from_0(o.focal_gamma), name, "focal_gamma", o.focal_gamma,
@@ -363,11 +365,15 @@ private:
     p.smoothing = static_cast<double>(options_.label_smoothing);
     p.focal_gamma = static_cast<double>(options_.focal_gamma);
     p.log_z_penalty = static_cast<double>(options_.log_z_penalty);
-    p.cap = static_cast<double>(options_.softcap);
     p.inverse_temperature = 1 / static_cast<double>(options_.temperature);
+    p.scale = static_cast<T>(p.inverse_temperature);
     p.tempered = p.inverse_temperature != 1;
+    p.cap = options_.softcap;
+    if (p.cap > 0)
+      p.inverse_cap = static_cast<T>(1 / static_cast<double>(p.cap));
     p.class_weights = class_weights_.empty() ? nullptr : class_weights_.data();
     p.soft = job.has_soft_target() && !job.labels;
+    p.sides = p.soft || p.smoothing > 0;
     // side number of class c: ε π_c w_c + (1 − ε) w_c q_c; for all of them the same, 1 ε/K
     const double even = p.smoothing / static_cast<double>(job.scores.cols);
     const bool evenly = even > 0 && bias_.empty() && !p.soft;

@@ -60,7 +60,7 @@ template <class T> void print_all() {
   print<T>("softplus", [](const V& x) { return core::softplus(x); });
   print<T>("sigmoid", [](const V& x) { return core::sigmoid(x); });
   print<T>("tanh", [](const V& x) { return core::tanh(x); });
-  print<T>("tanh_slope", [](const V& x) { return core::tanh_slope(x); });
+  print<T>("tanh_slope", [](const V& x) { return core::tanh_with_slope(x).slope; });
   print<T>("exp_minus", [](const V& x) { return core::exp_minus(abs(x)); });
   print<T>("one_minus_exp_minus", [](const V& x) { return core::one_minus_exp_minus(abs(x)); });
   print<T>("log1p_of_positive", [](const V& x) { return core::log1p_of_positive(abs(x)); });

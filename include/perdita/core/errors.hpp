@@ -73,6 +73,16 @@ template <class T> double positive(const char* loss, const char* option, T x) {
   require(x > 0 && std::isfinite(x), loss, option, x, "a finite number above 0");
   return static_cast<double>(x);
 }
+/// Whether x, as a T, can be multiplied by and divided by.
+template <class T, class N> bool is_invertible(N x) {
+  const T y = static_cast<T>(x);
+  return x > 0 && std::isfinite(y) && std::isfinite(1 / y);
+}
+/// An option by which numbers of type T are divided.
+template <class T, class N> double invertible(const char* loss, const char* option, N x) {
+  require(is_invertible<T>(x), loss, option, x, "a finite number above 0 whose inverse is finite");
+  return static_cast<double>(x);
+}
 /// An option that must be a finite number, 0 or more.
 template <class T> double not_negative(const char* loss, const char* option, T x) {
   require(x >= 0 && std::isfinite(x), loss, option, x, "a finite number, 0 or more");

@@ -14,6 +14,9 @@ namespace perdita::inline PERDITA_ABI::core {
 ///   finish(row)                 row_summary → row_outcome
 ///   slope(z, share, side, c)    ∂value/∂score, with share = image_scale e^{z - shift} and the
 ///                               outcome's coefficients c
+///   scored(x)                   where there is one: z and how steep it is, ∂z/∂x up to a factor
+///                               that all classes share. slope() gets that instead of z, or 1 where
+///                               images_are_steep(): then they are multiplied by it at once
 ///   own(r)                      where there is one: a number of row r, which finish(row) and
 ///                               report(row) get as row.own
 struct row_formula {
@@ -24,10 +27,32 @@ struct row_formula {
   static constexpr bool uses_share = true;      ///< slope() reads its second argument
   static constexpr bool has_side = false;       ///< side(first) gives a number per class
   static constexpr bool slope_reads_score() { return false; } ///< slope() reads z
-  static constexpr bool slope_reads_raw = false; ///< it takes what was before score() instead
   double label_weight(index) const { return 1; }
   template <class V> PERDITA_INLINE V score(const V& x) const { return x; }
 };
+
+/// A score, and what a formula that has scored() says of how steep it is.
+template <class V> struct scored_number { V z, steepness; };
+template <class Formula, class V>
+concept has_steepness = requires(const Formula& f, const V& x) {
+  f.scored(x);
+};
+
+template <class Formula, class V>
+PERDITA_INLINE scored_number<V> scored(const Formula& formula, const V& x) {
+  if constexpr (has_steepness<Formula, V>)
+    return formula.scored(x);
+  else
+    return {formula.score(x), V(1)};
+}
+/// What is kept of an image for the gradient.
+template <class Formula, class V>
+PERDITA_INLINE V kept_image(const Formula& formula, const V& image, const V& steepness) {
+  if constexpr (has_steepness<Formula, V>)
+    if (formula.images_are_steep())
+      return image * steepness;
+  return image;
+}
 
 template <class Row> struct own_summary : Row { pack<double> own; };
 
@@ -134,16 +159,28 @@ PERDITA_INLINE V slope_at(const Formula& formula, const V& z, const V& share, co
   else
     return formula.slope(z, share, side, c) * scale;
 }
+/// The same from an image that was kept.
+template <class Formula, class V>
+PERDITA_INLINE V slope_of_image(const Formula& formula, const V& image, const V& factor,
+                                const V& cut, const V& side, const V& scale, const V* c) {
+  const V no_score(has_steepness<Formula, V> ? 1 : 0);
+  return slope_at(formula, no_score, multiply_unless_less(image, cut, factor), side, scale, c);
+}
 /// The same from a raw score x: `factor` takes the image of its z to the share, and what is below
 /// `cut` to 0.
 template <class Formula, class V>
 PERDITA_INLINE V slope_of(const Formula& formula, const V& x, const V& shift, const V& factor,
                           const V& cut, const V& side, const V& scale, const V* c) {
-  const V z = formula.score(x);
+  const auto [z, steepness] = scored(formula, x);
   V share(0);
-  if constexpr (Formula::statistic::has_image && (Formula::uses_share || Formula::proportional))
-    share = multiply_unless_less(exp_shifted(z - shift), cut, factor);
-  return slope_at(formula, Formula::slope_reads_raw ? x : z, share, side, scale, c);
+  if constexpr (Formula::statistic::has_image && (Formula::uses_share || Formula::proportional)) {
+    const V image = kept_image(formula, exp_shifted(z - shift), steepness);
+    share = multiply_unless_less(image, cut, factor);
+  }
+  if constexpr (has_steepness<Formula, V>)
+    return slope_at(formula, formula.images_are_steep() ? V(1) : steepness, share, side, scale, c);
+  else
+    return slope_at(formula, z, share, side, scale, c);
 }
 
 } // namespace perdita::inline PERDITA_ABI::core

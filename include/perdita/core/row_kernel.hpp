@@ -417,13 +417,14 @@ private:
     auto here = iota<T>() < V(static_cast<T>(n));
     if (a.hole == at / width)
       here = here & !(iota<T>() == V(a.hole_lane));
-    const V z = select(here, formula_.score(load_first(a.x + at, n, V(0))), absent);
+    const auto [raw, steepness] = scored(formula_, load_first(a.x + at, n, V(0)));
+    const V z = select(here, raw, absent);
     V side(0);
     if constexpr (Formula::has_side)
       side = select(here, a.side.first(at, n), V(0));
     const V image = statistic::absorb(a.sum, z, a.shift, side);
     if (keeps_images())
-      store_first(image, a.image + at, n);
+      store_first(kept_image(formula_, image, steepness), a.image + at, n);
   }
 
   // ---- the gradient
@@ -529,8 +530,7 @@ private:
   static PERDITA_INLINE V gradient_of(const Formula& formula, const V& read, const V& side,
                                       const emit_cursor& e) {
     if (uses_images(formula))
-      return slope_at(formula, V(0), multiply_unless_less(read, e.cut, e.factor), side, e.scale,
-                      e.coefficient);
+      return slope_of_image(formula, read, e.factor, e.cut, side, e.scale, e.coefficient);
     return slope_of(formula, read, e.shift, e.factor, e.cut, side, e.scale, e.coefficient);
   }
 
@@ -776,7 +776,8 @@ private:
           from = V::load(e.from + j);
         if constexpr (Absorb) {
           prefetch(a.x + j + ahead_);
-          V z = formula.score(V::load(a.x + j)), side(0);
+          auto [z, steepness] = scored(formula, V::load(a.x + j));
+          V side(0);
           if constexpr (Formula::has_side)
             side = a.side.at(j);
           if (i == a.hole) [[unlikely]] {
@@ -791,7 +792,7 @@ private:
           a.seen = statistic::look(a.seen, look);
           const V image = statistic::absorb(a.sum, z, a.shift, side);
           if (keeps)
-            image.store(a.image + j);
+            kept_image(formula, image, steepness).store(a.image + j);
         }
         if constexpr (Emit)
           put(with_target(gradient_of_pack(formula, i, from, e), i, e), i, e);
@@ -915,7 +916,7 @@ private:
     const auto absorb_pack = [&](index i) __attribute__((always_inline)) {
       const index j = i * width;
       prefetch(x + j + ahead);
-      const V z = formula.score(own.load(x, i));
+      const auto [z, steepness] = scored(formula, own.load(x, i));
       V side(0);
       if constexpr (Formula::has_side) {
         side = sides.at(j);
@@ -924,7 +925,7 @@ private:
       }
       const V image = statistic::absorb(sum, z, shift, side);
       if (images)
-        image.store(images + j);
+        kept_image(formula, image, steepness).store(images + j);
       seen = statistic::look(seen, next.load(next_x, i));
     };
     index i = 0;
