@@ -124,7 +124,7 @@ public:
 
   decoupled() : decoupled(options{}) {}
   explicit decoupled(const options& o) : options_(o) {
-    core::require_temperature(name, o.temperature);
+    core::invertible<T>(name, "temperature", o.temperature);
     core::require_reduction(name, o.reduction);
   }
   const options& settings() const { return options_; }
@@ -157,7 +157,7 @@ public:
 
   weighted_decoupled() : weighted_decoupled(options{}) {}
   explicit weighted_decoupled(const options& o) : options_(o) {
-    core::require_temperature(name, o.temperature);
+    core::invertible<T>(name, "temperature", o.temperature);
     core::require(o.sigma > 0 && std::isfinite(o.sigma), name, "sigma", o.sigma,
                   "a finite number above 0");
     core::require_reduction(name, o.reduction);

@@ -441,8 +441,7 @@ public:
   explicit(false) distillation(const options& o) : options_(o) {
     core::require_enumerator(name, "divergence", o.divergence, perdita::divergence::total_variation,
                              "one of those that are named");
-    core::require(o.temperature > 0 && std::isfinite(o.temperature), name, "temperature",
-                  o.temperature, "a finite number above 0");
+    core::invertible<double>(name, "temperature", o.temperature);
     core::require_square(name, o.temperature, o.keep_size);
     core::require(o.beta > 0 && o.beta < 1, name, "beta", o.beta, "a number between 0 and 1");
     core::require_reduction(name, o.reduction);
@@ -509,8 +508,7 @@ public:
   explicit(false) logit_matching(const options& o) : options_(o) {
     core::require_enumerator(name, "distance", o.distance, logit_distance::centred_squared_error,
                              "one of those that are named");
-    core::require(o.temperature > 0 && std::isfinite(o.temperature), name, "temperature",
-                  o.temperature, "a finite number above 0");
+    core::invertible<double>(name, "temperature", o.temperature);
     core::require_square(name, o.temperature, o.keep_size);
     core::require_reduction(name, o.reduction);
   }

@@ -272,8 +272,7 @@ public:
       if (!std::isfinite(o.weights[i]))
         core::fail_at(name, "weights", static_cast<std::int64_t>(i), core::to_text(o.weights[i]),
                       "a finite number");
-    core::require(o.temperature > 0 && std::isfinite(o.temperature), name, "temperature",
-                  o.temperature, "a finite number above 0");
+    core::invertible<double>(name, "temperature", o.temperature);
     core::require(o.floor < 0 && std::isfinite(o.floor), name, "floor", o.floor,
                   "a finite number below 0");
   }

@@ -149,7 +149,7 @@ public:
   hard_contrastive() : hard_contrastive(options{}) {}
   explicit hard_contrastive(const options& o) : options_(o) {
     core::require_share(name, o.share);
-    core::require_temperature(name, o.temperature);
+    core::invertible<T>(name, "temperature", o.temperature);
     core::require_reduction(name, o.reduction);
   }
   const options& settings() const { return options_; }

@@ -129,8 +129,7 @@ public:
 
   ldr_kl() : ldr_kl(options{}) {}
   explicit(false) ldr_kl(const options& o) : options_(o) {
-    core::require(o.lambda > 0 && std::isfinite(o.lambda) && std::isfinite(1 / o.lambda), name,
-                  "lambda", o.lambda, "a finite number above 0 whose inverse is finite");
+    core::invertible<T>(name, "lambda", o.lambda);
     core::require(std::isfinite(o.margin), name, "margin", o.margin, "a finite number");
     core::require_reduction(name, o.reduction);
   }

@@ -186,8 +186,7 @@ public:
 
   partial_auc_dro() : partial_auc_dro(options{}) {}
   explicit(false) partial_auc_dro(const options& o) : base(o.margin), options_(o) {
-    core::require(o.temperature > 0 && std::isfinite(o.temperature), name, "temperature",
-                  o.temperature, "a finite number above 0");
+    core::invertible<double>(name, "temperature", o.temperature);
     core::require(o.outer_temperature >= 0 && std::isfinite(o.outer_temperature), name,
                   "outer_temperature", o.outer_temperature, "a finite number, not negative");
     core::require(o.gamma > 0 && o.gamma <= 1, name, "gamma", o.gamma, "a number in (0, 1]");

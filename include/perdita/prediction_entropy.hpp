@@ -65,10 +65,7 @@ public:
   explicit(false) prediction_entropy(const options& o) : options_(o) {
     core::require(std::isfinite(o.row), name, "row", o.row, "a finite number");
     core::require(std::isfinite(o.batch), name, "batch", o.batch, "a finite number");
-    core::require(o.temperature > 0 && std::isfinite(o.temperature) &&
-                      std::isfinite(1 / static_cast<double>(o.temperature)),
-                  name, "temperature", o.temperature,
-                  "a finite number above 0 whose inverse is finite");
+    core::invertible<double>(name, "temperature", o.temperature);
   }
   const options& settings() const { return options_; }
 

@@ -753,13 +753,8 @@ public:
   sequence_head() : sequence_head(options{}) {}
   explicit sequence_head(const options& o)
       : options_(o), settings_{static_cast<T>(o.temperature), static_cast<T>(o.softcap), o.head} {
-    core::require(o.temperature > 0 && std::isfinite(settings_.temperature) &&
-                      std::isfinite(1 / settings_.temperature),
-                  name, "temperature", o.temperature,
-                  "a finite number above 0 whose inverse is finite");
-    core::require(o.softcap == 0 || (o.softcap > 0 && std::isfinite(settings_.softcap) &&
-                                     std::isfinite(1 / settings_.softcap)),
-                  name, "softcap", o.softcap,
+    core::invertible<T>(name, "temperature", o.temperature);
+    core::require(o.softcap == 0 || core::is_invertible<T>(o.softcap), name, "softcap", o.softcap,
                   "0 for none, or a finite number whose inverse is finite");
     linear<cross_entropy<T>>(settings_.loss(), o.head); // checks the head's options
   }

@@ -104,7 +104,7 @@ public:
 
   sup_con() : sup_con(options{}) {}
   explicit sup_con(const options& o) : options_(o) {
-    core::require_temperature(name, o.temperature);
+    core::invertible<T>(name, "temperature", o.temperature);
     core::require_enumerator(name, "mean", o.mean, positives_mean::inside, "outside or inside");
     core::require_reduction(name, o.reduction);
   }

@@ -121,12 +121,12 @@ template <class T> struct top_k_hinge_formula : solved_formula {
     W value = sum / count;
     const auto beyond = !(abs(value) < W(std::numeric_limits<double>::infinity()));
     if (any(beyond)) [[unlikely]] { // as small_mean()
-      const W own = first_rows(rivals.own) * down, over(static_cast<double>(margin) * down);
-      W small_sum(0);
+      W sum_of_small(0);
       for (index i = 0; i < k; ++i)
-        small_sum += select(first_rows(chosen) > W(static_cast<double>(i)),
-                            (first_rows(order[i]) * down - own) + over, W(0));
-      value = select(beyond, small_sum / count / down, value);
+        sum_of_small +=
+            select(first_rows(chosen) > W(static_cast<double>(i)),
+                   small_gap(first_rows(order[i]), first_rows(rivals.own), margin), W(0));
+      value = select(beyond, sum_of_small / count / small, value);
     }
     const V of_top = gap(rivals.top);
     const V lost = select((rivals.top > nothing) & is_nan(of_top), of_top, rivals.spoilt);
@@ -139,14 +139,13 @@ template <class T> struct top_k_hinge_formula : solved_formula {
   }
 
 private:
-  static constexpr double down = 0x1p-64; ///< times this, sums of scores are numbers
   /// The value where differences, or their sum, may have overflowed alone.
   PERDITA_NOINLINE double small_mean(const double* order, index chosen, double count,
                                      double own) const {
     double sum = 0;
     for (index i = 0; i < chosen; ++i)
-      sum += (order[i] * down - own * down) + static_cast<double>(margin) * down;
-    return sum / count / down;
+      sum += small_gap(order[i], own, margin);
+    return sum / count / small;
   }
   static constexpr double least = static_cast<double>(std::numeric_limits<T>::lowest());
 

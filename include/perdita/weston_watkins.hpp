@@ -21,23 +21,21 @@ template <class T> struct weston_watkins_formula : solved_formula {
     const V masked(-std::numeric_limits<T>::infinity());
     return select(x == masked, masked, (x - label) + V(margin));
   }
-  /// 2^-64 Σ of the gaps above 0, for where their sum overflows.
-  static constexpr double down = 0x1p-64;
+  /// `small` Σ of the gaps above 0, for where their sum overflows.
   double small_sum(const T* x, index n, index y) const {
-    const auto small = [](T z) { return static_cast<double>(z) * down; };
     double sum = 0;
     for (index k = 0; k < n; ++k) {
-      const double g = (small(x[k]) - small(x[y])) + small(margin);
+      const double g = small_gap(static_cast<double>(x[k]), static_cast<double>(x[y]), margin);
       sum += k != y && g > 0 ? g : 0;
     }
     return sum;
   }
   pack<double> small_sums(const short_rivals<T>& rivals) const {
     using W = pack<double>;
-    const W zero(0), label = first_rows(rivals.own) * down;
+    const W zero(0);
     W sum(0);
     for (index k = 0; k < rivals.n; ++k) {
-      const W g = (rivals.score(k) * down - label) + W(static_cast<double>(margin) * down);
+      const W g = small_gap(rivals.score(k), first_rows(rivals.own), margin);
       sum += select(g > zero, g, zero);
     }
     return sum;
@@ -66,7 +64,7 @@ template <class T> struct weston_watkins_formula : solved_formula {
         });
     double total = value.total(0);
     if (total == inf) [[unlikely]]
-      total = small_sum(x, n, y) / down;
+      total = small_sum(x, n, y) / small;
     const double lost = total == total ? 0 : total;
     const double label = static_cast<double>(x[y]), of_label = label == label ? 0 : label;
     return solution(total + of_label, lost + of_label - static_cast<double>(total_count(active)),
@@ -87,7 +85,7 @@ template <class T> struct weston_watkins_formula : solved_formula {
     }
     const auto beyond = total == W(std::numeric_limits<double>::infinity());
     if (any(beyond)) [[unlikely]]
-      total = select(beyond, small_sums(rivals) / down, total);
+      total = select(beyond, small_sums(rivals) / small, total);
     const W own = first_rows(rivals.own), of_label = select(is_nan(own), own, W(0));
     const W lost = of_label + select(is_nan(total), total, W(0));
     return solutions(W(0), {total + of_label, lost - first_rows(active), own, lost, W(0)});

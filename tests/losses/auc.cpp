@@ -740,6 +740,7 @@ TEST_CASE("Partial AUC: special values and refusals", "[partial_auc]") {
   using risk = perdita::partial_auc_cvar<double>;
   CHECK_THROWS_WITH(robust({.margin = 0}), ContainsSubstring("margin is 0"));
   CHECK_THROWS_WITH(robust({.temperature = 0}), ContainsSubstring("temperature is 0"));
+  CHECK_THROWS_WITH(robust({.temperature = 1e-310}), ContainsSubstring("whose inverse is finite"));
   CHECK_THROWS_WITH(robust({.outer_temperature = -1}),
                     ContainsSubstring("outer_temperature is -1"));
   CHECK_THROWS_WITH(robust({.gamma = 2}), ContainsSubstring("gamma is 2"));

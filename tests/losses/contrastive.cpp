@@ -388,6 +388,16 @@ TEST_CASE("Contrastive losses: what has a stated result", "") {
   using Catch::Matchers::ContainsSubstring;
   CHECK_THROWS_WITH(perdita::decoupled<double>({.temperature = -1}),
                     ContainsSubstring("temperature is -1"));
+  constexpr double small = 1e-39; // beyond floats is its inverse
+  CHECK_NOTHROW(perdita::sup_con<double>({.temperature = small}));
+  CHECK_THROWS_WITH(perdita::sup_con<float>({.temperature = small}),
+                    ContainsSubstring("whose inverse is finite"));
+  CHECK_THROWS_WITH(perdita::decoupled<float>({.temperature = small}),
+                    ContainsSubstring("whose inverse is finite"));
+  CHECK_THROWS_WITH(perdita::weighted_decoupled<float>({.temperature = small}),
+                    ContainsSubstring("whose inverse is finite"));
+  CHECK_THROWS_WITH(perdita::hard_contrastive<float>({.temperature = small}),
+                    ContainsSubstring("whose inverse is finite"));
   CHECK_THROWS_WITH(perdita::weighted_decoupled<double>({.sigma = 0}),
                     ContainsSubstring("sigma is 0"));
   CHECK_THROWS_WITH(perdita::hard_contrastive<double>({.share = 0}),

@@ -470,6 +470,10 @@ TEST_CASE("distillation, logit_matching: a temperature without a square", "[dist
     CHECK_NOTHROW(perdita::distillation<double>({.temperature = at, .keep_size = false}));
     CHECK_NOTHROW(perdita::logit_matching<double>({.temperature = at, .keep_size = false}));
   }
+  CHECK_THROWS_WITH(perdita::distillation<double>({.temperature = 1e-310, .keep_size = false}),
+                    ContainsSubstring("whose inverse is finite"));
+  CHECK_THROWS_WITH(perdita::logit_matching<double>({.temperature = 1e-310, .keep_size = false}),
+                    ContainsSubstring("whose inverse is finite"));
   // T (p − q) = T (tanh(1/(2T)), …)
   call(perdita::distillation<double>({.temperature = 1e150}));
   CHECK(std::abs(g[1] - 0.5) <= 1e-15);

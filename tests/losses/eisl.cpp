@@ -432,6 +432,8 @@ TEST_CASE("eisl: bad input is refused, and nothing written", "[eisl]") {
         options{.temperature = 0}, options{.temperature = NAN}, options{.floor = 0},
         options{.floor = -INFINITY}, options{.reduction = perdita::reduction(7)}})
     CHECK_THROWS_AS(perdita::eisl<float>(bad), std::invalid_argument);
+  CHECK_THROWS_WITH(perdita::eisl<double>({.temperature = 1e-310}),
+                    ContainsSubstring("whose inverse is finite"));
   CHECK(g == untouched);
   const problem<float> none{0, 5, 3, 2, {}, {}, {}, {}};
   CHECK(evaluate(none, {}).value == 0);

@@ -43,11 +43,6 @@ struct anchor_access {
   }
 };
 
-inline void require_temperature(const char* name, double temperature) {
-  require(temperature > 0 && std::isfinite(temperature), name, "temperature", temperature,
-          "a finite number above 0");
-}
-
 /// The labels of one side of a call: the caller's, or the rows' numbers modulo a period (0: as they
 /// are).
 struct anchor_labels {

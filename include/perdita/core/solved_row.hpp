@@ -51,6 +51,13 @@ struct solved_formula : row_formula {
   }
 };
 
+/// Sums of numbers times this are finite.
+inline constexpr double small = 0x1p-64;
+/// (x − label + margin) times `small`, for where that, or a sum of such, has overflowed.
+template <class W, class T> W small_gap(const W& x, const W& label, T margin) {
+  return (x * small - label * small) + W(static_cast<double>(margin) * small);
+}
+
 /// f(numbers, index of the first) over n numbers, a pack at a time; the last is filled up with
 /// `filler`. A lambda should be always_inline: packs that go through memory take longer than most
 /// of what is done with them.

@@ -562,9 +562,7 @@ public:
   exo_list() : exo_list(options{}) {}
   explicit(false) exo_list(const options& o) : options_(o) {
     core::positive(name, "beta", o.beta);
-    core::positive(name, "reward_beta", o.reward_beta);
-    core::require(std::isfinite(1 / o.reward_beta), name, "reward_beta", o.reward_beta,
-                  "a finite number above 0 whose inverse is finite");
+    core::invertible<double>(name, "reward_beta", o.reward_beta);
     core::require_reduction(name, o.reduction);
   }
   const options& settings() const { return options_; }
