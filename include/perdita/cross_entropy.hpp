@@ -27,6 +27,16 @@ template <class T> struct cross_entropy_parameters {
   bool sides = false;    // some side number may not be 0
 };
 
+/// Takes f(u) = softplus(u) and 1 to (1 − p)^γ f and df, f'(u) = (1 − p) df. Out of line: rare, and
+/// long where everything around it is in registers.
+template <class T, class W>
+PERDITA_NOINLINE void focus(const target_odds<T, W>& o, double focal_gamma, W& f, W& df) {
+  const W zero(0), one(1), gamma(focal_gamma), power = exp(gamma * log(o.miss));
+  const W ratio = select(o.miss == zero, one, o.surprise / o.miss);
+  f = weighted(power, f);
+  df = weighted(power, one + weighted(o.hit, gamma * ratio));
+}
+
 /// Cross-entropy as an algebra: value and slope are functions of target_odds. Where there is a soft
 /// target instead of a label, the class that it favours is the target. The statistic says what is
 /// added to a label's term: nothing (log_sum_exp); Σ_c b (log Σ e^z − z_c), label smoothing with
@@ -81,14 +91,6 @@ template <class T, class Statistic> struct cross_entropy_formula : row_formula {
     return select(b == V(0), share, share - pull) * steepness;
   }
 
-  /// Out of line: rare, and long where everything around it is in registers.
-  template <class W> PERDITA_NOINLINE void focus(const target_odds<T, W>& o, W& f, W& df) const {
-    const W zero(0), one(1), gamma(p.focal_gamma), power = exp(gamma * log(o.miss));
-    const W ratio = select(o.miss == zero, one, o.surprise / o.miss);
-    f = weighted(power, f);
-    df = weighted(power, one + weighted(o.hit, gamma * ratio));
-  }
-
   template <class Row> PERDITA_NOINLINE auto finish(const Row& row) const {
     using W = decltype(row.target);
     const W zero(0), one(1), inf(std::numeric_limits<double>::infinity());
@@ -97,7 +99,7 @@ template <class T, class Statistic> struct cross_entropy_formula : row_formula {
     // f(u) = (1 − p)^γ softplus(u), and f'(u) = (1 − p) df
     W f = o.surprise, df = one;
     if (p.focal_gamma > 0)
-      focus(o, f, df);
+      focus(o, p.focal_gamma, f, df);
     const W hard = p.soft ? zero : row.label_weight * W(1 - p.smoothing);
     W value = weighted(hard, f);
     W rivals = hard * df; // what the rivals share in proportion to p
@@ -138,9 +140,9 @@ template <class T, class Statistic> struct cross_entropy_formula : row_formula {
   }
 
   template <class Row> auto report(const Row& row) const {
-    const target_odds o(row);
-    using W = decltype(o.hit);
-    row_report<W> r = softmax_report(row);
+    const auto o = reported_odds(row.term[0], row.shift, row.target);
+    using W = std::remove_cvref_t<decltype(o.hit)>;
+    row_report<W> r = softmax_report(o);
     r.penalty = weighted(W(p.log_z_penalty), o.log_sum_exp() * o.log_sum_exp());
     if constexpr (general) { // Σ_c p_c (lse − z_c)
       const W rivals = select(row.term[0] == W(0), W(0), o.above() - row.term[3] / row.term[0]);

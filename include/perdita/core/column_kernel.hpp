@@ -564,14 +564,12 @@ private:
     const index step = width * job_.gradient.col_stride;
     const bool on_lines = reinterpret_cast<std::uintptr_t>(to) % 64 == 0 &&
                           (Columns == 1 || step * static_cast<index>(sizeof(T)) % 64 == 0);
-    if (job_.streaming && on_lines && for_good)
-      emit_columns<Columns, true>(column, j, ahead, shift, to, step);
-    else
-      emit_columns<Columns, false>(column, j, ahead, shift, to, step);
+    emit_columns<Columns>(column, j, ahead, shift, to, step,
+                          job_.streaming && on_lines && for_good);
   }
-  template <index Columns, bool Streamed>
+  template <index Columns>
   PERDITA_NOINLINE void emit_columns(index column, index j, index ahead, const V* shift, T* to,
-                                     index step) const {
+                                     index step, bool streamed) const {
     const column_cursor<Columns> from = point<Columns>(column, j, ahead);
     const std::uint64_t ignored = ignored_;
     const Formula formula = formula_;
@@ -586,7 +584,7 @@ private:
           g = select(keep_[p] == V(0), V(0), g);
         }
         T* const at = to + k * step + p * width;
-        if constexpr (Streamed)
+        if (streamed)
           g.stream(at);
         else
           g.store(at);

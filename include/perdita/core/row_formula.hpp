@@ -89,7 +89,9 @@ public:
 
   template <class Row>
   PERDITA_INLINE explicit target_odds(const Row& row)
-      : images_(row.term[0]), shift_(row.shift), target_(row.target), lead_(shift_ - target_) {
+      : target_odds(row.term[0], row.shift, row.target) {}
+  PERDITA_INLINE target_odds(const W& images, const W& shift, const W& target)
+      : images_(images), shift_(shift), target_(target), lead_(shift - target) {
     const W reach = min(W(far), lead_);
     e_ = exp_to<T>(reach);
     if constexpr (std::is_same_v<T, double>) {
@@ -140,11 +142,17 @@ template <class Row, class W> PERDITA_INLINE W per_rival(const W& numerator, con
   return select(row.term[0] == W(0), W(0), numerator / row.term[0]);
 }
 
-/// The by-products of a softmax.
+/// The by-products of a softmax. Compiled once, whatever is summed up besides.
+template <class W> PERDITA_NOINLINE row_report<W> softmax_report(const target_odds<double, W>& o) {
+  return {o.log_sum_exp(), -o.surprise, W(0), W(0)};
+}
+template <class W>
+PERDITA_NOINLINE target_odds<double, W> reported_odds(const W& images, const W& shift,
+                                                      const W& target) {
+  return {images, shift, target};
+}
 template <class Row> auto softmax_report(const Row& row) {
-  const target_odds o(row);
-  using W = decltype(o.hit);
-  return row_report<W>{o.log_sum_exp(), -o.surprise, W(0), W(0)};
+  return softmax_report(reported_odds(row.term[0], row.shift, row.target));
 }
 
 /// ∂value/∂score of z, from its share. Where slopes are linear the row's scale is in the share

@@ -92,7 +92,7 @@ void store_value(const row_job<T>& job, index r, double value, value_sum& total)
 /// Runs a finished batch through the formula's report and stores what was asked for of the rows
 /// in the given lanes.
 template <class Formula, class T, class Summary>
-void store_report(const Formula& formula, const row_job<T>& job, const Summary& s,
+PERDITA_NOINLINE void store_report(const Formula& formula, const row_job<T>& job, const Summary& s,
                   const index* rows, const index* lane, const pack<double>& raw_target,
                   const pack<double>& raw_rivals, index count) {
   alignas(64) double v[4][finish_rows] = {};
