@@ -55,7 +55,7 @@ template <class T> struct multi_margin_formula : weston_watkins_formula<T> {
     const double share = weight / static_cast<double>(n), factor = squared ? 2 * share : share;
     double mean = times(share, sum);
     if (total == std::numeric_limits<double>::infinity() && !squared) [[unlikely]]
-      mean = times(share, this->small_sum(x, n, y)) / small;
+      mean = times(share, this->small_sum(x, n, y)) / downscale;
     return solution(mean + lost, lost - times(factor, steps.total()), label, lost, factor);
   }
   /// The same, a row in each lane.
@@ -82,7 +82,7 @@ template <class T> struct multi_margin_formula : weston_watkins_formula<T> {
     W mean = weighted(share, sum);
     const auto beyond = total == W(std::numeric_limits<double>::infinity());
     if (any(beyond) && !squared) [[unlikely]]
-      mean = select(beyond, weighted(share, this->small_sums(rivals)) / small, mean);
+      mean = select(beyond, weighted(share, this->small_sums(rivals)) / downscale, mean);
     return solutions(zero, {mean + lost, lost - weighted(factor, steps), own, lost, factor});
   }
 };

@@ -126,7 +126,7 @@ template <class T> struct top_k_hinge_formula : solved_formula {
         sum_of_small +=
             select(first_rows(chosen) > W(static_cast<double>(i)),
                    small_gap(first_rows(order[i]), first_rows(rivals.own), margin), W(0));
-      value = select(beyond, sum_of_small / count / small, value);
+      value = select(beyond, sum_of_small / count / downscale, value);
     }
     const V of_top = gap(rivals.top);
     const V lost = select((rivals.top > nothing) & is_nan(of_top), of_top, rivals.spoilt);
@@ -145,7 +145,7 @@ private:
     double sum = 0;
     for (index i = 0; i < chosen; ++i)
       sum += small_gap(order[i], own, margin);
-    return sum / count / small;
+    return sum / count / downscale;
   }
   static constexpr double least = static_cast<double>(std::numeric_limits<T>::lowest());
 

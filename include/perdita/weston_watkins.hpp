@@ -21,7 +21,7 @@ template <class T> struct weston_watkins_formula : solved_formula {
     const V masked(-std::numeric_limits<T>::infinity());
     return select(x == masked, masked, (x - label) + V(margin));
   }
-  /// `small` Σ of the gaps above 0, for where their sum overflows.
+  /// `downscale` Σ of the gaps above 0, for where their sum overflows.
   double small_sum(const T* x, index n, index y) const {
     double sum = 0;
     for (index k = 0; k < n; ++k) {
@@ -64,7 +64,7 @@ template <class T> struct weston_watkins_formula : solved_formula {
         });
     double total = value.total(0);
     if (total == inf) [[unlikely]]
-      total = small_sum(x, n, y) / small;
+      total = small_sum(x, n, y) / downscale;
     const double lost = total == total ? 0 : total;
     const double label = static_cast<double>(x[y]), of_label = label == label ? 0 : label;
     return solution(total + of_label, lost + of_label - static_cast<double>(total_count(active)),
@@ -85,7 +85,7 @@ template <class T> struct weston_watkins_formula : solved_formula {
     }
     const auto beyond = total == W(std::numeric_limits<double>::infinity());
     if (any(beyond)) [[unlikely]]
-      total = select(beyond, small_sums(rivals) / small, total);
+      total = select(beyond, small_sums(rivals) / downscale, total);
     const W own = first_rows(rivals.own), of_label = select(is_nan(own), own, W(0));
     const W lost = of_label + select(is_nan(total), total, W(0));
     return solutions(W(0), {total + of_label, lost - first_rows(active), own, lost, W(0)});

@@ -93,8 +93,9 @@ void store_value(const row_job<T>& job, index r, double value, value_sum& total)
 /// in the given lanes.
 template <class Formula, class T, class Summary>
 PERDITA_NOINLINE void store_report(const Formula& formula, const row_job<T>& job, const Summary& s,
-                  const index* rows, const index* lane, const pack<double>& raw_target,
-                  const pack<double>& raw_rivals, index count) {
+                                   const index* rows, const index* lane,
+                                   const pack<double>& raw_target, const pack<double>& raw_rivals,
+                                   index count) {
   alignas(64) double v[4][finish_rows] = {};
   alignas(64) double target[finish_rows], rivals[finish_rows];
   raw_target.store(target);

@@ -52,10 +52,10 @@ struct solved_formula : row_formula {
 };
 
 /// Sums of numbers times this are finite.
-inline constexpr double small = 0x1p-64;
-/// (x − label + margin) times `small`, for where that, or a sum of such, has overflowed.
+inline constexpr double downscale = 0x1p-64;
+/// (x − label + margin) times `downscale`, for where that, or a sum of such, has overflowed.
 template <class W, class T> W small_gap(const W& x, const W& label, T margin) {
-  return (x * small - label * small) + W(static_cast<double>(margin) * small);
+  return (x * downscale - label * downscale) + W(static_cast<double>(margin) * downscale);
 }
 
 /// f(numbers, index of the first) over n numbers, a pack at a time; the last is filled up with
