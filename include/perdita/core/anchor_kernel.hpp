@@ -168,7 +168,7 @@ template <class T> class anchor_kernel {
   static constexpr index terms = 256; // candidates at a time that add to anchors' gradients
   /// The comparisons of a block, and its anchors: at most so much, and so much more for each
   /// candidate. A block's products read all candidates anew, so that a narrow one waits for memory.
-  static constexpr index block_bytes = index(17) << 18, block_bytes_each = 128;
+  static constexpr index block_bytes = index(17) << 18, block_bytes_each = 416;
   static constexpr index most_anchors = 128;
 
 public:
