@@ -192,7 +192,7 @@ T anchor_request<T>::run(const anchor_function<T>& formula, const anchor_options
 /// proportion to an offset that all points have in common (1 apart and at 100: errors of 4e-6 to
 /// 4e-5 of the largest entry; at 1000 of 4e-5 to 3e-4): subtract it.
 ///
-/// Memory: some numbers for each row, rows of comparisons of up to 128 anchors (4.3 MiB and 128
+/// Memory: some numbers for each row, rows of comparisons of up to 128 anchors (4.3 MiB and 416
 /// bytes for each candidate at most, but no fewer than 16 rows), and 0.4 MiB per thread. Same bits
 /// for any number of threads and on every instruction set with FMA. Throws std::invalid_argument.
 template <class Derived, class T> class anchor_loss {
