@@ -72,10 +72,12 @@ template <class T, class Statistic> struct cross_entropy_formula : row_formula {
   }
   template <class V> PERDITA_INLINE V score(const V& x) const {
     if constexpr (general)
-      return scored(x).z;
-    else
-      return tempered(x);
+      if (p.cap > 0)
+        return capped(x);
+    return tempered(x);
   }
+  /// Out of line: what looks at many scores takes scored().
+  template <class V> PERDITA_NOINLINE V capped(const V& x) const { return scored(x).z; }
   template <class V> PERDITA_INLINE V tempered(const V& x) const {
     if (!p.tempered) // a branch costs less than a multiplication
       return x;

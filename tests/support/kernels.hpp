@@ -29,6 +29,8 @@
   how T anchor_request<T>::run(const anchor_function<T>&, const anchor_options<T>&);
 
 #define PERDITA_TEST_ROW_KERNELS(how, T)                                                           \
+  how void copy_transposed<T>(const T*, std::ptrdiff_t, std::ptrdiff_t, std::ptrdiff_t, T*,        \
+                              std::ptrdiff_t);                                                     \
   how double settle(const row_facts<T>&, row_job<T>&, const call_options<T>&);                     \
   how void check_matrices(const char*, const row_job<T>&, const call_options<T>&, bool);           \
   PERDITA_TEST_ROWS(how, T, cross_entropy_formula<T, log_sum_exp>)                                 \

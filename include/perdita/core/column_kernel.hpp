@@ -403,7 +403,7 @@ private:
       for (index k = 0; k < Columns; ++k) {
         prefetch(at.x[k] + at.ahead + p * width);
         const V raw = V::load(at.x[k] + p * width);
-        V z = formula.score(raw), look = raw, b = at.side(k, p);
+        V z = scored(formula, raw).z, look = raw, b = at.side(k, p);
         if (marked(at.targets[k], p)) [[unlikely]] {
           const auto here = column_[p] == V(static_cast<T>(j + k * width));
           raw_target_[p] = select(here, raw, raw_target_[p]);

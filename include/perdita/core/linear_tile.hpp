@@ -99,7 +99,7 @@ public:
       for (V& sum : part)
         sum = V(0);
       for (index j = first; j < end; ++j) {
-        V z = formula.score(score_at(scores, bias, j)), b(0);
+        V z = scored(formula, score_at(scores, bias, j)).z, b(0);
         if constexpr (Formula::has_side)
           b = side.at(j);
         if (Formula::excludes_target && labelled) [[unlikely]] {
