@@ -516,17 +516,15 @@ private:
   /// The factors from image to share for the chunk that starts at a column.
   void set_factors(index column) {
     for (index p = 0; p < packs_; ++p) {
-      W factor[halves];
-      for (index h = 0; h < halves; ++h)
-        factor[h] = W::load(image_scale_ + p * width + h * finish_rows);
+      const double* const scale = image_scale_ + p * width;
       if (marked(shifted_, p)) {
-        W chunk[halves], last[halves];
-        widen(shifts_[column / chunk_columns * tile_packs_ + p], chunk);
-        widen(shift_[p], last);
+        factor_[p] = factor_of(shifts_[column / chunk_columns * tile_packs_ + p], shift_[p], scale);
+      } else {
+        W factor[halves];
         for (index h = 0; h < halves; ++h)
-          factor[h] = exp(chunk[h] - last[h]) * factor[h];
+          factor[h] = W::load(scale + h * finish_rows);
+        factor_[p] = narrow(factor);
       }
-      factor_[p] = narrow(factor);
       cut_[p] = V(std::numeric_limits<T>::min()) / abs(factor_[p]);
     }
   }

@@ -149,6 +149,32 @@ template <class T> index block_rows(const row_job<T>& job) {
   return n > finish_rows ? up(n, finish_rows) * finish_rows : n;
 }
 
+/// scale e^{shifts[c] − shift}, c < n: from image to share, for chunks whose shifts differ. This is
+/// rare: compiled once, for all formulas.
+template <class T>
+PERDITA_NOINLINE void fill_factors(const T* shifts, T shift, index n, double scale, T* factors) {
+  alignas(64) double d[finish_rows];
+  for (index c = 0; c < n; c += finish_rows) {
+    const index k = std::min(finish_rows, n - c);
+    for (index i = 0; i < k; ++i)
+      d[i] = static_cast<double>(shifts[c + i]) - static_cast<double>(shift);
+    (exp(pack<double>::load(d)) * scale).store(d);
+    for (index i = 0; i < k; ++i)
+      factors[c + i] = static_cast<T>(d[i]);
+  }
+}
+/// The same of one chunk, for rows in lanes.
+template <class T>
+PERDITA_NOINLINE pack<T> factor_of(const pack<T>& chunk_shift, const pack<T>& shift,
+                                   const double* scale) {
+  pack<double> chunk[wide_lanes<T>::parts], last[wide_lanes<T>::parts];
+  widen(chunk_shift, chunk);
+  widen(shift, last);
+  for (index h = 0; h < wide_lanes<T>::parts; ++h)
+    chunk[h] = exp(chunk[h] - last[h]) * pack<double>::load(scale + h * finish_rows);
+  return narrow(chunk);
+}
+
 /// One chunk of columns at a time of one row's sums and of another row's gradient.
 template <class Formula, class T> class row_kernel {
   using V = pack<T>;
@@ -1017,27 +1043,15 @@ private:
       live_row& row = rows[i];
       store_value(job_, row.row, out[0][i], total);
       if (has_gradient_) {
-        fill_factors(row, Formula::linear ? out[1][i] * row.scale : out[1][i]);
+        const double scale = Formula::linear ? out[1][i] * row.scale : out[1][i];
+        if (row.shifted)
+          fill_factors(row.shifts, row.shift, chunks_, scale, row.factors);
+        else
+          std::fill_n(row.factors, chunks_, static_cast<T>(scale));
         for (int k = 0; k < coefficients; ++k)
           row.coefficient[k] = static_cast<T>(out[3 + k][i]);
         row.target_gradient = static_cast<T>(out[2][i] * row.scale);
       }
-    }
-  }
-
-  void fill_factors(live_row& row, double scale) const {
-    if (!row.shifted) {
-      std::fill_n(row.factors, chunks_, static_cast<T>(scale));
-      return;
-    }
-    alignas(64) double d[finish_rows];
-    for (index c = 0; c < chunks_; c += finish_rows) {
-      const index n = std::min(finish_rows, chunks_ - c);
-      for (index i = 0; i < n; ++i)
-        d[i] = static_cast<double>(row.shifts[c + i]) - static_cast<double>(row.shift);
-      (exp(pack<double>::load(d)) * scale).store(d);
-      for (index i = 0; i < n; ++i)
-        row.factors[c + i] = static_cast<T>(d[i]);
     }
   }
 
