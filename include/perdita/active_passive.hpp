@@ -85,10 +85,8 @@ public:
 
   explicit(false) active_passive(const Passive& passive) : active_passive(passive, options{}) {}
   active_passive(Passive passive, const options& o) : passive_(std::move(passive)), options_(o) {
-    core::require(o.alpha >= 0 && std::isfinite(o.alpha), name, "alpha", o.alpha,
-                  "a finite number, 0 or more");
-    core::require(o.beta >= 0 && std::isfinite(o.beta), name, "beta", o.beta,
-                  "a finite number, 0 or more");
+    core::not_negative(name, "alpha", o.alpha);
+    core::not_negative(name, "beta", o.beta);
     core::require_reduction(name, o.reduction);
   }
   const options& settings() const { return options_; }

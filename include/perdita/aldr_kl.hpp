@@ -317,13 +317,12 @@ public:
 
   aldr_kl() : aldr_kl(options{}) {}
   explicit(false) aldr_kl(const options& o) : options_(o) {
-    core::require(o.lambda > 0 && std::isfinite(o.lambda), name, "lambda", o.lambda,
-                  "a finite number above 0");
+    core::positive(name, "lambda", o.lambda);
     core::require(o.alpha > 1 && std::isfinite(o.alpha), name, "alpha", o.alpha,
                   "a finite number above 1");
     core::require(std::isfinite(1 / (o.lambda * (1 - 1 / o.alpha))), name, "lambda", o.lambda,
                   "so large that the inverse of lambda (1 - 1/alpha) is finite");
-    core::require(std::isfinite(o.margin), name, "margin", o.margin, "a finite number");
+    core::finite(name, "margin", o.margin);
     core::require_reduction(name, o.reduction);
   }
   const options& settings() const { return options_; }

@@ -36,7 +36,7 @@ public:
 
   alignment() : alignment(options{}) {}
   explicit(false) alignment(const options& o) : options_(o) {
-    checks.above_0("exponent", o.exponent);
+    core::positive(name, "exponent", o.exponent);
   }
   const options& settings() const { return options_; }
 

@@ -156,11 +156,8 @@ public:
   static constexpr const char* name = "amcl";
 
   explicit amcl(const options& o) : options_(o) {
-    const auto above_0 = [](const char* what, double x) {
-      core::require(x > 0 && std::isfinite(x), name, what, x, "a finite number above 0");
-    };
-    above_0("width", o.width);
-    above_0("temperature", o.temperature);
+    core::positive(name, "width", o.width);
+    core::invertible<double>(name, "temperature", o.temperature);
     core::require(o.beta >= 0 && std::isfinite(o.beta), name, "beta", o.beta,
                   "a finite number, not negative");
     core::require_enumerator(name, "form", o.form, amcl_form::sim_siam, "contrastive or sim_siam");
@@ -212,7 +209,7 @@ public:
     not_negative("width", o.width);
     not_negative("beta", o.beta);
     checks.finite("off_diagonal", o.off_diagonal);
-    checks.above_0("epsilon", o.epsilon);
+    core::positive(name, "epsilon", o.epsilon);
   }
   const options& settings() const { return options_; }
 

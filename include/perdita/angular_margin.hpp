@@ -241,9 +241,7 @@ std::vector<double> gradient_scales(const vector_view<L>& labels, const call_opt
   return result;
 }
 
-template <class N> void require_scale(const char* name, N scale) {
-  require(scale > 0 && std::isfinite(scale), name, "scale", scale, "a finite number above 0");
-}
+template <class N> void require_scale(const char* name, N scale) { positive(name, "scale", scale); }
 
 } // namespace core
 
@@ -349,7 +347,7 @@ public:
   cosface() : cosface(options{}) {}
   explicit(false) cosface(const options& o) : options_(o) {
     core::require_scale(name, o.scale);
-    core::require(std::isfinite(o.margin), name, "margin", o.margin, "a finite number");
+    core::finite(name, "margin", o.margin);
     core::require_reduction(name, o.reduction);
   }
   const options& settings() const { return options_; }
@@ -486,11 +484,9 @@ public:
   explicit(false) norm_statistics(const options& o)
       : options_(o), mean_(o.mean), deviation_(o.deviation) {
     core::require(o.weight >= 0 && o.weight <= 1, name, "weight", o.weight, "0 to 1");
-    core::require(std::isfinite(o.concentration), name, "concentration", o.concentration,
-                  "a finite number");
-    core::require(std::isfinite(o.mean), name, "mean", o.mean, "a finite number");
-    core::require(o.deviation >= 0 && std::isfinite(o.deviation), name, "deviation", o.deviation,
-                  "a finite number, 0 or more");
+    core::finite(name, "concentration", o.concentration);
+    core::finite(name, "mean", o.mean);
+    core::not_negative(name, "deviation", o.deviation);
   }
   double mean() const { return mean_; }
   double deviation() const { return deviation_; }
@@ -653,8 +649,7 @@ public:
   magface() : magface(options{}) {}
   explicit(false) magface(const options& o) : options_(o) {
     core::require_scale(name, o.scale);
-    core::require(o.least_norm > 0 && std::isfinite(o.least_norm), name, "least_norm", o.least_norm,
-                  "a finite number above 0");
+    core::positive(name, "least_norm", o.least_norm);
     core::require(o.most_norm > o.least_norm && std::isfinite(o.most_norm), name, "most_norm",
                   o.most_norm, "a finite number above least_norm");
     const auto angle = [](const char* what, T m) {
@@ -663,8 +658,7 @@ public:
     };
     angle("least_margin", o.least_margin);
     angle("most_margin", o.most_margin);
-    core::require(std::isfinite(o.regulariser), name, "regulariser", o.regulariser,
-                  "a finite number");
+    core::finite(name, "regulariser", o.regulariser);
     core::require_reduction(name, o.reduction);
   }
   const options& settings() const { return options_; }

@@ -141,7 +141,7 @@ public:
 
   auc_margin() : auc_margin(options{}) {}
   explicit(false) auc_margin(const options& o) : options_(o) {
-    core::require(std::isfinite(o.margin), name, "margin", o.margin, "a finite number");
+    core::finite(name, "margin", o.margin);
     core::require(o.positive_rate >= 0 && o.positive_rate < 1, name, "positive_rate",
                   o.positive_rate, "a number in (0, 1), or 0 for that of the batch");
     core::require_enumerator(name, "average", o.average, auc_average::classes, "batch or classes");
@@ -301,8 +301,7 @@ public:
 
   soap() : soap(options{}) {}
   explicit(false) soap(const options& o) : options_(o) {
-    core::require(o.margin > 0 && std::isfinite(o.margin), name, "margin", o.margin,
-                  "a finite number above 0");
+    core::positive(name, "margin", o.margin);
     core::require(o.gamma > 0 && o.gamma <= 1, name, "gamma", o.gamma, "a number in (0, 1]");
   }
   const options& settings() const { return options_; }

@@ -60,11 +60,8 @@ public:
     core::require(items >= 0, name, "items", items, "0 or more");
     core::require(o.epochs > 0, name, "epochs", o.epochs, "a number above 0");
     core::require(o.warm_up > 0, name, "warm_up", o.warm_up, "a number above 0");
-    const auto above_0 = [](const char* what, double x) {
-      core::require(x > 0 && std::isfinite(x), name, what, x, "a finite number above 0");
-    };
-    above_0("noisy", o.noisy);
-    above_0("faulty", o.faulty);
+    core::positive(name, "noisy", o.noisy);
+    core::positive(name, "faulty", o.faulty);
     state_.history.resize(static_cast<std::size_t>(items));
   }
   const options& settings() const { return options_; }

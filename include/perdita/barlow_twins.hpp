@@ -103,7 +103,7 @@ public:
   barlow_twins() : barlow_twins(options{}) {}
   explicit(false) barlow_twins(const options& o) : options_(o) {
     checks.finite("off_diagonal", o.off_diagonal);
-    checks.above_0("epsilon", o.epsilon);
+    core::positive(name, "epsilon", o.epsilon);
   }
   const options& settings() const { return options_; }
 

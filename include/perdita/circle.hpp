@@ -147,9 +147,8 @@ public:
 
   circle() : circle(options{}) {}
   explicit circle(const options& o) : options_(o) {
-    core::require(o.gamma > 0 && std::isfinite(o.gamma), name, "gamma", o.gamma,
-                  "a finite number above 0");
-    core::require(std::isfinite(o.margin), name, "margin", o.margin, "a finite number");
+    core::positive(name, "gamma", o.gamma);
+    core::finite(name, "margin", o.margin);
     core::require_reduction(name, o.reduction);
   }
   const options& settings() const { return options_; }

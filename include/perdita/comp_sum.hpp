@@ -50,8 +50,7 @@ public:
 
   comp_sum() : comp_sum(options{}) {}
   explicit(false) comp_sum(const options& o) : options_(o) {
-    core::require(o.tau >= 0 && std::isfinite(o.tau), name, "tau", o.tau,
-                  "a finite number, 0 or more");
+    core::not_negative(name, "tau", o.tau);
     core::require_reduction(name, o.reduction);
   }
   const options& settings() const { return options_; }

@@ -279,9 +279,8 @@ public:
 
   cosine_embedding() : cosine_embedding(options{}) {}
   explicit(false) cosine_embedding(const options& o) : options_(o) {
-    core::require(std::isfinite(o.margin), name, "margin", o.margin, "a finite number");
-    core::require(o.epsilon > 0 && std::isfinite(o.epsilon), name, "epsilon", o.epsilon,
-                  "a finite number above 0");
+    core::finite(name, "margin", o.margin);
+    core::positive(name, "epsilon", o.epsilon);
     core::require_labels(name, o.labels);
     core::require_reduction(name, o.reduction);
   }

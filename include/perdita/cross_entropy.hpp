@@ -83,7 +83,7 @@ template <class T, class Statistic> struct cross_entropy_formula : row_formula {
       return x;
     return x * V(p.scale);
   }
-  bool images_are_steep() const { return general && p.cap > 0 && !p.sides; }
+  bool images_are_steep() const { return p.cap > 0 && !p.sides; }
   bool slope_reads_score() const { return general && p.cap > 0 && p.sides; }
   template <class V>
   PERDITA_INLINE V slope(const V& steepness, const V& share, const V& b, const V*) const {

@@ -10,7 +10,7 @@
 namespace perdita::inline PERDITA_ABI {
 
 struct decoupled_options {
-  double temperature = 0.1;                       ///< τ, above 0
+  double temperature = 0.1;                       ///< τ > 0, with a finite inverse
   bool normalise = true;                          ///< cosines, and not products
   perdita::reduction reduction = reduction::mean; ///< of anchors with positives and negatives
   /// Where given, ∂value/∂τ goes there if gradients are asked for.
@@ -158,8 +158,7 @@ public:
   weighted_decoupled() : weighted_decoupled(options{}) {}
   explicit weighted_decoupled(const options& o) : options_(o) {
     core::invertible<T>(name, "temperature", o.temperature);
-    core::require(o.sigma > 0 && std::isfinite(o.sigma), name, "sigma", o.sigma,
-                  "a finite number above 0");
+    core::positive(name, "sigma", o.sigma);
     core::require_reduction(name, o.reduction);
   }
   const options& settings() const { return options_; }

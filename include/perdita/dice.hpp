@@ -567,8 +567,7 @@ public:
 
   dice() : dice(options{}) {}
   explicit(false) dice(const options& o) : options_(o) {
-    core::require(o.smoothing >= 0 && std::isfinite(o.smoothing), name, "smoothing", o.smoothing,
-                  "a finite number, 0 or more");
+    core::not_negative(name, "smoothing", o.smoothing);
     core::require_reduction(name, o.reduction);
   }
   const options& settings() const { return options_; }

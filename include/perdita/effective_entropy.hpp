@@ -86,7 +86,7 @@ public:
   explicit(false) effective_entropy(const options& o) : options_(o) {
     checks.finite("entropy", o.entropy);
     checks.finite("covariance", o.covariance);
-    checks.above_0("epsilon", o.epsilon);
+    core::positive(name, "epsilon", o.epsilon);
     core::require_enumerator(name, "by", o.by, squash::normal_cdf, "sigmoid or normal_cdf");
   }
   const options& settings() const { return options_; }

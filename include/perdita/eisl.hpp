@@ -254,7 +254,7 @@ public:
   struct options {
     std::vector<index> sizes = {2}; ///< n, one at least; 0 and less: from the target's length
     std::vector<T> weights = {};    ///< none: equal, of sum 1
-    T temperature = 1;              ///< of q, above 0
+    T temperature = 1;              ///< of q, > 0, with a finite inverse
     T floor = -20;                  ///< below 0: log-probabilities count for no less
     bool log_probabilities = false; ///< the scores are log p
     core::eisl_noise noise = {};    ///< added to t in q; none: the expected positions

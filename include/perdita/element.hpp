@@ -366,8 +366,7 @@ public:
 
   smooth_l1() : smooth_l1(options{}) {}
   explicit(false) smooth_l1(const options& o) : options_(o) {
-    core::require(o.beta >= 0 && std::isfinite(o.beta), name, "beta", o.beta,
-                  "a finite number, 0 or more");
+    core::not_negative(name, "beta", o.beta);
     core::require_reduction(name, o.reduction);
   }
   const options& settings() const { return options_; }
@@ -397,8 +396,7 @@ public:
 
   huber() : huber(options{}) {}
   explicit(false) huber(const options& o) : options_(o) {
-    core::require(o.delta > 0 && std::isfinite(o.delta), name, "delta", o.delta,
-                  "a finite number above 0");
+    core::positive(name, "delta", o.delta);
     core::require_reduction(name, o.reduction);
   }
   const options& settings() const { return options_; }
@@ -432,8 +430,7 @@ public:
 
   pseudo_huber() : pseudo_huber(options{}) {}
   explicit(false) pseudo_huber(const options& o) : options_(o) {
-    core::require(o.delta > 0 && std::isfinite(o.delta), name, "delta", o.delta,
-                  "a finite number above 0");
+    core::positive(name, "delta", o.delta);
     core::require_reduction(name, o.reduction);
   }
   const options& settings() const { return options_; }
@@ -558,7 +555,7 @@ public:
 
   cauchy() : cauchy(options{}) {}
   explicit(false) cauchy(const options& o) : options_(o) {
-    core::require(o.c > 0 && std::isfinite(o.c), name, "c", o.c, "a finite number above 0");
+    core::positive(name, "c", o.c);
     core::require_reduction(name, o.reduction);
   }
   const options& settings() const { return options_; }
@@ -593,7 +590,7 @@ public:
 
   tukey_biweight() : tukey_biweight(options{}) {}
   explicit(false) tukey_biweight(const options& o) : options_(o) {
-    core::require(o.c > 0 && std::isfinite(o.c), name, "c", o.c, "a finite number above 0");
+    core::positive(name, "c", o.c);
     core::require_reduction(name, o.reduction);
   }
   const options& settings() const { return options_; }
@@ -627,7 +624,7 @@ public:
 
   geman_mcclure() : geman_mcclure(options{}) {}
   explicit(false) geman_mcclure(const options& o) : options_(o) {
-    core::require(o.c > 0 && std::isfinite(o.c), name, "c", o.c, "a finite number above 0");
+    core::positive(name, "c", o.c);
     core::require_reduction(name, o.reduction);
   }
   const options& settings() const { return options_; }
@@ -670,8 +667,7 @@ public:
 
   poisson_nll() : poisson_nll(options{}) {}
   explicit(false) poisson_nll(const options& o) : options_(o) {
-    core::require(o.eps >= 0 && std::isfinite(o.eps), name, "eps", o.eps,
-                  "a finite number, 0 or more");
+    core::not_negative(name, "eps", o.eps);
     core::require_reduction(name, o.reduction);
   }
   const options& settings() const { return options_; }
@@ -778,7 +774,7 @@ public:
 
   gaussian_nll() : gaussian_nll(options{}) {}
   explicit(false) gaussian_nll(const options& o) : options_(o) {
-    core::require(o.eps > 0 && std::isfinite(o.eps), name, "eps", o.eps, "a finite number above 0");
+    core::positive(name, "eps", o.eps);
     core::require_reduction(name, o.reduction);
   }
   const options& settings() const { return options_; }

@@ -87,8 +87,7 @@ public:
     if constexpr (requires { o.prediction.alpha; })
       core::require_entmax_alpha(name, o.prediction.alpha);
     if constexpr (has_budget)
-      core::require(o.prediction.budget > 0 && std::isfinite(o.prediction.budget), name, "budget",
-                    o.prediction.budget, "a finite number above 0");
+      core::positive(name, "budget", o.prediction.budget);
     core::require_reduction(name, o.reduction);
   }
   const options& settings() const { return options_; }

@@ -16,7 +16,7 @@
 namespace perdita::inline PERDITA_ABI {
 
 struct gated_contrast_options {
-  double temperature = 0.1; ///< τ, above 0
+  double temperature = 0.1; ///< τ > 0, with a finite inverse
   /// Where given, ∂value/∂τ goes there if gradients are asked for.
   double* d_temperature = nullptr;
 };
@@ -102,7 +102,7 @@ public:
 
   gated_contrast() : gated_contrast(options{}) {}
   explicit(false) gated_contrast(const options& o) : options_(o) {
-    checks.above_0("temperature", o.temperature);
+    core::invertible<double>(name, "temperature", o.temperature);
   }
   const options& settings() const { return options_; }
 

@@ -203,13 +203,12 @@ public:
     };
     share("gamma", o.gamma.last);
     core::require(o.gamma.epochs >= 0, name, "epochs of gamma", o.gamma.epochs, "0 or more");
-    core::require(std::isfinite(o.rho), name, "rho", o.rho, "a finite number");
+    core::finite(name, "rho", o.rho);
     core::require(o.rate >= 0 && std::isfinite(o.rate), name, "rate", o.rate,
                   "a finite number, not negative");
     share("beta", o.beta);
     core::require(o.most_slope > 0, name, "most_slope", o.most_slope, "a number above 0");
-    core::require(o.least_temperature > 0 && std::isfinite(o.least_temperature), name,
-                  "least_temperature", o.least_temperature, "a finite number above 0");
+    core::positive(name, "least_temperature", o.least_temperature);
     core::require(o.most_temperature >= o.least_temperature && std::isfinite(o.most_temperature),
                   name, "most_temperature", o.most_temperature,
                   "a finite number, not below least_temperature");

@@ -204,8 +204,7 @@ public:
   group_ordering() : group_ordering(options{}) {}
   explicit group_ordering(const options& o) : options_(o) {
     core::require(o.negatives > 0, name, "negatives", o.negatives, "a number above 0");
-    core::require(o.steepness > 0 && std::isfinite(o.steepness), name, "steepness", o.steepness,
-                  "a finite number above 0");
+    core::positive(name, "steepness", o.steepness);
     core::require_reduction(name, o.reduction);
   }
   const options& settings() const { return options_; }

@@ -213,7 +213,7 @@ public:
                   "an even number of at least 0");
     core::require(o.tolerance >= 0, name, "tolerance", o.tolerance, "a number of at least 0");
     core::require(o.clusters >= 0, name, "clusters", o.clusters, "at least 0");
-    core::require(std::isfinite(o.scale), name, "scale", o.scale, "a finite number");
+    core::finite(name, "scale", o.scale);
   }
   const options& settings() const { return options_; }
 

@@ -14,7 +14,7 @@ namespace perdita::inline PERDITA_ABI {
 
 struct hard_contrastive_options {
   double share = 0.08;                            ///< α of the negatives, the nearest, stay
-  double temperature = 0.07;                      ///< τ, above 0
+  double temperature = 0.07;                      ///< τ > 0, with a finite inverse
   bool normalise = true;                          ///< cosines, and not products
   perdita::reduction reduction = reduction::mean; ///< of the anchors with a positive
   /// Where given, ∂value/∂τ goes there if gradients are asked for.
@@ -173,7 +173,7 @@ public:
   simple_contrastive() : simple_contrastive(options{}) {}
   explicit simple_contrastive(const options& o) : options_(o) {
     core::require_share(name, o.share);
-    core::require(std::isfinite(o.lambda), name, "lambda", o.lambda, "a finite number");
+    core::finite(name, "lambda", o.lambda);
     core::require_reduction(name, o.reduction);
   }
   const options& settings() const { return options_; }

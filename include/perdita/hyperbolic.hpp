@@ -268,8 +268,7 @@ public:
 
   poincare_distance() : poincare_distance(options{}) {}
   explicit(false) poincare_distance(const options& o) : options_(o) {
-    core::require(o.curvature > 0 && std::isfinite(o.curvature), name, "curvature", o.curvature,
-                  "a finite number above 0");
+    core::positive(name, "curvature", o.curvature);
     core::require_reduction(name, o.reduction);
   }
   const options& settings() const { return options_; }
@@ -401,8 +400,7 @@ public:
 
   hyperbolic_logits() : hyperbolic_logits(options{}) {}
   explicit(false) hyperbolic_logits(const options& o) : options_(o) {
-    core::require(o.curvature > 0 && std::isfinite(o.curvature), name, "curvature", o.curvature,
-                  "a finite number above 0");
+    core::positive(name, "curvature", o.curvature);
   }
   const options& settings() const { return options_; }
 
@@ -494,8 +492,7 @@ public:
 
   exponential_map() : exponential_map(options{}) {}
   explicit(false) exponential_map(const options& o) : options_(o) {
-    core::require(o.curvature > 0 && std::isfinite(o.curvature), name, "curvature", o.curvature,
-                  "a finite number above 0");
+    core::positive(name, "curvature", o.curvature);
     core::require(o.clip > 0, name, "clip", o.clip, "a number above 0");
     core::require(o.margin > 0 && o.margin < 1, name, "margin", o.margin, "a number in (0, 1)");
   }
@@ -632,8 +629,7 @@ public:
 
   hyp_oc() : hyp_oc(options{}) {}
   explicit(false) hyp_oc(const options& o) : options_(o) {
-    core::require(o.curvature > 0 && std::isfinite(o.curvature), name, "curvature", o.curvature,
-                  "a finite number above 0");
+    core::positive(name, "curvature", o.curvature);
     core::require(o.clip > 0, name, "clip", o.clip, "a number above 0");
     core::require(o.margin > 0 && o.margin < 1, name, "margin", o.margin, "a number in (0, 1)");
     core::require(o.confusion >= 0 && std::isfinite(o.confusion), name, "confusion", o.confusion,

@@ -130,7 +130,7 @@ public:
   ldr_kl() : ldr_kl(options{}) {}
   explicit(false) ldr_kl(const options& o) : options_(o) {
     core::invertible<T>(name, "lambda", o.lambda);
-    core::require(std::isfinite(o.margin), name, "margin", o.margin, "a finite number");
+    core::finite(name, "margin", o.margin);
     core::require_reduction(name, o.reduction);
   }
   const options& settings() const { return options_; }
@@ -172,7 +172,7 @@ public:
 
   crammer_singer() : crammer_singer(options{}) {}
   explicit(false) crammer_singer(const options& o) : options_(o) {
-    core::require(std::isfinite(o.margin), name, "margin", o.margin, "a finite number");
+    core::finite(name, "margin", o.margin);
     core::require_reduction(name, o.reduction);
   }
   const options& settings() const { return options_; }
@@ -211,7 +211,7 @@ public:
 
   average_margin() : average_margin(options{}) {}
   explicit(false) average_margin(const options& o) : options_(o) {
-    core::require(std::isfinite(o.margin), name, "margin", o.margin, "a finite number");
+    core::finite(name, "margin", o.margin);
     core::require_reduction(name, o.reduction);
   }
   const options& settings() const { return options_; }

@@ -243,7 +243,7 @@ public:
   explicit(false) ldr_k_kl(const options& o) : options_(o) {
     core::require(o.k >= 1, name, "k", o.k, "1 or more");
     core::invertible<T>(name, "lambda", o.lambda);
-    core::require(std::isfinite(o.margin), name, "margin", o.margin, "a finite number");
+    core::finite(name, "margin", o.margin);
     core::require_reduction(name, o.reduction);
   }
   const options& settings() const { return options_; }

@@ -135,7 +135,7 @@ public:
 
   lifted_structure() : lifted_structure(options{}) {}
   explicit lifted_structure(const options& o) : options_(o) {
-    core::require(std::isfinite(o.margin), name, "margin", o.margin, "a finite number");
+    core::finite(name, "margin", o.margin);
     core::require_enumerator(name, "terms", o.terms, lifted_terms::anchors, "pairs or anchors");
     core::require_reduction(name, o.reduction);
   }

@@ -98,8 +98,7 @@ public:
   linear(Loss loss, const options& o) : loss_(std::move(loss)), options_(o) {
     core::require(o.drop_mass >= 0 && o.drop_mass < 1, name, "drop_mass", o.drop_mass,
                   "a number in [0, 1)");
-    core::require(o.drop_below >= 0 && std::isfinite(o.drop_below), name, "drop_below",
-                  o.drop_below, "a finite number, 0 or more");
+    core::not_negative(name, "drop_below", o.drop_below);
     core::require(o.drop_mass == 0 || o.drop_below == 0, name, "drop_below", o.drop_below,
                   "0 where drop_mass is given");
   }

@@ -516,7 +516,7 @@ public:
 
   bpr() : bpr(options{}) {}
   explicit(false) bpr(const options& o) : options_(o) {
-    core::require(std::isfinite(o.margin), name, "margin", o.margin, "a finite number");
+    core::finite(name, "margin", o.margin);
     core::require_reduction(name, o.reduction);
   }
   const options& settings() const { return options_; }
@@ -676,9 +676,8 @@ public:
   explicit(false) lambda_loss(const options& o) : options_(o) {
     core::require_enumerator(name, "weights", o.weights, lambda_weights::ndcg_loss2_plus,
                              "one of lambda_weights");
-    core::require(o.sigma > 0 && std::isfinite(o.sigma), name, "sigma", o.sigma,
-                  "a finite number above 0");
-    core::require(o.mu >= 0 && std::isfinite(o.mu), name, "mu", o.mu, "a finite number, 0 or more");
+    core::positive(name, "sigma", o.sigma);
+    core::not_negative(name, "mu", o.mu);
     core::require(o.truncation >= 0, name, "truncation", o.truncation, "0 or more");
     core::require_reduction(name, o.reduction);
   }

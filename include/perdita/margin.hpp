@@ -352,8 +352,7 @@ public:
 
   smoothed_hinge() : smoothed_hinge(options{}) {}
   explicit(false) smoothed_hinge(const options& o) : options_(o) {
-    core::require(o.gamma > 0 && std::isfinite(o.gamma), name, "gamma", o.gamma,
-                  "a finite number above 0");
+    core::positive(name, "gamma", o.gamma);
     core::require_labels(name, o.labels);
     core::require_reduction(name, o.reduction);
   }

@@ -59,7 +59,7 @@ public:
 
   margin_control() : margin_control(options{}) {}
   explicit(false) margin_control(const options& o) : options_(o) {
-    core::require(std::isfinite(o.weight), name, "weight", o.weight, "a finite number");
+    core::finite(name, "weight", o.weight);
   }
   const options& settings() const { return options_; }
 

@@ -211,8 +211,7 @@ public:
     core::require(o.penalty >= 0 && std::isfinite(o.penalty), name, "penalty", o.penalty,
                   "a finite number of 0 or more");
     core::require(o.penalised >= 0, name, "penalised", o.penalised, "0 or more");
-    core::require(std::isfinite(o.length_reward), name, "length_reward", o.length_reward,
-                  "a finite number");
+    core::finite(name, "length_reward", o.length_reward);
   }
   const options& settings() const { return options_; }
 
@@ -291,8 +290,7 @@ public:
     core::require_reduction(name, o.reduction);
     core::require(o.backward >= 0 && o.backward <= 1, name, "backward", o.backward,
                   "a number in [0, 1]");
-    core::require(std::isfinite(o.length_reward), name, "length_reward", o.length_reward,
-                  "a finite number");
+    core::finite(name, "length_reward", o.length_reward);
   }
   const options& settings() const { return options_; }
 

@@ -190,7 +190,7 @@ public:
   multi_margin() : multi_margin(options{}) {}
   explicit(false) multi_margin(const options& o) : options_(o) {
     core::require(o.p == 1 || o.p == 2, name, "p", o.p, "1 or 2");
-    core::require(std::isfinite(o.margin), name, "margin", o.margin, "a finite number");
+    core::finite(name, "margin", o.margin);
     core::require_reduction(name, o.reduction);
     core::require_memory(name, "class_weights", o.class_weights.data, o.class_weights.size);
     for (index i = 0; i < o.class_weights.size; ++i) {
@@ -266,7 +266,7 @@ public:
 
   multilabel_margin() : multilabel_margin(options{}) {}
   explicit(false) multilabel_margin(const options& o) : options_(o) {
-    core::require(std::isfinite(o.margin), name, "margin", o.margin, "a finite number");
+    core::finite(name, "margin", o.margin);
     core::require_reduction(name, o.reduction);
   }
   const options& settings() const { return options_; }

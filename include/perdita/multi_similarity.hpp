@@ -94,14 +94,11 @@ public:
 
   multi_similarity() : multi_similarity(options{}) {}
   explicit multi_similarity(const options& o) : options_(o) {
-    const auto above_0 = [](const char* what, double x) {
-      core::require(x > 0 && std::isfinite(x), name, what, x, "a finite number above 0");
-    };
     const auto finite = [](const char* what, double x) {
       core::require(std::isfinite(x), name, what, x, "a finite number");
     };
-    above_0("alpha", o.alpha);
-    above_0("beta", o.beta);
+    core::positive(name, "alpha", o.alpha);
+    core::positive(name, "beta", o.beta);
     finite("base", o.base);
     finite("margin", o.margin);
     finite("duplicate", o.duplicate);

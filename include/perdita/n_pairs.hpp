@@ -37,8 +37,7 @@ public:
   n_pairs() : n_pairs(options{}) {}
   explicit n_pairs(const options& o)
       : options_(o), products_({.temperature = 1, .normalise = false, .reduction = o.reduction}) {
-    core::require(o.length_weight >= 0 && std::isfinite(o.length_weight), name, "length_weight",
-                  o.length_weight, "a finite number, 0 or more");
+    core::not_negative(name, "length_weight", o.length_weight);
     core::require_reduction(name, o.reduction);
   }
   const options& settings() const { return options_; }

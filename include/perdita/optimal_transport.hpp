@@ -270,8 +270,7 @@ public:
 
   sinkhorn_divergence() : sinkhorn_divergence(options{}) {}
   explicit(false) sinkhorn_divergence(const options& o) : options_(o) {
-    core::require(o.epsilon > 0 && std::isfinite(o.epsilon), name, "epsilon", o.epsilon,
-                  "a finite number above 0");
+    core::positive(name, "epsilon", o.epsilon);
     core::require(o.tolerance >= 0, name, "tolerance", o.tolerance, "a number of at least 0");
     core::require(o.iterations >= 1, name, "iterations", o.iterations, "at least 1");
   }

@@ -141,10 +141,8 @@ public:
 
   pair_margin() : pair_margin(options{}) {}
   explicit pair_margin(const options& o) : options_(o) {
-    core::require(std::isfinite(o.positive_margin), name, "positive_margin", o.positive_margin,
-                  "a finite number");
-    core::require(std::isfinite(o.negative_margin), name, "negative_margin", o.negative_margin,
-                  "a finite number");
+    core::finite(name, "positive_margin", o.positive_margin);
+    core::finite(name, "negative_margin", o.negative_margin);
     core::require_enumerator(name, "mean", o.mean, pair_mean::nonzero, "pairs or nonzero");
     core::require_reduction(name, o.reduction);
   }

@@ -53,8 +53,7 @@ public:
   explicit(false) poly1(const options& o) : options_(o) {
     core::require(o.epsilon >= -1 && std::isfinite(o.epsilon), name, "epsilon", o.epsilon,
                   "a finite number, -1 or more");
-    core::require(o.gamma >= 0 && std::isfinite(o.gamma), name, "gamma", o.gamma,
-                  "a finite number, 0 or more");
+    core::not_negative(name, "gamma", o.gamma);
     core::require_reduction(name, o.reduction);
   }
   const options& settings() const { return options_; }

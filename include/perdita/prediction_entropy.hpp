@@ -63,8 +63,8 @@ public:
 
   prediction_entropy() : prediction_entropy(options{}) {}
   explicit(false) prediction_entropy(const options& o) : options_(o) {
-    core::require(std::isfinite(o.row), name, "row", o.row, "a finite number");
-    core::require(std::isfinite(o.batch), name, "batch", o.batch, "a finite number");
+    core::finite(name, "row", o.row);
+    core::finite(name, "batch", o.batch);
     core::invertible<double>(name, "temperature", o.temperature);
   }
   const options& settings() const { return options_; }

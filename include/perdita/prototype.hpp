@@ -197,8 +197,7 @@ public:
   proto_triplet() : proto_triplet(options{}) {}
   explicit(false) proto_triplet(const options& o) : options_(o) {
     checks.finite("margin", o.margin);
-    core::require(o.epsilon >= 0 && std::isfinite(o.epsilon), name, "epsilon", o.epsilon,
-                  "a finite number, 0 or more");
+    core::not_negative(name, "epsilon", o.epsilon);
   }
   const options& settings() const { return options_; }
 
@@ -471,8 +470,7 @@ public:
     core::require(o.neighbours >= 1, name, "neighbours", o.neighbours, "1 or more");
     core::require(o.considered == 0 || o.considered >= o.neighbours, name, "considered",
                   o.considered, "0, or as many as neighbours or more");
-    core::require(o.epsilon >= 0 && std::isfinite(o.epsilon), name, "epsilon", o.epsilon,
-                  "a finite number, 0 or more");
+    core::not_negative(name, "epsilon", o.epsilon);
   }
   const options& settings() const { return options_; }
 

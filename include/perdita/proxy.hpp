@@ -87,8 +87,7 @@ public:
 
   proxy_nca() : proxy_nca(options{}) {}
   explicit(false) proxy_nca(const options& o) : options_(o) {
-    core::require(o.scale > 0 && std::isfinite(o.scale), name, "scale", o.scale,
-                  "a finite number above 0");
+    core::positive(name, "scale", o.scale);
     core::require_reduction(name, o.reduction);
   }
   const options& settings() const { return options_; }
@@ -333,7 +332,7 @@ public:
 
   proxy_anchor() : proxy_anchor(options{}) {}
   explicit(false) proxy_anchor(const options& o) : options_(o) {
-    checks.above_0("alpha", o.alpha);
+    core::positive(name, "alpha", o.alpha);
     checks.finite("margin", o.margin);
   }
   const options& settings() const { return options_; }

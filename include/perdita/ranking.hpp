@@ -76,7 +76,7 @@ public:
 
   margin_ranking() : margin_ranking(options{}) {}
   explicit(false) margin_ranking(const options& o) : options_(o) {
-    core::require(std::isfinite(o.margin), name, "margin", o.margin, "a finite number");
+    core::finite(name, "margin", o.margin);
     core::require_labels(name, o.labels);
     core::require_reduction(name, o.reduction);
   }
@@ -148,7 +148,7 @@ public:
 
   hinge_embedding() : hinge_embedding(options{}) {}
   explicit(false) hinge_embedding(const options& o) : options_(o) {
-    core::require(std::isfinite(o.margin), name, "margin", o.margin, "a finite number");
+    core::finite(name, "margin", o.margin);
     core::require_labels(name, o.labels);
     core::require_reduction(name, o.reduction);
   }

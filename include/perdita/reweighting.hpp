@@ -106,7 +106,7 @@ inline void require_reweighting(const char* name, const reweighting_options& o) 
   require_enumerator(name, "strategy", o.strategy, reweighting_strategy::upper,
                      "lin_upper, quadratic, extremes or upper");
   require(o.temperature > 0, name, "temperature", o.temperature, "a number above 0");
-  require(o.delta > 0 && std::isfinite(o.delta), name, "delta", o.delta, "a finite number above 0");
+  positive(name, "delta", o.delta);
 }
 
 } // namespace core

@@ -80,7 +80,6 @@ constexpr loss_traits robust_traits(bool convex, bool smooth) {
           .nonnegative = true,
           .shift_invariant = true};
 }
-template <class T> bool above_0(T x) { return x > 0 && std::isfinite(x); }
 
 } // namespace core
 
@@ -105,7 +104,7 @@ public:
 
   truncated_gce() : truncated_gce(options{}) {}
   explicit(false) truncated_gce(const options& o) : options_(o) {
-    core::require(core::above_0(o.q), name, "q", o.q, "a finite number above 0");
+    core::positive(name, "q", o.q);
     core::require(o.threshold > 0 && o.threshold < 1, name, "threshold", o.threshold,
                   "a number in (0, 1)");
     core::require_reduction(name, o.reduction);
@@ -145,12 +144,10 @@ public:
 
   symmetric_cross_entropy() : symmetric_cross_entropy(options{}) {}
   explicit(false) symmetric_cross_entropy(const options& o) : options_(o) {
-    core::require(o.alpha >= 0 && std::isfinite(o.alpha), name, "alpha", o.alpha,
-                  "a finite number, 0 or more");
-    core::require(o.beta >= 0 && std::isfinite(o.beta), name, "beta", o.beta,
-                  "a finite number, 0 or more");
-    core::require(core::above_0(-o.log_of_zero), name, "log_of_zero", o.log_of_zero,
-                  "a finite number below 0");
+    core::not_negative(name, "alpha", o.alpha);
+    core::not_negative(name, "beta", o.beta);
+    core::require(o.log_of_zero < 0 && std::isfinite(o.log_of_zero), name, "log_of_zero",
+                  o.log_of_zero, "a finite number below 0");
     core::require_reduction(name, o.reduction);
   }
   const options& settings() const { return options_; }
@@ -186,8 +183,8 @@ public:
 
   asymmetric_gce() : asymmetric_gce(options{}) {}
   explicit(false) asymmetric_gce(const options& o) : options_(o) {
-    core::require(core::above_0(o.a), name, "a", o.a, "a finite number above 0");
-    core::require(core::above_0(o.q), name, "q", o.q, "a finite number above 0");
+    core::positive(name, "a", o.a);
+    core::positive(name, "q", o.q);
     core::require_reduction(name, o.reduction);
   }
   const options& settings() const { return options_; }
@@ -223,8 +220,8 @@ public:
 
   asymmetric_unhinged() : asymmetric_unhinged(options{}) {}
   explicit(false) asymmetric_unhinged(const options& o) : options_(o) {
-    core::require(core::above_0(o.a - 1), name, "a", o.a, "a finite number above 1");
-    core::require(core::above_0(o.q), name, "q", o.q, "a finite number above 0");
+    core::require(o.a > 1 && std::isfinite(o.a), name, "a", o.a, "a finite number above 1");
+    core::positive(name, "q", o.q);
     core::require_reduction(name, o.reduction);
   }
   const options& settings() const { return options_; }

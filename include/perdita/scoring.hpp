@@ -82,7 +82,7 @@ public:
   explicit(false) gaussian_levels(const options& o) : options_(o) {
     core::require(o.levels >= 2, name, "levels", o.levels, "at least 2");
     core::require_enumerator(name, "mass", o.mass, level_mass::density, "interval or density");
-    core::require(std::isfinite(o.least), name, "least", o.least, "a finite number");
+    core::finite(name, "least", o.least);
     core::require(o.most > o.least && std::isfinite(o.most), name, "most", o.most,
                   "a finite number above least");
     core::require(o.least_deviation > 0, name, "least_deviation", o.least_deviation,

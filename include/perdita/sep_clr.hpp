@@ -124,7 +124,7 @@ public:
 
   sep_clr() : sep_clr(options{}) {}
   explicit(false) sep_clr(const options& o) : options_(o) {
-    checks.above_0("temperature", o.temperature);
+    core::invertible<double>(name, "temperature", o.temperature);
     const auto weight = [](const char* what, double x) {
       core::require(x >= 0 && std::isfinite(x), name, what, x, "a finite number, not negative");
     };
@@ -336,7 +336,7 @@ public:
 
   supervised_alignment() : supervised_alignment(options{}) {}
   explicit(false) supervised_alignment(const options& o) : options_(o) {
-    checks.above_0("temperature", o.temperature);
+    core::invertible<double>(name, "temperature", o.temperature);
   }
   const options& settings() const { return options_; }
 

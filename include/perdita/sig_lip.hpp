@@ -68,8 +68,8 @@ public:
 
   sig_lip() : sig_lip(options{}) {}
   explicit sig_lip(const options& o) : options_(o) {
-    core::require(std::isfinite(o.scale), name, "scale", o.scale, "a finite number");
-    core::require(std::isfinite(o.bias), name, "bias", o.bias, "a finite number");
+    core::finite(name, "scale", o.scale);
+    core::finite(name, "bias", o.bias);
     core::require_reduction(name, o.reduction);
   }
   const options& settings() const { return options_; }

@@ -75,8 +75,7 @@ public:
 
   explicit similarity(Loss loss) : similarity(std::move(loss), options{}) {}
   similarity(Loss loss, const options& o) : loss_(std::move(loss)), options_(o) {
-    core::require(o.scale > 0 && std::isfinite(o.scale), name, "scale", o.scale,
-                  "a finite number above 0");
+    core::positive(name, "scale", o.scale);
   }
   const options& settings() const { return options_; }
   const Loss& loss() const { return loss_; }

@@ -114,10 +114,9 @@ public:
 
   smooth_adversarial() : smooth_adversarial(options{}) {}
   explicit(false) smooth_adversarial(const options& o) : options_(o) {
-    core::require(o.tau >= 0 && std::isfinite(o.tau), name, "tau", o.tau,
-                  "a finite number, 0 or more");
-    core::require(o.rho > 0 && std::isfinite(o.rho), name, "rho", o.rho, "a finite number above 0");
-    core::require(o.nu >= 0 && std::isfinite(o.nu), name, "nu", o.nu, "a finite number, 0 or more");
+    core::not_negative(name, "tau", o.tau);
+    core::positive(name, "rho", o.rho);
+    core::not_negative(name, "nu", o.nu);
     core::require_reduction(name, o.reduction);
   }
   const options& settings() const { return options_; }

@@ -96,8 +96,7 @@ public:
 
   spherical_softmax() : spherical_softmax(options{}) {}
   explicit(false) spherical_softmax(const options& o) : options_(o) {
-    core::require(o.epsilon >= 0 && std::isfinite(o.epsilon), name, "epsilon", o.epsilon,
-                  "a finite number, 0 or more");
+    core::not_negative(name, "epsilon", o.epsilon);
     core::require_reduction(name, o.reduction);
   }
   const options& settings() const { return options_; }

@@ -466,8 +466,7 @@ public:
   template <class Loss, class X, class Y, class DX>
   T step(const Loss& loss, X&& hidden, Y&& target, DX&& d_hidden, const spherical_step& by,
          const spherical_call<T>& call = {}) {
-    core::require(by.rate >= 0 && std::isfinite(by.rate), name, "rate", by.rate,
-                  "a finite number, 0 or more");
+    core::not_negative(name, "rate", by.rate);
     core::require(by.decay >= 0 && by.rate * by.decay < 1, name, "decay", by.decay,
                   "a number from 0 to 1 / rate, exclusively");
     auto& batch = batch_;

@@ -13,7 +13,7 @@ namespace perdita::inline PERDITA_ABI {
 enum class positives_mean { outside, inside };
 
 struct sup_con_options {
-  double temperature = 0.07;                      ///< τ, above 0
+  double temperature = 0.07;                      ///< τ > 0, with a finite inverse
   positives_mean mean = positives_mean::outside;  ///< "out" and "in" of the paper
   bool normalise = true;                          ///< cosines, and not products
   perdita::reduction reduction = reduction::mean; ///< of the anchors with a positive
@@ -125,9 +125,9 @@ private:
     per_anchor("temperatures", o.temperatures);
     per_anchor("d_temperatures", o.d_temperatures);
     for (index i = 0; i < o.temperatures.size; ++i)
-      if (!(o.temperatures[i] > 0) || !std::isfinite(o.temperatures[i]))
+      if (!core::is_invertible<T>(o.temperatures[i]))
         core::fail_at(name, "temperatures", i, core::to_text(o.temperatures[i]),
-                      "a finite number above 0");
+                      "a finite number above 0 whose inverse is finite");
     job.extra[0] = o.d_temperature;
     job.each = o.d_temperatures;
   }

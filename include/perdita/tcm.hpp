@@ -36,14 +36,10 @@ public:
 
   tcm() : tcm(options{}) {}
   explicit tcm(const options& o) : options_(o) {
-    core::require(std::isfinite(o.positive_margin), name, "positive_margin", o.positive_margin,
-                  "a finite number");
-    core::require(std::isfinite(o.negative_margin), name, "negative_margin", o.negative_margin,
-                  "a finite number");
-    core::require(o.positive_factor >= 0 && std::isfinite(o.positive_factor), name,
-                  "positive_factor", o.positive_factor, "a finite number, 0 or more");
-    core::require(o.negative_factor >= 0 && std::isfinite(o.negative_factor), name,
-                  "negative_factor", o.negative_factor, "a finite number, 0 or more");
+    core::finite(name, "positive_margin", o.positive_margin);
+    core::finite(name, "negative_margin", o.negative_margin);
+    core::not_negative(name, "positive_factor", o.positive_factor);
+    core::not_negative(name, "negative_factor", o.negative_factor);
     core::require_reduction(name, o.reduction);
   }
   const options& settings() const { return options_; }

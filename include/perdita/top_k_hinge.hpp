@@ -207,7 +207,7 @@ public:
   top_k_hinge() : top_k_hinge(options{}) {}
   explicit(false) top_k_hinge(const options& o) : options_(o) {
     core::require(o.k >= 1, name, "k", o.k, "1 or more");
-    core::require(std::isfinite(o.margin), name, "margin", o.margin, "a finite number");
+    core::finite(name, "margin", o.margin);
     core::require_reduction(name, o.reduction);
   }
   const options& settings() const { return options_; }

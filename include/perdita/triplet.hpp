@@ -213,10 +213,9 @@ public:
 
   triplet_margin() : triplet_margin(options{}) {}
   explicit(false) triplet_margin(const options& o) : options_(o) {
-    core::require(std::isfinite(o.margin), name, "margin", o.margin, "a finite number");
+    core::finite(name, "margin", o.margin);
     core::require(o.power >= 1, name, "power", o.power, "a number of 1 or more");
-    core::require(o.epsilon >= 0 && std::isfinite(o.epsilon), name, "epsilon", o.epsilon,
-                  "a finite number, 0 or more");
+    core::not_negative(name, "epsilon", o.epsilon);
     core::require_reduction(name, o.reduction);
   }
   const options& settings() const { return options_; }

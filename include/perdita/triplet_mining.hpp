@@ -279,7 +279,7 @@ public:
 
   triplet_mining() : triplet_mining(options{}) {}
   explicit triplet_mining(const options& o) : options_(o) {
-    core::require(std::isfinite(o.margin), name, "margin", o.margin, "a finite number");
+    core::finite(name, "margin", o.margin);
     const auto named = [](const char* option, auto x, auto last) {
       core::require_enumerator(name, option, x, last, "one of those that are named");
     };

@@ -84,9 +84,7 @@ public:
   static constexpr const char* name = "uniformity";
 
   uniformity() : uniformity(options{}) {}
-  explicit uniformity(const options& o) : options_(o) {
-    core::require(o.t > 0 && std::isfinite(o.t), name, "t", o.t, "a finite number above 0");
-  }
+  explicit uniformity(const options& o) : options_(o) { core::positive(name, "t", o.t); }
   const options& settings() const { return options_; }
 
   using anchor_loss<uniformity<T>, T>::operator();

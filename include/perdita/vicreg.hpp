@@ -50,7 +50,7 @@ public:
     checks.finite("variance", o.variance);
     checks.finite("covariance", o.covariance);
     checks.finite("deviation", o.deviation);
-    checks.above_0("epsilon", o.epsilon);
+    core::positive(name, "epsilon", o.epsilon);
   }
   const options& settings() const { return options_; }
 

@@ -122,7 +122,7 @@ public:
 
   weston_watkins() : weston_watkins(options{}) {}
   explicit(false) weston_watkins(const options& o) : options_(o) {
-    core::require(std::isfinite(o.margin), name, "margin", o.margin, "a finite number");
+    core::finite(name, "margin", o.margin);
     core::require_reduction(name, o.reduction);
   }
   const options& settings() const { return options_; }

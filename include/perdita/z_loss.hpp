@@ -80,8 +80,8 @@ public:
 
   z_loss() : z_loss(options{}) {}
   explicit(false) z_loss(const options& o) : options_(o) {
-    core::require(o.a > 0 && std::isfinite(o.a), name, "a", o.a, "a finite number above 0");
-    core::require(std::isfinite(o.b), name, "b", o.b, "a finite number");
+    core::positive(name, "a", o.a);
+    core::finite(name, "b", o.b);
     core::require_reduction(name, o.reduction);
   }
   const options& settings() const { return options_; }

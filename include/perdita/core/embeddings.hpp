@@ -205,9 +205,6 @@ template <class T> struct embedding_checks {
   void finite(const char* what, double x) const {
     require(std::isfinite(x), name, what, x, "a finite number");
   }
-  void above_0(const char* what, double x) const {
-    require(x > 0 && std::isfinite(x), name, what, x, "a finite number above 0");
-  }
   void size(const std::string& what, index got, index expected) const {
     if (got != expected) [[unlikely]]
       fail(name, what, to_text(got), to_text(expected));

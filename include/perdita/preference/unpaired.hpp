@@ -236,7 +236,7 @@ public:
   T operator()(const sequence_scores<T>& scores, L&& labels, const bco_state& state,
                vector_view<T> gradient = {}, const call_options<T>& call = {},
                const sequence_report<T>& report = {}) const {
-    core::require(std::isfinite(state.delta), name, "delta", state.delta, "a finite number");
+    core::finite(name, "delta", state.delta);
     const T value = core::reduce_labelled(name, scores, core::as_vector(labels), options_.beta,
                                           state.delta, {1, 1}, options_.reduction, gradient, call,
                                           report, links::logistic());
