@@ -13,18 +13,17 @@ namespace perdita::inline PERDITA_ABI {
 
 namespace core {
 
-struct taylor_map {
-  static constexpr double linear = 1, quadratic = 0.5;
-  static constexpr double constant() { return 1; }
-  template <class V> PERDITA_INLINE V score(const V& x) const { return x; }
+struct taylor_map : quadratic_map {
+  template <class W> static W of(const W* t) { return fma(W(0.5), t[2], t[0] + t[1]); }
+  template <class W> static W of(const W& z) { return fma(W(0.5), z * z, W(1) + z); }
   template <class V> PERDITA_INLINE V slope(const V& z) const { return z + V(1); }
 };
 
-struct spherical_map {
-  static constexpr double linear = 0, quadratic = 1;
+struct spherical_map : quadratic_map {
   double epsilon;
-  constexpr double constant() const { return epsilon; }
-  template <class V> PERDITA_INLINE V score(const V& x) const { return x; }
+  explicit spherical_map(double e) : epsilon(e) {}
+  template <class W> W of(const W* t) const { return t[2] + W(epsilon) * t[0]; }
+  template <class W> W of(const W& z) const { return z * z + W(epsilon); }
   template <class V> PERDITA_INLINE V slope(const V& z) const { return z + z; }
 };
 
@@ -103,7 +102,9 @@ public:
 
 private:
   friend score_ratio_access;
-  core::spherical_map map() const { return {static_cast<double>(options_.epsilon)}; }
+  core::spherical_map map() const {
+    return core::spherical_map(static_cast<double>(options_.epsilon));
+  }
   options options_;
 };
 

@@ -9,14 +9,16 @@ namespace perdita::inline PERDITA_ABI {
 
 namespace core {
 
-/// z = s(x); s' = 1 where s ≥ 1, s² below.
+/// z = s(x), which is 0 for a masked class; s' = 1 where s ≥ 1, s² below.
 struct stablemax_map {
-  static constexpr double linear = 1, quadratic = 0;
-  static constexpr double constant() { return 0; }
+  using statistic = plain_sum;
+  static constexpr bool divides = true;
   template <class V> PERDITA_INLINE V score(const V& x) const {
-    const V masked(-std::numeric_limits<typename V::value_type>::infinity());
-    return select(x == masked, masked, select(x >= V(0), x + V(1), V(1) / (V(1) - x)));
+    return select(x >= V(0), x + V(1), V(1) / (V(1) - x));
   }
+  template <class V> static PERDITA_INLINE auto masked(const V& z) { return z == V(0); }
+  template <class W> static W of(const W* sum) { return *sum; }
+  template <class W> static W of(const W& z) { return z; }
   template <class V> PERDITA_INLINE V slope(const V& z) const {
     return select(z >= V(1), V(1), z * z);
   }

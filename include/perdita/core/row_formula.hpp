@@ -25,6 +25,8 @@ struct row_formula {
   static constexpr bool linear = true;          ///< slope is linear in share and side together,
                                                 ///< the side being 1 where there is none
   static constexpr bool uses_share = true;      ///< slope() reads its second argument
+  static constexpr bool keeps_scores = false;   ///< z takes long: it is kept, as images are, for
+                                                ///< slope(). Of a statistic without images
   static constexpr bool has_side = false;       ///< side(first) gives a number per class
   static constexpr bool slope_reads_score() { return false; } ///< slope() reads z
   double label_weight(index) const { return 1; }
@@ -171,8 +173,12 @@ PERDITA_INLINE V slope_at(const Formula& formula, const V& z, const V& share, co
 template <class Formula, class V>
 PERDITA_INLINE V slope_of_image(const Formula& formula, const V& image, const V& factor,
                                 const V& cut, const V& side, const V& scale, const V* c) {
-  const V no_score(has_steepness<Formula, V> ? 1 : 0);
-  return slope_at(formula, no_score, multiply_unless_less(image, cut, factor), side, scale, c);
+  if constexpr (Formula::keeps_scores) {
+    return slope_at(formula, image, V(0), side, scale, c);
+  } else {
+    const V no_score(has_steepness<Formula, V> ? 1 : 0);
+    return slope_at(formula, no_score, multiply_unless_less(image, cut, factor), side, scale, c);
+  }
 }
 /// The same from a raw score x: `factor` takes the image of its z to the share, and what is below
 /// `cut` to 0.

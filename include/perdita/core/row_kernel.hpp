@@ -333,7 +333,7 @@ private:
 
   /// The gradient can be made of the images, so these are all that a row leaves behind.
   static PERDITA_INLINE bool uses_images(const Formula& formula) {
-    return statistic::has_image && !formula.slope_reads_score();
+    return Formula::keeps_scores || (statistic::has_image && !formula.slope_reads_score());
   }
   bool uses_images() const { return uses_images(formula_); }
   bool keeps_images() const { return has_gradient_ && uses_images(); }
@@ -907,7 +907,10 @@ private:
     target_pack(const live_row& row, index packs) : number(packs) {
       if (const index at = row.label / width; Formula::excludes_target && at < packs) {
         number = at;
-        select(iota<T>() == V(static_cast<T>(row.label % width)), statistic::absent(V(0)),
+        V nothing = statistic::absent(V(0));
+        if constexpr (requires { statistic::template absent_score<V>(); })
+          nothing = statistic::template absent_score<V>();
+        select(iota<T>() == V(static_cast<T>(row.label % width)), nothing,
                V::load(row.x + at * width))
             .store(without);
       }

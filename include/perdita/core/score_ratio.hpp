@@ -6,8 +6,7 @@
 ///   ℓ = −log( f(x_y) / Σ_k f(x_k) ),   f ≥ 0,   with S = Σ_k f(x_k):
 ///   ∂ℓ/∂x_j = f'(x_j)/S,   ∂ℓ/∂x_y = −(f'(x_y)/f(x_y)) (S − f(x_y))/S
 ///
-/// f is a polynomial of second degree in a number z that comes from x alone, so that the sums of z
-/// and z² over the rivals are all there is to know.
+/// The sum over the rivals comes from a statistic of numbers z, each a function of x alone.
 
 #include <limits>
 #include <type_traits>
@@ -20,33 +19,37 @@ namespace perdita::inline PERDITA_ABI {
 
 namespace core {
 
-/// Map: score(x) gives z; constant(), linear and quadratic are f's coefficients; slope(z) is f'.
-template <class Map, class T> struct score_ratio_formula : row_formula {
+/// Base of maps with z = x: f is c + l x + q x².
+struct quadratic_map {
   using statistic = power_sums;
+  static constexpr bool divides = false;
+  template <class V> PERDITA_INLINE V score(const V& x) const { return x; }
+  template <class V> static PERDITA_INLINE auto masked(const V& z) {
+    return z == V(-std::numeric_limits<typename V::value_type>::infinity());
+  }
+};
+
+/// Map: statistic; score(x) gives z, and divides says whether it is a quotient; of(terms) is Σ f
+/// and of(z) f; slope(z) is f'; masked(z) where there is no class.
+template <class Map, class T> struct score_ratio_formula : row_formula {
+  using statistic = typename Map::statistic;
   static constexpr bool proportional = false;
   static constexpr bool linear = false;
+  static constexpr bool keeps_scores = Map::divides;
 
   Map map;
 
   template <class V> PERDITA_INLINE V score(const V& x) const { return map.score(x); }
   template <class V> PERDITA_INLINE V slope(const V& z, const V&, const V&, const V* c) const {
-    return select(masked(z), V(0), map.slope(z) * c[0]);
+    return select(map.masked(z), V(0), map.slope(z) * c[0]);
   }
   template <class Row> PERDITA_NOINLINE auto finish(const Row& row) const {
     using W = std::remove_cvref_t<decltype(row.target)>;
     const W zero(0), one(1), inf(std::numeric_limits<double>::infinity()), z = row.target;
-    const auto of = [&](const W& n, const W& sum, const W& squares) {
-      W f = W(map.constant()) * n;
-      if constexpr (Map::linear != 0) // 0 times inf would be NaN
-        f = fma(W(Map::linear), sum, f);
-      if constexpr (Map::quadratic != 0)
-        f = fma(W(Map::quadratic), squares, f);
-      return f;
-    };
-    const W rivals = of(row.term[0], row.term[1], row.term[2]), f = of(one, z, z * z);
+    const W rivals = map.of(row.term), f = map.of(z);
     const W per_own = one / f, odds = rivals * per_own, most(0x1p1000);
     const auto [surprise, hit] = log1p_and_inverse_to<T>(min(most, odds));
-    const auto lost = masked(z);
+    const auto lost = map.masked(z);
     row_outcome<W> out;
     out.value = select(lost, inf, select(odds < most, surprise, odds));
     out.coefficient[0] = hit * per_own;
@@ -68,11 +71,6 @@ template <class Map, class T> struct score_ratio_formula : row_formula {
       out.target_gradient = select(spoilt, nan, out.target_gradient);
     }
     return out;
-  }
-
-private:
-  template <class V> static PERDITA_INLINE auto masked(const V& z) {
-    return z == V(-std::numeric_limits<typename V::value_type>::infinity());
   }
 };
 

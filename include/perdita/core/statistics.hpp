@@ -8,7 +8,8 @@
 ///   look, choose    how a first look at a chunk of scores picks the shift for that chunk;
 ///   absorb          how one batch of scores enters the sums; returns the score's image (e^{z-s});
 ///   rebase          what the sums become when the shift moves by delta = old - new;
-///   common          the shift at which two summaries are added.
+///   common          the shift at which two summaries are added;
+///   absent_score    where there is one: what a formula's score() takes to absent().
 ///
 /// Because rebase makes any two summaries addable, the same statistic serves lanes, chunks,
 /// threads, tiles of a linear head and shards of a vocabulary. `absent` is a score that leaves
@@ -205,6 +206,19 @@ struct weighted_sums {
   }
   template <class W> static void rebase(W*, const W&) {}
   template <class S> static auto common(const S& a, const S&) { return a.shift; }
+};
+
+/// Σ z, with no shift, of formulas that take a score of -inf to 0.
+struct plain_sum : weighted_sums {
+  static constexpr int terms = 1;
+
+  template <class V> static PERDITA_INLINE V absent_score() {
+    return log_sum_exp::look_at_nothing<V>();
+  }
+  template <class V> static PERDITA_INLINE V absorb(V* sum, const V& z, const V&, const V&) {
+    sum[0] += z;
+    return z;
+  }
 };
 
 /// The largest score, which is the shift, and how many scores are as large: none where all are
