@@ -298,6 +298,9 @@ TEST_CASE("A temperature of each anchor's own", "") {
   tau[3] = 0;
   CHECK_THROWS_WITH(loss.pairs(x.view(), y.view()),
                     Catch::Matchers::ContainsSubstring("temperatures[3] is 0"));
+  tau[3] = 1e-310;
+  CHECK_THROWS_WITH(loss.pairs(x.view(), y.view()),
+                    Catch::Matchers::ContainsSubstring("whose inverse is finite"));
   tau.resize(5);
   CHECK_THROWS_WITH(perdita::sup_con<double>({.temperatures = tau}).pairs(x.view(), y.view()),
                     Catch::Matchers::ContainsSubstring("temperatures is 5"));

@@ -246,6 +246,8 @@ TEST_CASE("Adaptive multi-head contrastive: what has a stated result", "") {
                     ContainsSubstring("beta is -1"));
   CHECK_THROWS_WITH(perdita::amcl<double>({.width = 1, .temperature = 0}),
                     ContainsSubstring("temperature is 0"));
+  CHECK_THROWS_WITH(perdita::amcl<double>({.width = 1, .temperature = 1e-310}),
+                    ContainsSubstring("whose inverse is finite"));
   CHECK_THROWS_WITH(perdita::amcl<double>({.width = 1, .form = static_cast<perdita::amcl_form>(2)}),
                     ContainsSubstring("form is 2"));
   // Without negatives nothing is compared with what is not its own.
@@ -421,6 +423,8 @@ TEST_CASE("SepCLR: calls, and what has a stated result", "[threads]") {
   CHECK_THROWS_WITH(loss(run.in(), run.target, wrong), ContainsSubstring("overlaps"));
   CHECK_THROWS_WITH(perdita::sep_clr<double>({.temperature = 0}),
                     ContainsSubstring("temperature is 0"));
+  CHECK_THROWS_WITH(perdita::sep_clr<double>({.temperature = 1e-310}),
+                    ContainsSubstring("whose inverse is finite"));
   CHECK_THROWS_WITH(perdita::sep_clr<double>({.joint = -1}), ContainsSubstring("joint is -1"));
   for (std::size_t k = 0; k < 4; ++k)
     CHECK(run.g[k].x == kept[k].x);
@@ -825,6 +829,8 @@ TEST_CASE("Gated contrast: calls, and what has a stated result", "[threads]") {
   wrong = run.out();
   wrong.anchors = wrong.gates;
   CHECK_THROWS_WITH(loss(run.in(), classes.views(), wrong), ContainsSubstring("overlaps"));
+  CHECK_THROWS_WITH(perdita::gated_contrast<double>({.temperature = 1e-310}),
+                    ContainsSubstring("whose inverse is finite"));
   CHECK_THROWS_WITH(perdita::gated_contrast<double>({.temperature = -1}),
                     ContainsSubstring("temperature is -1"));
   for (std::size_t k = 0; k < 3; ++k)
