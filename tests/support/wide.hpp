@@ -16,7 +16,7 @@ namespace perdita_tests {
 #if __LDBL_MANT_DIG__ == 113
 using wide = long double;
 using std::exp, std::expm1, std::log, std::log1p, std::pow, std::sqrt, std::tanh, std::sin,
-    std::cos, std::ldexp, std::frexp;
+    std::cos, std::atan, std::ldexp, std::frexp;
 #elif defined(__SIZEOF_FLOAT128__) && defined(__GLIBC__)
 __extension__ typedef __float128 wide;
 // What <math.h> calls expf128 and the like, by names that contradict no declaration there.
@@ -31,6 +31,7 @@ PERDITA_WIDE(sqrt)
 PERDITA_WIDE(tanh)
 PERDITA_WIDE(sin)
 PERDITA_WIDE(cos)
+PERDITA_WIDE(atan)
 #undef PERDITA_WIDE
 extern "C" wide perdita_wide_pow(wide, wide) noexcept __asm__("powf128");
 extern "C" wide perdita_wide_ldexp(wide, int) noexcept __asm__("ldexpf128");
