@@ -20,16 +20,6 @@ namespace {
 
 using perdita::index;
 
-wide arc_tangent(wide x) {
-  wide factor = 1;
-  for (int i = 0; i < 6; ++i, factor *= 2)
-    x = x / (1 + sqrt(wide(1 + x * x)));
-  wide sum = 0, power = x;
-  for (int k = 1; k < 40; k += 2, power *= -x * x)
-    sum += power / k;
-  return factor * sum;
-}
-
 // --- AMCL ---------------------------------------------------------------------------------------
 
 double some_temperature(index i, index j) {
@@ -268,10 +258,12 @@ namespace {
 struct sep_clr_weights {
   double common, salient, information_less, joint;
 };
-wide square_between(const wide_matrix& x, index i, index j) {
+wide square_between(const wide_matrix& x, index i, const wide_matrix& y, index j) {
   wide sum = 0;
-  for (index d = 0; d < x.cols; ++d)
-    sum += (x(i, d) - x(j, d)) * (x(i, d) - x(j, d));
+  for (index d = 0; d < x.cols; ++d) {
+    const wide apart = x(i, d) - y(j, d);
+    sum += apart * apart;
+  }
   return sum;
 }
 wide sep_clr(const std::array<wide_matrix, 4>& x, const std::vector<int>& target, double tau,
@@ -287,34 +279,37 @@ wide sep_clr(const std::array<wide_matrix, 4>& x, const std::vector<int>& target
       for (index d = 0; d < t.cols && target[static_cast<std::size_t>(i)] == 0; ++d)
         t(i, d) = 0;
   }
+  const wide_matrix origin(1, s[0].cols);
   wide result = 0;
   for (index i = 0; i < n; ++i) {
-    for (index d = 0; d < c[0].cols; ++d)
-      result += w.common * half((c[0](i, d) - c[1](i, d)) * (c[0](i, d) - c[1](i, d))) / n;
-    for (index d = 0; d < s[0].cols; ++d)
-      if (target[static_cast<std::size_t>(i)] == 1)
-        result += w.salient * half((s[0](i, d) - s[1](i, d)) * (s[0](i, d) - s[1](i, d))) / targets;
-      else
-        result += w.information_less * half(s[0](i, d) * s[0](i, d) + s[1](i, d) * s[1](i, d)) /
-                  (2 * (n - targets));
+    result += w.common * half(square_between(c[0], i, c[1], i)) / n;
+    if (target[static_cast<std::size_t>(i)] == 1)
+      result += w.salient * half(square_between(s[0], i, s[1], i)) / targets;
+    else
+      result += w.information_less *
+                half(square_between(s[0], i, origin, 0) + square_between(s[1], i, origin, 0)) /
+                (2 * (n - targets));
   }
   for (std::size_t v = 0; v < 2; ++v) {
-    wide of_c = 0, of_s = 0, joint = 0;
-    for (index i = 0; i < n; ++i) {
-      wide row = 0;
-      for (index j = 0; j < n; ++j) {
-        const wide k = exp(-half(square_between(c[v], i, j)));
-        const wide l = exp(-half(square_between(teacher[v], i, j)));
-        row += k * l;
-        of_c += i == j ? wide(0) : k;
-        of_s += i == j ? wide(0) : l;
+    wide of_c = 0, of_s = 0, joint = 0; // of i ≠ j
+    std::vector<wide> row(static_cast<std::size_t>(n), 1);
+    const auto image = [&](const wide_matrix& m, index i, index j, double weight) {
+      return weight + w.joint == 0 ? wide(0) : wide(exp(-half(square_between(m, i, m, j))));
+    };
+    for (index i = 0; i < n; ++i)
+      for (index j = 0; j < i; ++j) {
+        const wide k = image(c[v], i, j, w.common), l = image(teacher[v], i, j, w.salient);
+        row[static_cast<std::size_t>(i)] += k * l;
+        row[static_cast<std::size_t>(j)] += k * l;
+        of_c += 2 * k;
+        of_s += 2 * l;
       }
-      joint += log(wide(row / n)) / n;
-    }
+    for (const wide& sum : row)
+      joint += log(wide(sum / n)) / n;
     result += w.joint * joint / 2;
     if (n > 1)
-      result +=
-          w.common * log(wide(of_c / (n * (n - 1)))) + w.salient * log(wide(of_s / (n * (n - 1))));
+      result += weighted(w.common, log(wide(of_c / (n * (n - 1))))) +
+                weighted(w.salient, log(wide(of_s / (n * (n - 1)))));
   }
   return result;
 }
@@ -620,7 +615,7 @@ TEMPLATE_TEST_CASE("Weights of bad pairs are their definition", "", float, doubl
     bad += flagged ? 1 : 0;
     CHECK(memory.is_bad(items[at]) == flagged);
     const wide off = (mean_of_views(losses, i) - mu) / sd, density = exp(wide(-off * off / 2));
-    const wide expected = flagged ? wide(density / (sd * sqrt(wide(8 * arc_tangent(1))))) : wide(1);
+    const wide expected = flagged ? wide(density / (sd * sqrt(wide(8 * atan(wide(1)))))) : wide(1);
     moved += flagged && expected > 0.1 ? 1 : 0;
     for (const T got : {w[at], w[at + n]})
       CHECK(judge.within(size_of(wide(got - expected)), 16,
@@ -947,18 +942,18 @@ namespace {
 
 /// With the whole permutation matrix, as written.
 wide order_of_groups(std::vector<wide> x, std::size_t first, double steepness) {
-  const wide pi = 4 * arc_tangent(1);
+  const wide pi = 4 * atan(wide(1));
   const std::size_t n = x.size();
   wide_matrix p(static_cast<index>(n), static_cast<index>(n));
   for (index i = 0; i < p.rows; ++i)
     p(i, i) = 1;
   for (std::size_t layer = 0; layer < n; ++layer)
     for (std::size_t a = layer % 2; a + 1 < n; a += 2) {
-      const wide alpha = 0.5 + arc_tangent(wide(steepness * (x[a + 1] - x[a]))) / pi;
+      const wide swaps = 0.5 - atan(wide(steepness * (x[a + 1] - x[a]))) / pi; // 1 − α
       const auto mix = [&](wide& low, wide& high) {
-        const wide kept = low;
-        low = alpha * low + (1 - alpha) * high;
-        high = (1 - alpha) * kept + alpha * high;
+        const wide moved = swaps * (high - low);
+        low += moved;
+        high -= moved;
       };
       mix(x[a], x[a + 1]);
       for (index i = 0; i < p.rows; ++i)
@@ -973,7 +968,25 @@ wide order_of_groups(std::vector<wide> x, std::size_t first, double steepness) {
   }
   return loss;
 }
-wide group_ordering(const wide_comparisons& c, std::size_t k, double steepness) {
+/// A definition for one batch after another: an anchor whose scores are those of the call before,
+/// as most are when one number is moved, keeps its term.
+class group_ordering {
+public:
+  group_ordering(std::size_t k, double steepness) : k_(k), steepness_(steepness) {}
+  wide operator()(const wide_comparisons& c);
+
+private:
+  struct term {
+    std::vector<wide> scores;
+    std::size_t first = 0;
+    wide value = 0;
+  };
+  std::size_t k_;
+  double steepness_;
+  std::vector<term> kept_;
+};
+wide group_ordering::operator()(const wide_comparisons& c) {
+  kept_.resize(static_cast<std::size_t>(c.anchors()));
   wide total = 0;
   int anchors = 0;
   for (index i = 0; i < c.anchors(); ++i) {
@@ -985,11 +998,14 @@ wide group_ordering(const wide_comparisons& c, std::size_t k, double steepness) 
         (c.of(i, j) > 0 ? positive : negative).push_back(c.score(i, j));
     std::sort(negative.begin(), negative.end());
     std::sort(positive.begin(), positive.end());
-    if (negative.size() > k)
-      negative.erase(negative.begin(), negative.end() - static_cast<std::ptrdiff_t>(k));
+    if (negative.size() > k_)
+      negative.erase(negative.begin(), negative.end() - static_cast<std::ptrdiff_t>(k_));
     const std::size_t first = negative.size();
     negative.insert(negative.end(), positive.begin(), positive.end());
-    total += order_of_groups(negative, first, steepness);
+    term& t = kept_[static_cast<std::size_t>(i)];
+    if (t.first != first || t.scores != negative)
+      t = {negative, first, order_of_groups(negative, first, steepness_)};
+    total += t.value;
     ++anchors;
   }
   return anchors > 0 ? wide(total / anchors) : wide(0);
@@ -1003,13 +1019,12 @@ TEMPLATE_TEST_CASE("Group ordering is its definition", "", float, double) {
       check_anchor_values<TestType>(
           "group_ordering",
           perdita::group_ordering<TestType>({.negatives = 3, .steepness = steepness}),
-          {.value_budget = 8, .gradient_budget = 32},
-          [&](const wide_comparisons& c) { return group_ordering(c, 3, steepness); }, 7, 9, 4,
+          {.value_budget = 8, .gradient_budget = 32}, group_ordering(3, steepness), 7, 9, 4,
           classes);
   check_anchor_values<TestType>(
       "group_ordering", perdita::group_ordering<TestType>({.negatives = 3, .normalise = false}),
-      {.normalise = false, .value_budget = 8, .gradient_budget = 32},
-      [](const wide_comparisons& c) { return group_ordering(c, 3, 1.0); }, 7, 9, 4, 3);
+      {.normalise = false, .value_budget = 8, .gradient_budget = 32}, group_ordering(3, 1), 7, 9, 4,
+      3);
 }
 
 TEST_CASE("Group ordering: calls, and what has a stated result", "[threads]") {
