@@ -10,6 +10,7 @@
 #include <functional>
 #include <limits>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include <perdita/core/anchor_loss.hpp>
@@ -50,9 +51,29 @@ struct anchor_subject {
 };
 
 wide_matrix unit_rows(wide_matrix x);
-wide_comparisons compare(const wide_matrix& x, const wide_matrix& y,
-                         const std::vector<std::vector<int>>& relation,
-                         const anchor_subject& subject);
+/// Of one x and y after another, which differ by little where differences are taken: only rows that
+/// are not what they were are compared anew.
+class comparer {
+public:
+  comparer(std::vector<std::vector<int>> relation, const anchor_subject& subject)
+      : subject_(subject), now_{wide_matrix(0, 0), std::move(relation)} {}
+  const wide_comparisons& operator()(const wide_matrix& x, const wide_matrix& y);
+
+private:
+  struct side {
+    wide_matrix raw{0, 0}, unit{0, 0};
+    std::vector<bool> moved;
+    void become(const wide_matrix& m, bool normalise);
+  };
+  anchor_subject subject_;
+  side x_, y_;
+  wide_comparisons now_;
+};
+inline wide_comparisons compare(const wide_matrix& x, const wide_matrix& y,
+                                const std::vector<std::vector<int>>& relation,
+                                const anchor_subject& subject) {
+  return comparer(relation, subject)(x, y);
+}
 std::vector<std::vector<int>> relations(const std::vector<int>& x, const std::vector<int>& y,
                                         bool alone);
 /// The last comparisons that were not near those before: what constants of a loss are made of.
