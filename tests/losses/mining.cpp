@@ -103,9 +103,12 @@ wide triplets(const wide_comparisons& c, const perdita::triplet_mining_options& 
     }
     for (const std::size_t p : own) {
       auto nearest = u;
-      for (std::size_t n = 0; n < u.size() && o.swap; ++n)
-        if (c.of(i, static_cast<index>(n)) == -1)
-          nearest[n] = smaller(u[n], measured(c, static_cast<index>(p), o.measure)[n]);
+      if (o.swap) {
+        const auto of_p = measured(c, static_cast<index>(p), o.measure);
+        for (std::size_t n = 0; n < u.size(); ++n)
+          if (c.of(i, static_cast<index>(n)) == -1)
+            nearest[n] = smaller(u[n], of_p[n]);
+      }
       for (const std::size_t n : mined(c, i, nearest, p, o)) {
         const wide miss = o.margin + (u[p] - nearest[n]);
         const wide term = o.penalty == penalty::hinge ? larger(0, miss) : softplus(miss);
@@ -175,6 +178,7 @@ TEMPLATE_TEST_CASE("Swapped triplets are their definition", "", float, double) {
   error_judge values, slopes;
   const anchor_subject subject{.distances = true};
   const std::vector<int> labels{0, 1, 0, 2, 1, 0, 2, 2, 0, 1};
+  const auto who = relations(labels, labels, true);
   const std::vector<T> weights{1, 2, 0, 1, T(0.5), 3, 1, 0, 1, 1};
   for (const auto n : {negatives::all, negatives::hard, negatives::semi_hard, negatives::easy})
     for (const auto kind : {penalty::hinge, penalty::softplus})
@@ -189,8 +193,8 @@ TEMPLATE_TEST_CASE("Swapped triplets are their definition", "", float, double) {
         const perdita::triplet_mining<T> loss(o);
         const auto x = random_batch<T>(10, 3, 21 + static_cast<std::uint64_t>(n));
         wide_matrix wide_x(x);
-        const auto who = relations(labels, labels, true);
-        const auto value = [&] { return triplets(compare(wide_x, wide_x, who, subject), o); };
+        comparer compared(who, subject);
+        const auto value = [&] { return triplets(compared(wide_x, wide_x), o); };
         batch<T> g(10, 3, T(7));
         const T got = loss(x.view(), labels, g.view());
         const wide expected = value();
@@ -200,8 +204,7 @@ TEMPLATE_TEST_CASE("Swapped triplets are their definition", "", float, double) {
         CHECK(slopes_within(slopes, g, differences(wide_x, value), 24));
         // A negative's second distance is of another row, but of its anchor's weight.
         const auto weighted_value = [&] {
-          return triplets(compare(wide_x, wide_x, who, subject), o,
-                          {weights.begin(), weights.end()});
+          return triplets(compared(wide_x, wide_x), o, {weights.begin(), weights.end()});
         };
         const T of_weights = loss(x.view(), labels, g.view(), {.row_weights = weights});
         const wide by_weight = weighted_value();
