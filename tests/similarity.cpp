@@ -78,7 +78,7 @@ class definition {
 public:
   wide value = 0, d_scale = 0;
   std::vector<wide> d_x, d_y;
-  std::vector<wide> size_x, size_y; ///< of the terms that add up to an entry
+  std::vector<judged> size_x, size_y; ///< of the terms that add up to an entry
   std::vector<wide> values;
 
   template <class T>
@@ -89,6 +89,9 @@ public:
     normalise(x, unit_x_, length_x_);
     normalise(y, unit_y_, length_y_);
     g_.assign(at(rows_ * cols_), 0);
+    for (index i = 0; i < rows_; ++i)
+      for (index j = 0; j < cols_; ++j)
+        z_.push_back(score(i, j));
     wide all = 0;
     for (const double w : weights)
       all += w;
@@ -122,39 +125,45 @@ private:
   /// Row i, or column i, whose label is y.
   void add_row(index i, std::int64_t y, double weight, const wide& share, bool column) {
     const index n = column ? rows_ : cols_;
-    std::vector<wide> z(at(n));
-    wide sum = 0;
-    for (index j = 0; j < n; ++j)
-      if (!(of_.within && i == j)) {
-        z[at(j)] = column ? score(j, i) : score(i, j);
-        sum += exp(wide(z[at(j)] - of_.scale));
-      }
+    const auto place = [&](index j) { return at(column ? j * cols_ + i : i * cols_ + j); };
+    std::vector<wide> image(at(n)); // e^{z − z_y}
     wide rivals = 0;
     for (index j = 0; j < n; ++j)
-      if (j != y && !(of_.within && i == j))
-        rivals += exp(wide(z[at(j)] - z[at(y)]));
-    const wide loss = log1p(rivals);
+      if (j != y && !(of_.within && i == j)) {
+        image[at(j)] = exp(wide(z_[place(j)] - z_[place(y)]));
+        rivals += image[at(j)];
+      }
+    const wide loss = log1p(rivals), each = share * weight / (1 + rivals);
     value += share * weight * loss;
     values[at(i)] += (of_.both ? wide(0.5) : wide(1)) * weight * loss;
     for (index j = 0; j < n; ++j)
       if (!(of_.within && i == j)) {
-        const wide p = exp(wide(z[at(j)] - of_.scale)) / sum;
-        const wide g = share * weight * (j == y ? wide(-rivals / (1 + rivals)) : p);
-        g_[at(column ? j * cols_ + i : i * cols_ + j)] += g;
-        d_scale += g * z[at(j)] / of_.scale;
+        const wide g = each * (j == y ? wide(-rivals) : image[at(j)]);
+        g_[place(j)] += g;
+        d_scale += g * z_[place(j)] / of_.scale;
       }
+  }
+  static std::vector<judged> sizes(const std::vector<wide>& numbers) {
+    std::vector<judged> result;
+    for (const wide& x : numbers)
+      result.push_back(std::abs(static_cast<judged>(x)));
+    return result;
   }
   void spread() {
     std::vector<wide> to_x(d_x.size()), to_y(d_y.size());
+    const std::vector<judged> of_x = sizes(unit_x_), of_y = sizes(unit_y_);
     for (index i = 0; i < rows_; ++i)
-      for (index j = 0; j < cols_; ++j)
+      for (index j = 0; j < cols_; ++j) {
+        const wide g = of_.scale * g_[at(i * cols_ + j)];
+        const judged of_g = std::abs(static_cast<judged>(g));
         for (index k = 0; k < depth_; ++k) {
-          const wide g = of_.scale * g_[at(i * cols_ + j)];
-          to_x[at(i * depth_ + k)] += g * unit_y_[at(j * depth_ + k)];
-          to_y[at(j * depth_ + k)] += g * unit_x_[at(i * depth_ + k)];
-          size_x[at(i * depth_ + k)] += size_of(wide(g * unit_y_[at(j * depth_ + k)]));
-          size_y[at(j * depth_ + k)] += size_of(wide(g * unit_x_[at(i * depth_ + k)]));
+          const std::size_t a = at(i * depth_ + k), b = at(j * depth_ + k);
+          to_x[a] += g * unit_y_[b];
+          to_y[b] += g * unit_x_[a];
+          size_x[a] += of_g * of_y[b];
+          size_y[b] += of_g * of_x[a];
         }
+      }
     if (of_.within)
       for (std::size_t k = 0; k < to_x.size(); ++k) {
         to_x[k] += to_y[k];
@@ -166,25 +175,28 @@ private:
   /// The part across the embedding; its errors are those of all that it is the difference of.
   void tangent(const std::vector<wide>& g, const std::vector<wide>& unit,
                const std::vector<wide>& length, index n, std::vector<wide>& to,
-               std::vector<wide>& size) const {
+               std::vector<judged>& size) const {
+    const std::vector<judged> of_unit = sizes(unit), of_length = sizes(length);
     for (index r = 0; r < n; ++r) {
-      wide dot = 0, error = 0;
+      wide dot = 0;
+      judged error = 0;
       for (index k = 0; of_.normalise && k < depth_; ++k) {
-        dot += g[at(r * depth_ + k)] * unit[at(r * depth_ + k)];
-        error += size[at(r * depth_ + k)] * size_of(unit[at(r * depth_ + k)]);
+        const std::size_t e = at(r * depth_ + k);
+        dot += g[e] * unit[e];
+        error += size[e] * of_unit[e];
       }
+      const bool none = of_.normalise && length[at(r)] == 0;
       for (index k = 0; k < depth_; ++k) {
         const std::size_t e = at(r * depth_ + k);
-        const bool none = of_.normalise && length[at(r)] == 0;
         to[e] = none ? wide(0) : wide((g[e] - dot * unit[e]) / length[at(r)]);
-        size[e] = none ? wide(0) : wide((size[e] + error * size_of(unit[e])) / length[at(r)]);
+        size[e] = none ? judged(0) : (size[e] + error * of_unit[e]) / of_length[at(r)];
       }
     }
   }
 
   index rows_, cols_, depth_;
   setting of_;
-  std::vector<wide> unit_x_, unit_y_, length_x_, length_y_, g_;
+  std::vector<wide> unit_x_, unit_y_, length_x_, length_y_, z_, g_;
 };
 
 std::vector<std::int64_t> count_up(index n) {
@@ -264,7 +276,7 @@ TEMPLATE_TEST_CASE("similarity: values and gradients of cross-entropy", "[simila
                                wide(epsilon * (noise + expected.values[at(i)]))));
       bool right = true;
       const auto compare = [&](const matrix<T>& got, const std::vector<wide>& want,
-                               const std::vector<wide>& size) {
+                               const std::vector<judged>& size) {
         for (std::size_t k = 0; k < want.size(); ++k)
           right = of_slopes.within(size_of(wide(got.data[k] - want[k])), 4,
                                    wide(epsilon * ((noise + 4) * size[k] + 1e-30L))) &&
