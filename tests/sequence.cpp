@@ -41,6 +41,8 @@ using perdita::sequence_options;
 constexpr double inf = std::numeric_limits<double>::infinity();
 constexpr double nan_d = std::numeric_limits<double>::quiet_NaN();
 std::size_t at(index n) { return static_cast<std::size_t>(n); }
+/// The size of a number, for allowances.
+judged about(const wide& x) { return std::abs(static_cast<judged>(x)); }
 
 /// Hidden states and weights of a model, and the scores that another one has.
 template <class T> struct model {
@@ -126,47 +128,55 @@ std::vector<prediction> predictions(const tokens<T>& p, const sequence_options& 
   return all;
 }
 
-/// Scores of a row over the temperature, and how large what is added up to them
+/// Scores of a row over the temperature, their soft-max, and how large what is added up to them
 /// is.
 struct wide_row {
-  std::vector<wide> z;
-  wide size = 0, lse;
+  std::vector<wide> z, p;
+  wide lse;
+  judged size = 0;
   wide log_p(index k) const { return z[at(k)] - lse; }
   wide entropy() const {
     wide sum = 0;
-    for (const wide& x : z)
-      sum -= weighted(exp(wide(x - lse)), wide(x - lse));
+    for (std::size_t j = 0; j < z.size(); ++j)
+      sum -= weighted(p[j], wide(z[j] - lse));
     return sum;
   }
   wide divergence_from(const wide_row& q) const {
     wide sum = 0;
     for (std::size_t j = 0; j < z.size(); ++j)
-      sum += weighted(exp(wide(z[j] - lse)), wide((z[j] - lse) - (q.z[j] - q.lse)));
+      sum += weighted(p[j], wide((z[j] - lse) - (q.z[j] - q.lse)));
     return sum;
   }
 };
 template <class T> wide_row row_of(const model<T>& m, source from, index row, double temperature) {
   wide_row r;
+  wide top = -infinity(), sum = 0;
   for (index k = 0; k < m.classes; ++k) {
-    wide z = 0, size = 0;
+    wide z = 0;
+    judged size = 0;
+    const auto add = [&](const wide& part) {
+      z += part;
+      size += about(part);
+    };
     if (from == source::scores) {
-      z = m.scores[at(row * m.classes + k)];
-      size = size_of(z);
+      add(m.scores[at(row * m.classes + k)]);
     } else {
-      z = m.bias[at(k)];
-      size = size_of(z);
-      for (index d = 0; d < m.features; ++d) {
-        const wide part =
-            wide(m.hidden[at(row * m.features + d)]) * wide(m.weights[at(k * m.features + d)]);
-        z += part;
-        size += size_of(part);
-      }
+      add(m.bias[at(k)]);
+      for (index d = 0; d < m.features; ++d)
+        add(wide(m.hidden[at(row * m.features + d)]) * wide(m.weights[at(k * m.features + d)]));
     }
     r.z.push_back(z / temperature);
-    if (is_finite(size)) // a masked class has no rounding
-      r.size = larger(r.size, wide(size / temperature));
+    top = larger(top, r.z.back());
+    if (std::isfinite(size)) // a masked class has no rounding
+      r.size = std::max(r.size, size / static_cast<judged>(temperature));
   }
-  r.lse = log_sum_exp(r.z, [](std::size_t) { return true; });
+  for (const wide& z : r.z) {
+    r.p.push_back(exp(wide(z - top)));
+    sum += r.p.back();
+  }
+  for (wide& share : r.p)
+    share /= sum;
+  r.lse = top + log(sum);
   return r;
 }
 
@@ -266,7 +276,8 @@ template <class T> tokens<T> pad(const tokens<T>& p, index steps, std::vector<in
 template <class T> struct expected_gradients {
   const tokens<T>& p;
   source from;
-  std::vector<wide> d_first, d_weights, d_bias, u_first, u_weights, u_bias;
+  std::vector<wide> d_first, d_weights, d_bias;
+  std::vector<judged> u_first, u_weights, u_bias;
 
   expected_gradients(const tokens<T>& data, source of) : p(data), from(of) {
     const model<T>& m = p.policy;
@@ -279,12 +290,12 @@ template <class T> struct expected_gradients {
       d_weights.resize(m.weights.size());
       d_bias.resize(m.bias.size());
     }
-    u_first = d_first;
-    u_weights = d_weights;
-    u_bias = d_bias;
+    u_first.resize(d_first.size());
+    u_weights.resize(d_weights.size());
+    u_bias.resize(d_bias.size());
   }
   /// The gradient of a row's score of class k, and its unit.
-  void add(index row, index k, const wide& g, const wide& u) {
+  void add(index row, index k, const wide& g, judged u) {
     const model<T>& m = p.policy;
     const index v = m.classes, d = m.features;
     if (from == source::scores) {
@@ -297,13 +308,13 @@ template <class T> struct expected_gradients {
     for (index i = 0; i < d; ++i) {
       const wide in = m.hidden[at(row * d + i)], w = m.weights[at(k * d + i)];
       d_first[at(row * d + i)] += g * w;
-      u_first[at(row * d + i)] += u * size_of(w);
+      u_first[at(row * d + i)] += u * about(w);
       d_weights[at(k * d + i)] += g * in;
-      u_weights[at(k * d + i)] += u * size_of(in);
+      u_weights[at(k * d + i)] += u * about(in);
     }
   }
   void judge(const answer<T>& a, double allowed, error_judge& of_slopes) const {
-    const wide epsilon = std::numeric_limits<T>::epsilon();
+    const judged epsilon = std::numeric_limits<T>::epsilon();
     const auto each = [&](const std::vector<T>& got, const auto& right, const auto& units) {
       for (std::size_t i = 0; i < got.size(); ++i)
         of_slopes.within(size_of(wide(got[i] - right[i])), allowed, epsilon * units[i]);
@@ -317,7 +328,7 @@ template <class T> struct expected_gradients {
 template <class T>
 void check(const tokens<T>& p, source from, const sequence_options& o, bool weighed,
            error_judge& of_values, error_judge& of_slopes) {
-  const wide epsilon = std::numeric_limits<T>::epsilon();
+  const judged epsilon = std::numeric_limits<T>::epsilon();
   const double allowed = 4;
   std::vector<index> counts;
   const auto predicted = predictions(p, o, weighed, counts);
@@ -327,7 +338,8 @@ void check(const tokens<T>& p, source from, const sequence_options& o, bool weig
     call.token_weights = p.token_weights;
   const auto a = ask(p, from, o, d_scores, call, p.layout(), true);
 
-  std::vector<wide> score(at(p.sequences())), unit(score.size());
+  std::vector<wide> score(at(p.sequences()));
+  std::vector<judged> unit(score.size());
   expected_gradients<T> right(p, from);
   std::vector<bool> counted(at(p.rows()), false);
   for (const prediction& x : predicted) {
@@ -336,33 +348,35 @@ void check(const tokens<T>& p, source from, const sequence_options& o, bool weig
     const wide c = x.factor * d_scores[at(x.sequence)];
     if (from == source::log_probabilities) {
       score[at(x.sequence)] += x.factor * p.log_p[r];
-      unit[at(x.sequence)] += size_of(wide(x.factor * p.log_p[r])) * wide(0x1p-52) / epsilon;
+      unit[at(x.sequence)] += about(x.factor * p.log_p[r]) * 0x1p-52L / epsilon;
       right.d_first[r] = c;
-      right.u_first[r] = size_of(c);
+      right.u_first[r] = about(c);
       CHECK(a.log_p[r] == p.log_p[r]);
       continue;
     }
     const index y = p.labels[at(x.token)];
     const wide_row z = row_of(p.policy, from, x.row, o.temperature),
                    q = row_of(p.reference, from, x.row, o.temperature);
-    const wide lp = z.log_p(y);
-    const wide reach = 1 + z.size; // a score's error, over ε: that of log p
+    const wide lp = z.log_p(y), lq = q.log_p(y), reverse = z.divergence_from(q),
+               forward = q.divergence_from(z);
+    // A score's error, over ε: that of log p.
+    const judged reach = 1 + z.size, both = reach + q.size;
     score[at(x.sequence)] += x.factor * lp;
-    unit[at(x.sequence)] += size_of(x.factor) * (size_of(lp) + z.size);
-    of_values.within(size_of(wide(a.log_p[r] - lp)), allowed, epsilon * (size_of(lp) + reach));
-    of_values.within(size_of(wide(a.lse[r] - z.lse)), allowed, epsilon * reach);
-    of_values.within(size_of(wide(a.entropy[r] - z.entropy())), allowed, epsilon * reach * 2);
-    const wide both = reach + q.size;
-    of_values.within(size_of(wide(a.reverse[r] - z.divergence_from(q))), allowed,
-                     epsilon * both * (2 + z.divergence_from(q)));
-    of_values.within(size_of(wide(a.forward[r] - q.divergence_from(z))), allowed,
-                     epsilon * both * (2 + q.divergence_from(z)));
-    of_values.within(size_of(wide(a.of_reference[r] - q.log_p(y))), allowed,
-                     epsilon * (size_of(q.log_p(y)) + 1 + q.size));
+    unit[at(x.sequence)] += about(x.factor) * (about(lp) + z.size);
+    const auto near = [&](T got, const wide& expected, judged of) {
+      of_values.within(size_of(wide(got - expected)), allowed, epsilon * of);
+    };
+    near(a.log_p[r], lp, about(lp) + reach);
+    near(a.lse[r], z.lse, reach);
+    near(a.entropy[r], z.entropy(), reach * 2);
+    near(a.reverse[r], reverse, both * (2 + static_cast<judged>(reverse)));
+    near(a.forward[r], forward, both * (2 + static_cast<judged>(forward)));
+    near(a.of_reference[r], lq, about(lq) + 1 + q.size);
+    const judged of_c = about(c) / static_cast<judged>(o.temperature);
     for (index k = 0; k < p.policy.classes; ++k) {
-      const wide share = exp(wide(z.z[at(k)] - z.lse)), hit = k == y ? 1 : 0;
-      right.add(x.row, k, c * (hit - share) / o.temperature,
-                size_of(c) * (share * reach + size_of(wide(hit - share))) / o.temperature);
+      const wide& share = z.p[at(k)];
+      const wide off = (k == y ? 1 : 0) - share;
+      right.add(x.row, k, c * off / o.temperature, of_c * (about(share) * reach + about(off)));
     }
   }
   for (std::size_t s = 0; s < score.size(); ++s) {
@@ -417,18 +431,19 @@ expected_gradients<T> right_slopes(const tokens<T>& p, source from, const sequen
     const wide c = x.factor * d_scores[at(x.sequence)] + slopes.log_p[row], a = slopes.reverse[row],
                b = slopes.forward[row], e = slopes.entropy[row];
     const wide kl = a == 0 ? wide(0) : z.divergence_from(q), h = z.entropy();
-    const wide reach = 1 + z.size, both = reach + q.size;
+    const judged reach = 1 + z.size, both = reach + q.size;
     for (index k = 0; k < p.policy.classes; ++k) {
-      const wide log_p = z.log_p(k), log_q = q.log_p(k), share = exp(log_p), other = exp(log_q);
+      const wide log_p = z.log_p(k), log_q = q.log_p(k), share = z.p[at(k)], other = q.p[at(k)];
       const wide hit = k == p.labels[at(x.token)] ? 1 : 0;
       const wide of_kl = weighted(share, wide(log_p - log_q - kl)),
                  of_h = weighted(share, wide(log_p + h));
       const wide g = c * (hit - share) + weighted(a, of_kl) + b * (share - other) - e * of_h;
-      const wide u = size_of(c) * (share * reach + size_of(wide(hit - share))) +
-                     weighted(size_of(a), wide(share * both + reach * size_of(of_kl))) +
-                     size_of(b) * (share * reach + other * (1 + q.size)) +
-                     size_of(e) * reach * (share + size_of(of_h));
-      right.add(x.row, k, g / o.temperature, u / o.temperature);
+      const judged s = about(share);
+      const judged u = about(c) * (s * reach + about(hit - share)) +
+                       (a == 0 ? judged(0) : about(a) * (s * both + reach * about(of_kl))) +
+                       about(b) * (s * reach + about(other) * (1 + q.size)) +
+                       about(e) * reach * (s + about(of_h));
+      right.add(x.row, k, g / o.temperature, u / static_cast<judged>(o.temperature));
     }
   }
   return right;
