@@ -350,24 +350,50 @@ TEMPLATE_TEST_CASE("proxies: special values and calls", "[proxy_anchor][proxy_nc
 
 namespace {
 
-/// By its definition, from 113-bit matrices.
-wide proto_triplet_of(const wide_matrix& q, const wide_matrix& c, const labels& y,
-                      const wide& margin) {
-  const auto distance = [&](index i, index k) {
-    wide square = 1e-6;
-    for (index j = 0; j < q.cols; ++j)
-      square += (q(i, j) - c(k, j)) * (q(i, j) - c(k, j));
-    return wide(sqrt(square));
-  };
+/// ‖a_i − b_k‖² + 1e-6 of one a and b after another, which differ by little where differences are
+/// taken: only those of rows that are not what they were are made anew.
+class squares {
+public:
+  const wide_matrix& operator()(const wide_matrix& a, const wide_matrix& b) {
+    const auto moved_a = moved(a_, a), moved_b = moved(b_, b);
+    if (of_.x.size() != at(a.rows * b.rows))
+      of_ = wide_matrix(a.rows, b.rows);
+    for (index i = 0; i < a.rows; ++i)
+      for (index k = 0; k < b.rows; ++k) {
+        if (!moved_a[at(i)] && !moved_b[at(k)])
+          continue;
+        wide square = 1e-6;
+        for (index j = 0; j < a.cols; ++j) {
+          const wide off = a(i, j) - b(k, j);
+          square += off * off;
+        }
+        of_(i, k) = square;
+      }
+    return of_;
+  }
+
+private:
+  static std::vector<bool> moved(wide_matrix& from, const wide_matrix& to) {
+    std::vector<bool> result(at(to.rows), from.x.size() != to.x.size());
+    for (std::size_t e = 0; e < to.x.size(); ++e)
+      if (from.x.size() == to.x.size() && from.x[e] != to.x[e])
+        result[e / at(to.cols)] = true;
+    from = to;
+    return result;
+  }
+  wide_matrix a_{0, 0}, b_{0, 0}, of_{0, 0};
+};
+/// By its definition, from 113-bit distances.
+wide proto_triplet_of(const wide_matrix& square, const labels& y, const wide& margin) {
   wide sum = 0, n = 0;
-  for (index i = 0; i < q.rows; ++i) {
+  for (index i = 0; i < square.rows; ++i) {
     if (y[at(i)] < 0)
       continue;
-    wide nearest = -1;
-    for (index k = 0; k < c.rows; ++k)
-      if (k != y[at(i)] && (nearest < 0 || distance(i, k) < nearest))
-        nearest = distance(i, k);
-    const wide miss = distance(i, y[at(i)]) - nearest + margin;
+    wide nearest = infinity();
+    for (index k = 0; k < square.cols; ++k)
+      if (k != y[at(i)])
+        nearest = smaller(nearest, square(i, k));
+    const wide miss = sqrt(square(i, y[at(i)])) - sqrt(nearest) + margin;
     sum += miss > 0 ? miss : wide(0);
     n += 1;
   }
@@ -379,24 +405,23 @@ struct icnn_setting {
   bool drop = true;
 };
 /// By the sheet's text: all distances, sorted.
-wide icnn_of(const wide_matrix& o, const labels& of, const wide_matrix& t, const labels& to,
-             const icnn_setting& s) {
-  const index targets = t.rows, k = s.k + 2 >= targets ? targets - 2 : s.k;
+wide icnn_of(const wide_matrix& square, const labels& of, const labels& to, const icnn_setting& s) {
+  const index origins = square.rows, targets = square.cols,
+              k = s.k + 2 >= targets ? targets - 2 : s.k;
   const index ipc = s.considered ? s.considered : k + 1;
   const wide e = 1e-7;
   wide alike = 0, apart = 0, farthest = -1, rows_c = 0, rows_e = 0, gamma = 0;
   std::vector<wide> others, counts;
-  for (index i = 0; i < o.rows; ++i) {
+  for (index i = 0; i < origins; ++i) {
     std::vector<std::pair<wide, index>> d;
-    for (index j = 0; j < targets; ++j) {
-      wide square = 1e-6;
-      for (index m = 0; m < o.cols; ++m)
-        square += (o(i, m) - t(j, m)) * (o(i, m) - t(j, m));
-      d.emplace_back(sqrt(square), j);
-    }
+    for (index j = 0; j < targets; ++j)
+      d.emplace_back(square(i, j), j);
     std::sort(d.begin(), d.end());
     if (s.drop)
       d.erase(d.begin());
+    d.resize(std::min(d.size(), at(std::max(ipc, k)))); // no other is looked at
+    for (auto& [distance, j] : d)
+      distance = sqrt(distance);
     const auto same = [&](index j) { return to[at(d[at(j)].second)] == of[at(i)]; };
     wide r = -1, c = 0, top = 0, of_same = 0, of_others = 0;
     for (index j = 0; j < ipc && j < static_cast<index>(d.size()); ++j)
@@ -415,7 +440,7 @@ wide icnn_of(const wide_matrix& o, const labels& of, const wide_matrix& t, const
     apart += of_others / (k - c + e);
     rows_c += c > 0 ? 1 : 0;
     rows_e += c < k ? 1 : 0;
-    gamma += c / k / o.rows;
+    gamma += c / k / origins;
   }
   const wide a = 1 - alike / (rows_c + e);
   const wide b = farthest < 0 ? wide(1) : wide(apart / (farthest + e) / (rows_e + e));
@@ -452,7 +477,8 @@ TEMPLATE_TEST_CASE("proto_triplet", "[proto_triplet]", float, double) {
     const T value = loss(q.seen(), c.seen(), y, d_q.view(), d_c.view());
     CHECK(loss(q.seen(), c.seen(), y) == value);
     wide_matrix wide_q(q), wide_c(c);
-    const auto reference = [&] { return proto_triplet_of(wide_q, wide_c, y, 0.5); };
+    squares square;
+    const auto reference = [&] { return proto_triplet_of(square(wide_q, wide_c), y, 0.5); };
     const wide expected = reference();
     CHECK(expected > 0.1);
     CHECK(of_values.within(size_of(wide(value - expected)), 2,
@@ -532,7 +558,8 @@ TEMPLATE_TEST_CASE("icnn", "[icnn]", float, double) {
       const T value = loss(o.seen(), of, t.seen(), to, d_o.view(), d_t.view());
       CHECK(loss(o.seen(), of, t.seen(), to) == value);
       wide_matrix wide_o(o), wide_t(t);
-      const auto reference = [&] { return icnn_of(wide_o, of, wide_t, to, s); };
+      squares square;
+      const auto reference = [&] { return icnn_of(square(wide_o, wide_t), of, to, s); };
       const wide expected = reference();
       CHECK(of_values.within(size_of(wide(value - expected)), 4, wide(epsilon * (1 + expected))));
       CHECK(slopes_within(of_slopes, d_o, derivative(wide_o, reference), 16));
@@ -551,7 +578,8 @@ TEMPLATE_TEST_CASE("icnn", "[icnn]", float, double) {
     CHECK(loss.within(x.seen(), y, again.view(), {.run_on = pool}) == value);
     CHECK(again.x == d_x.x);
     wide_matrix wide_x(x);
-    const auto reference = [&] { return icnn_of(wide_x, y, wide_x, y, {}); };
+    squares square;
+    const auto reference = [&] { return icnn_of(square(wide_x, wide_x), y, y, {}); };
     CHECK(of_values.within(size_of(wide(value - reference())), 4, epsilon));
     CHECK(slopes_within(of_slopes, d_x, derivative(wide_x, reference), 16));
 
