@@ -237,8 +237,8 @@ template <> struct wide_lanes<double> {
   double total() const { return sum_lanes(folded(0)); }
 };
 
-/// Moves the sums of a whole pack of lanes to another shift; lanes that stay keep their bits. Out of
-/// line, as it is rare and long.
+/// Moves the sums of a whole pack of lanes to another shift; lanes that stay keep their bits. Out
+/// of line, as it is rare and long.
 template <class Statistic, class T>
 PERDITA_NOINLINE void rebase_lanes(wide_lanes<T>* sums, const pack<double>* delta) {
   for (int p = 0; p < wide_lanes<T>::parts; ++p) {

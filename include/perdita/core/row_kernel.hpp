@@ -932,9 +932,12 @@ private:
     T* const images = image_of(row, 0);
     const side_cursor<T> sides = side(row.row, 0, cols_, nullptr);
     const V shift(row.shift);
+    // Not by loops: GCC would keep three sums in memory, and each addition wait for the one before.
+    constexpr auto each_term = [](auto f) __attribute__((always_inline)) {
+      detail::unrolled<statistic::terms>(f);
+    };
     V sum[statistic::terms], seen = nothing;
-    for (V& s : sum)
-      s = V(0);
+    each_term([&](auto k) __attribute__((always_inline)) { sum[k] = V(0); });
     const Formula formula = formula_; // copies: a store may change anything but them
     const emit_cursor e = emitting;
     V of_target(0);
@@ -977,15 +980,15 @@ private:
         a.side = sides;
         set_hole(hole_in(row, 0, cols_), a.hole, a.hole_lane);
         a.shift = shift;
-        std::copy_n(sum, statistic::terms, a.sum);
+        each_term([&](auto k) __attribute__((always_inline)) { a.sum[k] = sum[k]; });
         absorb_tail(a, packs * width, rest);
-        std::copy_n(a.sum, statistic::terms, sum);
+        each_term([&](auto k) __attribute__((always_inline)) { sum[k] = a.sum[k]; });
         seen = look_at(after, next_x, 0, cols_, packs * width, seen);
       }
-      for (int k = 0; k < statistic::terms; ++k) {
+      each_term([&](auto k) __attribute__((always_inline)) {
         row.sums[k].add(sum[k]);
         sum[k] = V(0);
-      }
+      });
       after.look[c] = seen;
       seen = nothing;
     }

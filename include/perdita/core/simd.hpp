@@ -370,6 +370,19 @@ PERDITA_INLINE Real zero_if_less(const Real& x, const Real& cut, const Real& a) 
 #endif
 }
 
+/// a + b where m is set, a elsewhere.
+template <class Mask, class Real>
+PERDITA_INLINE Real add_where(const Mask& m, const Real& a, const Real& b) {
+#if !PERDITA_NO_SIMD && defined(__AVX512F__)
+  if constexpr (std::is_same_v<Real, batch<float>>)
+    return _mm512_mask_add_ps(a.data, m.data, a.data, b.data);
+  else
+    return _mm512_mask_add_pd(a.data, m.data, a.data, b.data);
+#else
+  return a + reg::select(m, b, Real(0));
+#endif
+}
+
 /// a + b as integers, read as a real; zero where x < cut (not where x is NaN).
 template <class Real, class Integer>
 PERDITA_INLINE Real add_bits_unless_less(const Real& x, const Real& cut, const Integer& a,
@@ -564,6 +577,13 @@ template <class T>
 PERDITA_INLINE pack<T> select(const pack_mask<T>& m, const pack<T>& a, const pack<T>& b) {
   return detail::each<pack<T>>([&](auto i) __attribute__((always_inline)) {
     return reg::select(m.r[i], a.r[i], b.r[i]);
+  });
+}
+/// a + b where m is set, a elsewhere.
+template <class T>
+PERDITA_INLINE pack<T> add_where(const pack_mask<T>& m, const pack<T>& a, const pack<T>& b) {
+  return detail::each<pack<T>>([&](auto i) __attribute__((always_inline)) {
+    return reg::add_where(m.r[i], a.r[i], b.r[i]);
   });
 }
 template <class T>

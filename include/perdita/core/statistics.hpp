@@ -136,12 +136,12 @@ struct log_sum_exp_and_total : log_sum_exp {
   static constexpr int terms = 3;
 
   template <class V> static PERDITA_INLINE V absorb(V* sum, const V& z, const V& shift, const V&) {
-    const V d = z - shift, zero(0);
+    const V d = z - shift;
     const V image = exp_shifted(d);
-    const auto masked = z == look_at_nothing<V>();
+    const auto counts = z > look_at_nothing<V>(); // not NaN, which shows in the images
     sum[0] += image;
-    sum[1] += select(masked, zero, d);
-    sum[2] += select(masked, zero, V(1));
+    sum[1] = add_where(counts, sum[1], d);
+    sum[2] = add_where(counts, sum[2], V(1));
     return image;
   }
   template <class W> static void rebase(W* t, const W& delta) {
