@@ -129,6 +129,8 @@ TEMPLATE_TEST_CASE("active_passive: special rows", "[active_passive]", float, do
       {"all masked", 3, {-inf, -inf, -inf}, 1, {}, 5 + 0.25 * 3.5, {0, 0, 0}},
       {"+inf elsewhere", 0, {0, inf, 1}, 0, {}, n, {n, n, n}},
       {"NaN", 0, {0, 1, n}, 0, {}, n, {n, n, n}},
+      {"+inf elsewhere, NCE alone", 1, {0, inf, 1}, 0, {}, n, {n, n, n}},
+      {"NaN, NCE alone", 1, {0, 1, n}, 0, {}, n, {n, n, n}},
   };
   check_special(active_passive_descriptor<TestType>(), rows, 8);
 }

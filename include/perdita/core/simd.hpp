@@ -370,16 +370,20 @@ PERDITA_INLINE Real zero_if_less(const Real& x, const Real& cut, const Real& a) 
 #endif
 }
 
-/// a + b where m is set, a elsewhere.
-template <class Mask, class Real>
-PERDITA_INLINE Real add_where(const Mask& m, const Real& a, const Real& b) {
+/// a + b; a where x == excluded (not where x is NaN).
+template <class Real>
+PERDITA_INLINE Real add_unless_equal(const Real& x, const Real& excluded, const Real& a,
+                                     const Real& b) {
 #if !PERDITA_NO_SIMD && defined(__AVX512F__)
-  if constexpr (std::is_same_v<Real, batch<float>>)
-    return _mm512_mask_add_ps(a.data, m.data, a.data, b.data);
-  else
-    return _mm512_mask_add_pd(a.data, m.data, a.data, b.data);
+  if constexpr (std::is_same_v<Real, batch<float>>) {
+    const __mmask16 add = _mm512_cmp_ps_mask(x.data, excluded.data, _CMP_NEQ_UQ);
+    return _mm512_mask_add_ps(a.data, add, a.data, b.data);
+  } else {
+    const __mmask8 add = _mm512_cmp_pd_mask(x.data, excluded.data, _CMP_NEQ_UQ);
+    return _mm512_mask_add_pd(a.data, add, a.data, b.data);
+  }
 #else
-  return a + reg::select(m, b, Real(0));
+  return a + reg::select(x == excluded, Real(0), b);
 #endif
 }
 
@@ -579,13 +583,6 @@ PERDITA_INLINE pack<T> select(const pack_mask<T>& m, const pack<T>& a, const pac
     return reg::select(m.r[i], a.r[i], b.r[i]);
   });
 }
-/// a + b where m is set, a elsewhere.
-template <class T>
-PERDITA_INLINE pack<T> add_where(const pack_mask<T>& m, const pack<T>& a, const pack<T>& b) {
-  return detail::each<pack<T>>([&](auto i) __attribute__((always_inline)) {
-    return reg::add_where(m.r[i], a.r[i], b.r[i]);
-  });
-}
 template <class T>
 PERDITA_INLINE pack_mask<T> operator&(const pack_mask<T>& a, const pack_mask<T>& b) {
   return detail::each<pack_mask<T>>([&](auto i) __attribute__((always_inline)) {
@@ -669,6 +666,14 @@ PERDITA_INLINE pack<T> add_bits_unless_less(const pack<T>& x, const pack<T>& cut
                                             const pack_bits<T>& a, const pack_bits<T>& b) {
   return detail::each<pack<T>>([&](auto i) __attribute__((always_inline)) {
     return reg::add_bits_unless_less(x.r[i], cut.r[i], a.r[i], b.r[i]);
+  });
+}
+/// a + b; a where x == excluded (not where x is NaN).
+template <class T>
+PERDITA_INLINE pack<T> add_unless_equal(const pack<T>& x, const pack<T>& excluded, const pack<T>& a,
+                                        const pack<T>& b) {
+  return detail::each<pack<T>>([&](auto i) __attribute__((always_inline)) {
+    return reg::add_unless_equal(x.r[i], excluded.r[i], a.r[i], b.r[i]);
   });
 }
 /// a * b; zero where a < cut (not where a is NaN).

@@ -138,10 +138,10 @@ struct log_sum_exp_and_total : log_sum_exp {
   template <class V> static PERDITA_INLINE V absorb(V* sum, const V& z, const V& shift, const V&) {
     const V d = z - shift;
     const V image = exp_shifted(d);
-    const auto counts = z > look_at_nothing<V>(); // not NaN, which shows in the images
+    const V masked = look_at_nothing<V>();
     sum[0] += image;
-    sum[1] = add_where(counts, sum[1], d);
-    sum[2] = add_where(counts, sum[2], V(1));
+    sum[1] = add_unless_equal(z, masked, sum[1], d);
+    sum[2] = add_unless_equal(z, masked, sum[2], V(1));
     return image;
   }
   template <class W> static void rebase(W* t, const W& delta) {
