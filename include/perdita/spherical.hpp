@@ -14,7 +14,7 @@ namespace perdita::inline PERDITA_ABI {
 namespace core {
 
 struct taylor_map : quadratic_map {
-  template <class W> static W of(const W* t) { return fma(W(0.5), t[2], t[0] + t[1]); }
+  template <class W> static W total(const W* t) { return fma(W(0.5), t[2], t[0] + t[1]); }
   template <class W> static W of(const W& z) { return fma(W(0.5), z * z, W(1) + z); }
   template <class V> PERDITA_INLINE V slope(const V& z) const { return z + V(1); }
 };
@@ -22,7 +22,7 @@ struct taylor_map : quadratic_map {
 struct spherical_map : quadratic_map {
   double epsilon;
   explicit spherical_map(double e) : epsilon(e) {}
-  template <class W> W of(const W* t) const { return t[2] + W(epsilon) * t[0]; }
+  template <class W> W total(const W* t) const { return t[2] + W(epsilon) * t[0]; }
   template <class W> W of(const W& z) const { return z * z + W(epsilon); }
   template <class V> PERDITA_INLINE V slope(const V& z) const { return z + z; }
 };

@@ -17,7 +17,7 @@ struct stablemax_map {
     return select(x >= V(0), x + V(1), V(1) / (V(1) - x));
   }
   template <class V> static PERDITA_INLINE auto masked(const V& z) { return z == V(0); }
-  template <class W> static W of(const W* sum) { return *sum; }
+  template <class W> static W total(const W* sum) { return *sum; }
   template <class W> static W of(const W& z) { return z; }
   template <class V> PERDITA_INLINE V slope(const V& z) const {
     return select(z >= V(1), V(1), z * z);

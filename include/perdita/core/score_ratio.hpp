@@ -29,8 +29,8 @@ struct quadratic_map {
   }
 };
 
-/// Map: statistic; score(x) gives z, and divides says whether it is a quotient; of(terms) is Σ f
-/// and of(z) f; slope(z) is f'; masked(z) where there is no class.
+/// Map: score(x) gives z, and divides says whether it is a quotient; of(z) is f, and total(t) Σ f
+/// from the terms of statistic; slope(z) is f'; masked(z) where there is no class.
 template <class Map, class T> struct score_ratio_formula : row_formula {
   using statistic = typename Map::statistic;
   static constexpr bool proportional = false;
@@ -46,7 +46,7 @@ template <class Map, class T> struct score_ratio_formula : row_formula {
   template <class Row> PERDITA_NOINLINE auto finish(const Row& row) const {
     using W = std::remove_cvref_t<decltype(row.target)>;
     const W zero(0), one(1), inf(std::numeric_limits<double>::infinity()), z = row.target;
-    const W rivals = map.of(row.term), f = map.of(z);
+    const W rivals = map.total(row.term), f = map.of(z);
     const W per_own = one / f, odds = rivals * per_own, most(0x1p1000);
     const auto [surprise, hit] = log1p_and_inverse_to<T>(min(most, odds));
     const auto lost = map.masked(z);
